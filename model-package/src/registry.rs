@@ -1,0 +1,1 @@
+//! The way of a package to and from an OCI registry.

@@ -1,0 +1,53 @@
+//! The project's tasks: demo, tests, embedded cluster, images, generated files.
+
+use clap::{Parser, Subcommand};
+
+mod cluster;
+mod crds;
+mod demo;
+mod images;
+mod onnxruntime;
+mod progress;
+mod test;
+mod workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "The project's tasks", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Shows the whole way of a model on a cluster (or, with --local, without one).
+    Demo(demo::Arguments),
+    /// Runs every check and test; ends with `N passed, N failed`.
+    Test(test::Arguments),
+    /// Starts, stops and inspects the embedded Kubernetes.
+    Cluster(cluster::Arguments),
+    /// Builds the container images as OCI archives, without Docker.
+    Images(images::Arguments),
+    /// Writes the CRDs' YAML from the Rust types.
+    Crds(crds::Arguments),
+    /// Installs ONNX Runtime's shared library from its pinned wheel and prints its path.
+    Onnxruntime,
+}
+
+fn main() -> std::process::ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Demo(arguments) => demo::run(&arguments),
+        Task::Test(arguments) => return test::run(&arguments),
+        Task::Cluster(arguments) => cluster::run(&arguments),
+        Task::Images(arguments) => images::run(&arguments),
+        Task::Crds(arguments) => crds::run(&arguments),
+        Task::Onnxruntime => onnxruntime::library().map(|path| println!("{}", path.display())),
+    };
+    match result {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

@@ -1,1 +1,8 @@
-//! x
+//! The inference server, and the engines that it and the optimiser share.
+//!
+//! [`engine`] runs a model with tract or ONNX Runtime; it is synchronous and knows neither tokio nor HTTP. [`onnx`] reads ONNX models.
+//! With feature `server` (on by default) the rest is there: [`serve`](server::serve) loads a package, proves it by its probe, and
+//! answers the Open Inference Protocol V2 over HTTP.
+
+pub mod engine;
+pub mod onnx;

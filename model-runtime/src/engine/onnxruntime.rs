@@ -1,0 +1,184 @@
+//! ONNX Runtime, from its shared library.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use ort::ep;
+use ort::environment::Environment;
+use ort::session::builder::GraphOptimizationLevel;
+use ort::session::{RunOptions, Session, SessionInputValue};
+use ort::value::{DynValue, TensorRef, Value};
+use plimsoll_package::manifest::{Datatype, TensorSpec};
+
+use super::{Data, Engine, EngineError, EngineKind, LoadOptions, Tensor};
+use crate::onnx;
+
+/// The environment variable that names ONNX Runtime's shared library.
+pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
+
+/// Inputs of more bytes than this give the memory that they took back to the system at once; smaller ones leave it to the next request.
+const KEPT_INPUT_BYTES_MAX: usize = 4 << 20;
+
+/// A model in ONNX Runtime.
+pub(super) struct OnnxRuntime {
+    inputs: Vec<TensorSpec>,
+    outputs: Vec<TensorSpec>,
+    session: Mutex<Session>,
+}
+
+impl OnnxRuntime {
+    pub(super) fn load(path: &Path, options: &LoadOptions) -> Result<Self, EngineError> {
+        // The library first: where it is missing, that is the reason to give.
+        let environment = environment(options.library.as_deref())?;
+        let (inputs, outputs) = onnx::signature(&onnx::read(path)?)?;
+        let session = session(environment, path, options);
+        let session = session.map_err(|reason| EngineError::Load { engine: EngineKind::OnnxRuntime, path: path.to_owned(), reason })?;
+        Ok(Self { inputs, outputs, session: Mutex::new(session) })
+    }
+
+    fn try_infer(&self, inputs: &[Tensor]) -> ort::Result<Vec<Tensor>> {
+        let values = inputs.iter().map(to_value).collect::<ort::Result<Vec<_>>>()?;
+        let mut options = RunOptions::new()?;
+        if inputs.iter().map(byte_count).sum::<usize>() > KEPT_INPUT_BYTES_MAX {
+            options.set("memory.enable_memory_arena_shrinkage", "cpu:0")?;
+        }
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let outputs = session.run_with_options(&values[..], &options)?;
+        self.outputs.iter().map(|spec| from_value(spec, &outputs[spec.name.as_str()])).collect()
+    }
+}
+
+impl Engine for OnnxRuntime {
+    fn kind(&self) -> EngineKind {
+        EngineKind::OnnxRuntime
+    }
+
+    fn inputs(&self) -> &[TensorSpec] {
+        &self.inputs
+    }
+
+    fn outputs(&self) -> &[TensorSpec] {
+        &self.outputs
+    }
+
+    fn infer(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        self.try_infer(inputs).map_err(|error| EngineError::Run { engine: EngineKind::OnnxRuntime, reason: one_line(&error) })
+    }
+}
+
+/// Where ONNX Runtime's library is, as [`LIBRARY_VARIABLE`] says.
+#[must_use]
+pub fn default_library() -> Option<PathBuf> {
+    env::var_os(LIBRARY_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+fn environment(library: Option<&Path>) -> Result<&'static Environment, EngineError> {
+    // ONNX Runtime allows one environment a process.
+    static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
+    static LOADING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(environment) = ENVIRONMENT.get() {
+        return Ok(environment);
+    }
+    let library = library.map(Path::to_path_buf).or_else(default_library);
+    let library = library.ok_or_else(|| EngineError::Library(format!("{LIBRARY_VARIABLE} names none")))?;
+    if !library.is_file() {
+        return Err(EngineError::Library(format!("{} is not a file", library.display())));
+    }
+    let builder = ort::init_from(&library).map_err(|error| EngineError::Library(one_line(&error)))?;
+    let environment = builder.with_name("plimsoll").with_telemetry(false).build();
+    let environment = environment.map_err(|error| EngineError::Library(one_line(&error)))?;
+    environment.set_log_level(ort::logging::LogLevel::Error);
+    Ok(ENVIRONMENT.get_or_init(|| environment))
+}
+
+fn session(environment: &Environment, path: &Path, options: &LoadOptions) -> Result<Session, String> {
+    // Spinning threads burn the CPU quota of a container that waits for requests.
+    let builder = Session::builder(environment).map_err(|error| one_line(&error))?;
+    let builder = builder
+        .with_optimization_level(GraphOptimizationLevel::All)
+        .and_then(|builder| builder.with_intra_threads(options.threads))
+        .and_then(|builder| builder.with_inter_threads(1))
+        .and_then(|builder| builder.with_intra_op_spinning(false))
+        .and_then(|builder| builder.with_config_entry("session.disable_quant_qdq", if options.fold_dequantize { "1" } else { "0" }))
+        .and_then(|builder| builder.with_execution_providers([ep::CPU::default().with_arena_allocator(true).build()]));
+    builder.map_err(|error| one_line(&error))?.commit_from_file(path).map_err(|error| one_line(&error))
+}
+
+fn one_line(error: &dyn std::error::Error) -> String {
+    error.to_string().replace('\n', " ")
+}
+
+fn byte_count(tensor: &Tensor) -> usize {
+    match tensor.data() {
+        Data::Bool(values) => values.len(),
+        Data::Uint8(values) => values.len(),
+        Data::Int8(values) => values.len(),
+        Data::Uint16(values) => 2 * values.len(),
+        Data::Int16(values) => 2 * values.len(),
+        Data::Fp16(values) => 2 * values.len(),
+        Data::Bf16(values) => 2 * values.len(),
+        Data::Uint32(values) => 4 * values.len(),
+        Data::Int32(values) => 4 * values.len(),
+        Data::Fp32(values) => 4 * values.len(),
+        Data::Uint64(values) => 8 * values.len(),
+        Data::Int64(values) => 8 * values.len(),
+        Data::Fp64(values) => 8 * values.len(),
+        Data::Bytes(values) => values.iter().map(Vec::len).sum(),
+    }
+}
+
+fn to_value(tensor: &Tensor) -> ort::Result<SessionInputValue<'_>> {
+    let shape = tensor.shape();
+    Ok(match tensor.data() {
+        Data::Bool(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Uint8(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Uint16(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Uint32(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Uint64(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Int8(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Int16(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Int32(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Int64(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Fp16(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Bf16(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Fp32(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Fp64(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
+        Data::Bytes(values) => {
+            let texts = values.iter().map(|bytes| std::str::from_utf8(bytes)).collect::<Result<Vec<_>, _>>();
+            let texts = texts.map_err(|_| ort::Error::new("a string is not UTF-8, and ONNX Runtime takes no other"))?;
+            Value::from_string_array((shape, &texts[..]))?.into()
+        }
+    })
+}
+
+fn from_value(spec: &TensorSpec, value: &DynValue) -> ort::Result<Tensor> {
+    macro_rules! extract {
+        ($name:ident, $type:ty) => {{
+            let (shape, values) = value.try_extract_tensor::<$type>()?;
+            (shape, Data::$name(values.to_vec()))
+        }};
+    }
+    let (shape, data) = match spec.datatype {
+        Datatype::Bool => extract!(Bool, bool),
+        Datatype::Uint8 => extract!(Uint8, u8),
+        Datatype::Uint16 => extract!(Uint16, u16),
+        Datatype::Uint32 => extract!(Uint32, u32),
+        Datatype::Uint64 => extract!(Uint64, u64),
+        Datatype::Int8 => extract!(Int8, i8),
+        Datatype::Int16 => extract!(Int16, i16),
+        Datatype::Int32 => extract!(Int32, i32),
+        Datatype::Int64 => extract!(Int64, i64),
+        Datatype::Fp16 => extract!(Fp16, half::f16),
+        Datatype::Bf16 => extract!(Bf16, half::bf16),
+        Datatype::Fp32 => extract!(Fp32, f32),
+        Datatype::Fp64 => extract!(Fp64, f64),
+        Datatype::Bytes => {
+            let (shape, values) = value.try_extract_strings()?;
+            (shape, Data::Bytes(values.into_iter().map(String::into_bytes).collect()))
+        }
+    };
+    let shape = shape.iter().map(|&size| usize::try_from(size).unwrap_or_default()).collect();
+    Tensor::new(shape, data).map_err(ort::Error::new)
+}

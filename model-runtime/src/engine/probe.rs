@@ -1,0 +1,89 @@
+//! The probe of a package: an input, and the outputs that the optimiser saw for it.
+
+use plimsoll_package::manifest::{Datatype, Probe, ProbeTensor, TensorSpec};
+
+use super::{Engine, EngineError, InputError, Tensor};
+use crate::engine::tensor::{Data, ShapeError};
+
+/// Why an engine does not pass a probe.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// The probe names no tensor for an input or output of the model, or one of another kind.
+    #[error("the probe does not fit the model: {0}")]
+    Mismatch(String),
+    /// The inference failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The outputs differ.
+    #[error("output `{output}` differs from the recorded one by {difference:.3e} of its largest value, {tolerance:.3e} is allowed")]
+    Differs {
+        /// The output.
+        output: String,
+        /// Largest difference, relative to the largest absolute value recorded; infinite where shapes differ or a value is not finite.
+        difference: f64,
+        /// What is allowed.
+        tolerance: f64,
+    },
+}
+
+/// Runs the probe's inputs and compares the outputs with the recorded ones.
+///
+/// # Errors
+/// [`ProbeError`], for the first output that differs.
+pub fn check(engine: &dyn Engine, probe: &Probe) -> Result<(), ProbeError> {
+    let inputs = engine.inputs().iter().map(|spec| tensor(find(&probe.inputs, spec)?)).collect::<Result<Vec<_>, _>>()?;
+    let outputs = engine.run(&inputs)?;
+    for (spec, output) in engine.outputs().iter().zip(outputs) {
+        let recorded = find(&probe.outputs, spec)?;
+        let difference = if output.shape() == recorded.shape { difference(&output, &recorded.data) } else { f64::INFINITY };
+        // Not `>`, which a NaN would pass.
+        if !(difference <= probe.tolerance) {
+            return Err(ProbeError::Differs { output: spec.name.clone(), difference, tolerance: probe.tolerance });
+        }
+    }
+    Ok(())
+}
+
+/// Runs zeros of the smallest shape that the model takes (1 where a dimension is open): shows that the model runs at all.
+///
+/// # Errors
+/// Whatever the engine fails with.
+pub fn check_zeros(engine: &dyn Engine) -> Result<(), EngineError> {
+    let zeros = |spec: &TensorSpec| {
+        let shape: Vec<usize> = spec.shape.iter().map(|&size| usize::try_from(size).unwrap_or(1)).collect();
+        let too_large = |_| InputError::Shape { name: spec.name.clone(), expected: spec.shape.clone(), given: shape.clone() };
+        Tensor::zeros(spec.datatype, shape.clone()).map_err(too_large)
+    };
+    engine.run(&engine.inputs().iter().map(zeros).collect::<Result<Vec<_>, _>>()?).map(drop)
+}
+
+/// A tensor as a probe records it; `None` for strings of bytes, which a probe cannot hold.
+#[must_use]
+pub fn record(spec: &TensorSpec, tensor: &Tensor) -> Option<ProbeTensor> {
+    let data = tensor.data().to_f64()?;
+    Some(ProbeTensor { name: spec.name.clone(), datatype: tensor.datatype(), shape: tensor.shape().to_vec(), data })
+}
+
+fn find<'a>(tensors: &'a [ProbeTensor], spec: &TensorSpec) -> Result<&'a ProbeTensor, ProbeError> {
+    let found = tensors.iter().find(|tensor| tensor.name == spec.name);
+    found.ok_or_else(|| ProbeError::Mismatch(format!("it holds no `{}`", spec.name)))
+}
+
+fn tensor(recorded: &ProbeTensor) -> Result<Tensor, ProbeError> {
+    if recorded.datatype == Datatype::Bytes {
+        return Err(ProbeError::Mismatch(format!("`{}` is of strings, which a probe cannot hold", recorded.name)));
+    }
+    let mismatch = |error: ShapeError| ProbeError::Mismatch(format!("`{}`: {error}", recorded.name));
+    Tensor::new(recorded.shape.clone(), Data::from_f64(recorded.datatype, &recorded.data)).map_err(mismatch)
+}
+
+fn difference(output: &Tensor, recorded: &[f64]) -> f64 {
+    let Some(values) = output.data().to_f64().filter(|values| values.len() == recorded.len()) else { return f64::INFINITY };
+    let largest = recorded.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
+    let difference = values.iter().zip(recorded).fold(0.0_f64, |difference, (value, expected)| {
+        let this = if value == expected { 0.0 } else { (value - expected).abs() };
+        // `max` would drop a NaN.
+        if this.is_nan() { f64::INFINITY } else { difference.max(this) }
+    });
+    if largest > 0.0 { difference / largest } else { difference }
+}

@@ -29,10 +29,7 @@
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-app.kubernetes.io/part-of: plimsoll
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{ include "plimsoll.podLabels" . }}
 {{- end }}
 
 {{- define "plimsoll.operatorSelector" -}}
@@ -45,6 +42,14 @@ app.kubernetes.io/component: operator
 app.kubernetes.io/name: {{ include "plimsoll.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: registry
+{{- end }}
+
+{{- /* Labels of pods beyond the selector's: none that a new chart version changes, or it would restart what it did not touch. */ -}}
+{{- define "plimsoll.podLabels" -}}
+app.kubernetes.io/part-of: plimsoll
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- /* The reference of an image: include "plimsoll.image" (list . "operator"). */ -}}

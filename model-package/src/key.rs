@@ -46,7 +46,10 @@ impl Contents {
 }
 
 fn distillation_data(optimize: &Optimization) -> impl Iterator<Item = &crate::recipe::Dataset> {
-    optimize.recipe.iter().filter_map(|technique| technique.distill.as_ref()?.data.as_ref())
+    optimize
+        .recipe
+        .iter()
+        .filter_map(|technique| technique.distill.as_ref()?.data.as_ref())
 }
 
 impl ArtifactKey {
@@ -121,7 +124,11 @@ mod tests {
 
     fn inputs(uri: &str, toolchain: &str) -> Inputs {
         Inputs {
-            source: SourceLocation { uri: uri.into(), digest: Some(Digest::of(b"model")), format: None },
+            source: SourceLocation {
+                uri: uri.into(),
+                digest: Some(Digest::of(b"model")),
+                format: None,
+            },
             optimize: Optimization::default(),
             toolchain: toolchain.into(),
             repository: "r.example/p".into(),
@@ -137,9 +144,15 @@ mod tests {
         let there = inputs("oci://b.example/m:v1", "0.1.0");
         let contents = Contents::pinned(&here).unwrap();
         assert_eq!(ArtifactKey::new(&here, &contents), ArtifactKey::new(&there, &contents));
-        let moved = Contents { source: Digest::of(b"another"), ..contents.clone() };
+        let moved = Contents {
+            source: Digest::of(b"another"),
+            ..contents.clone()
+        };
         assert_ne!(ArtifactKey::new(&here, &contents), ArtifactKey::new(&here, &moved));
-        assert_ne!(ArtifactKey::new(&here, &contents), ArtifactKey::new(&inputs("https://a.example/m.onnx", "0.2.0"), &contents));
+        assert_ne!(
+            ArtifactKey::new(&here, &contents),
+            ArtifactKey::new(&inputs("https://a.example/m.onnx", "0.2.0"), &contents)
+        );
     }
 
     #[test]

@@ -183,7 +183,9 @@ impl Manifest {
     pub fn read(dir: &Path) -> Result<Self, PackageError> {
         let manifest: Self = read_json(&dir.join(MANIFEST_FILE))?;
         if manifest.schema_version != 1 {
-            return Err(PackageError::SchemaVersion { found: manifest.schema_version });
+            return Err(PackageError::SchemaVersion {
+                found: manifest.schema_version,
+            });
         }
         match manifest.files.keys().find(|path| !is_plain_path(path)) {
             Some(path) => Err(PackageError::UnsafePath(path.clone())),
@@ -198,10 +200,17 @@ impl Manifest {
     pub fn verify(&self, dir: &Path) -> Result<(), PackageError> {
         for (path, expected) in &self.files {
             let path = dir.join(path);
-            let read = |source| PackageError::Read { path: path.clone(), source };
+            let read = |source| PackageError::Read {
+                path: path.clone(),
+                source,
+            };
             let found = Digest::of_reader(fs::File::open(&path).map_err(read)?).map_err(read)?;
             if found != expected.digest {
-                return Err(PackageError::DigestMismatch { path, expected: expected.digest.clone(), found });
+                return Err(PackageError::DigestMismatch {
+                    path,
+                    expected: expected.digest.clone(),
+                    found,
+                });
             }
         }
         Ok(())
@@ -219,10 +228,19 @@ impl Probe {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, PackageError> {
-    let bytes = fs::read(path).map_err(|source| PackageError::Read { path: path.to_owned(), source })?;
-    serde_json::from_slice(&bytes).map_err(|source| PackageError::Parse { path: path.to_owned(), source })
+    let bytes = fs::read(path).map_err(|source| PackageError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    serde_json::from_slice(&bytes).map_err(|source| PackageError::Parse {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn is_plain_path(path: &str) -> bool {
-    !path.is_empty() && Path::new(path).components().all(|component| matches!(component, Component::Normal(_)))
+    !path.is_empty()
+        && Path::new(path)
+            .components()
+            .all(|component| matches!(component, Component::Normal(_)))
 }

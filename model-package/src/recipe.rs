@@ -15,12 +15,6 @@ use schemars::JsonSchema;
 /// Without a recipe and without a search the model is checked and packaged as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
-#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = [
-    {"rule": "!(has(self.recipe) && has(self.search))",
-     "message": "set either recipe (techniques in a fixed order) or search (techniques to try), not both"},
-    {"rule": "!has(self.budget) || !has(self.budget.maxAccuracyDrop) || has(self.evaluation)",
-     "message": "budget.maxAccuracyDrop needs evaluation.dataset to measure the accuracy on; without labels use budget.minFidelity"},
-])))]
 #[serde(rename_all = "camelCase")]
 pub struct Optimization {
     /// The techniques to apply, in this order. At most 16.

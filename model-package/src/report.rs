@@ -46,8 +46,12 @@ impl Termination {
         let mut shortened = self.clone();
         loop {
             let json = serde_json::to_string(&shortened).expect("a tree of strings and numbers serialises");
-            let Termination::Failed(failure) = &mut shortened else { return json };
-            let Some(excess) = json.len().checked_sub(TERMINATION_MESSAGE_BYTES_MAX).filter(|excess| *excess > 0) else { return json };
+            let Termination::Failed(failure) = &mut shortened else {
+                return json;
+            };
+            let Some(excess) = json.len().checked_sub(TERMINATION_MESSAGE_BYTES_MAX).filter(|excess| *excess > 0) else {
+                return json;
+            };
             let mut end = failure.message.len().saturating_sub(excess.div_ceil(6) + '…'.len_utf8());
             // A character takes at most six bytes of JSON, so a sixth of the excess never cuts too much; the loop ends it.
             while !failure.message.is_char_boundary(end) {
@@ -291,9 +295,17 @@ mod tests {
 
     #[test]
     fn a_long_failure_is_cut_to_the_kubelets_limit() {
-        let failure = Failure { reason: FailureReason::UnreadableModel, message: "é\"".repeat(5000), measured: None };
+        let failure = Failure {
+            reason: FailureReason::UnreadableModel,
+            message: "é\"".repeat(5000),
+            measured: None,
+        };
         let message = Termination::Failed(failure).to_message();
-        assert!(message.len() <= TERMINATION_MESSAGE_BYTES_MAX && message.len() > TERMINATION_MESSAGE_BYTES_MAX - 16, "{}", message.len());
+        assert!(
+            message.len() <= TERMINATION_MESSAGE_BYTES_MAX && message.len() > TERMINATION_MESSAGE_BYTES_MAX - 16,
+            "{}",
+            message.len()
+        );
         assert!(matches!(serde_json::from_str(&message).unwrap(), Termination::Failed(f) if f.message.ends_with('…')));
     }
 

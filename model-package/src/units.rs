@@ -147,9 +147,19 @@ pub fn display_size(bytes: u64) -> String {
         amount /= 1024.0;
         unit = next;
     }
-    let decimals = if unit.is_empty() || amount >= 99.95 { 0 } else if amount >= 9.995 { 1 } else { 2 };
+    let decimals = if unit.is_empty() || amount >= 99.95 {
+        0
+    } else if amount >= 9.995 {
+        1
+    } else {
+        2
+    };
     let text = format!("{amount:.decimals$}");
-    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    let text = if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.')
+    } else {
+        &text
+    };
     format!("{text}{unit}")
 }
 
@@ -174,7 +184,10 @@ mod tests {
 
     #[test]
     fn what_is_not_an_amount_is_refused_with_an_example() {
-        assert_eq!("101%".parse::<Percentage>().unwrap_err().to_string(), "`101%` is not a percentage from 0% to 100%, such as \"1%\"");
+        assert_eq!(
+            "101%".parse::<Percentage>().unwrap_err().to_string(),
+            "`101%` is not a percentage from 0% to 100%, such as \"1%\""
+        );
         assert!("1".parse::<Percentage>().is_err());
         assert!("1Xi".parse::<Size>().is_err());
         assert!("1.2".parse::<Ratio>().is_err());

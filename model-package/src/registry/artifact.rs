@@ -1,0 +1,323 @@
+//! Reading blobs, and fetching one model or dataset out of whatever image or artifact holds it.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use flate2::read::GzDecoder;
+use futures::StreamExt as _;
+use oci_client::Reference;
+use oci_client::manifest::{OciDescriptor, OciImageManifest};
+use tokio::sync::mpsc;
+
+use super::error::{Problem, RegistryError};
+use super::{Registry, invalid, layer};
+use crate::digest::{Digest, Hasher};
+
+/// The annotation by which ORAS names the file that a layer is.
+const TITLE: &str = "org.opencontainers.image.title";
+/// The annotation by which ORAS marks a titled layer as a packed folder.
+const PACKED_FOLDER: &str = "io.deis.oras.content.unpack";
+/// Endings of file names by which the one file of interest is told from a readme beside it.
+const MODEL_ENDINGS: [&str; 2] = [".onnx", ".npz"];
+
+/// Told of the bytes done and, where it is known, of all bytes, for every piece that arrives.
+#[derive(Clone, Default)]
+pub struct Progress(Option<Arc<ProgressFn>>);
+
+type ProgressFn = dyn Fn(u64, Option<u64>) + Send + Sync;
+
+impl Progress {
+    /// Calls `report` with the bytes done and all bytes.
+    pub fn new(report: impl Fn(u64, Option<u64>) + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(report)))
+    }
+
+    /// Reports.
+    pub fn report(&self, done: u64, total: Option<u64>) {
+        if let Some(report) = &self.0 {
+            report(done, total);
+        }
+    }
+}
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Progress")
+    }
+}
+
+/// A file that was fetched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FetchedFile {
+    /// Its name in the artifact.
+    pub name: String,
+    /// Of its content.
+    pub digest: Digest,
+    /// In bytes.
+    pub size: u64,
+}
+
+impl Registry {
+    /// Fetches the one model or dataset that `reference` holds into the file `destination`, of at most `size_max` bytes.
+    ///
+    /// Taken are a layer that is the file itself (as ORAS pushes it, by its title) and tar archives, plain or gzipped, in OCI's or
+    /// Docker's form, that hold one file, or one `.onnx` or `.npz` among others (as `crane append` and Docker make them).
+    ///
+    /// # Errors
+    /// Where the registry cannot be reached, refuses or does not have it, where it is too large, or where no or more than one file
+    /// comes into question.
+    pub async fn fetch_artifact(
+        &self,
+        reference: &str,
+        destination: &Path,
+        size_max: u64,
+        progress: &Progress,
+    ) -> Result<FetchedFile, RegistryError> {
+        let image = self.authorised(reference).await?;
+        let auth = self.credentials.for_registry(image.registry());
+        let pulled = self.client.pull_image_manifest(&image, &auth).await;
+        let (manifest, _) = pulled.map_err(|source| RegistryError::from_client(reference, source))?;
+        match plain_file(&manifest).map_err(|why| invalid(reference, &why))? {
+            Some((name, layer)) => {
+                check_size(reference, layer, size_max)?;
+                let target = destination.to_owned();
+                let written = move |reader: &mut dyn Read| write_file(reader, &target, size_max);
+                let (digest, size) = self.read_blob(&image, reference, layer, progress, written).await?;
+                Ok(FetchedFile { name, digest, size })
+            }
+            None => {
+                let mut choice = Choice {
+                    destination: destination.to_owned(),
+                    size_max,
+                    chosen: None,
+                    seen: 0,
+                };
+                for layer in &manifest.layers {
+                    check_size(reference, layer, size_max)?;
+                    let gzipped = layer.media_type.ends_with("gzip");
+                    if layer.media_type.ends_with("zstd") {
+                        return Err(invalid(reference, &"its layer is compressed with zstd; push it plain or gzipped"));
+                    }
+                    let scan = move |reader: &mut dyn Read| choice.scan(reader, gzipped);
+                    choice = self.read_blob(&image, reference, layer, progress, scan).await?;
+                }
+                choice.decide().map_err(|why| invalid(reference, &why))
+            }
+        }
+    }
+
+    /// Streams a blob through `read` on a blocking thread, checks its size and digest, and returns what `read` made of it.
+    pub(super) async fn read_blob<T: Send + 'static>(
+        &self,
+        image: &Reference,
+        reference: &str,
+        layer: &OciDescriptor,
+        progress: &Progress,
+        read: impl FnOnce(&mut dyn Read) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, RegistryError> {
+        let blob = self.client.pull_blob_stream(image, layer).await;
+        let mut blob = blob.map_err(|source| RegistryError::from_client(reference, source))?.stream;
+        let (sender, receiver) = mpsc::channel(8);
+        let reader = tokio::task::spawn_blocking(move || {
+            let mut pieces = Pieces {
+                receiver,
+                piece: Bytes::new(),
+            };
+            let made = read(&mut pieces)?;
+            // What follows an archive's end counts for the digest, too.
+            io::copy(&mut pieces, &mut io::sink()).map(|_| made)
+        });
+        let expected = u64::try_from(layer.size).unwrap_or_default();
+        let mut done = 0;
+        let mut broken = None;
+        while let Some(piece) = blob.next().await {
+            let piece = piece.and_then(|piece| {
+                done += piece.len() as u64;
+                if done > expected {
+                    Err(layer::invalid(format!("layer {} is longer than its manifest says", layer.digest)))
+                } else {
+                    Ok(piece)
+                }
+            });
+            let piece = match piece {
+                Ok(piece) => Ok(piece),
+                Err(error) => {
+                    // Kept here, because what passes through an archive's reader comes out as another error.
+                    broken = Some(RegistryError::from_io(reference, error));
+                    Err(io::Error::from(io::ErrorKind::ConnectionAborted))
+                }
+            };
+            progress.report(done, Some(expected));
+            if sender.send(piece).await.is_err() || broken.is_some() {
+                break;
+            }
+        }
+        drop(sender);
+        let made = reader.await.map_err(io::Error::other).flatten();
+        match broken {
+            Some(error) => Err(error),
+            None => made.map_err(|source| RegistryError::from_io(reference, source)),
+        }
+    }
+}
+
+/// The pieces of a stream, read on a blocking thread.
+struct Pieces {
+    receiver: mpsc::Receiver<io::Result<Bytes>>,
+    piece: Bytes,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() {
+            match self.receiver.blocking_recv() {
+                Some(piece) => self.piece = piece?,
+                None => return Ok(0),
+            }
+        }
+        let length = buffer.len().min(self.piece.len());
+        buffer[..length].copy_from_slice(&self.piece.split_to(length));
+        Ok(length)
+    }
+}
+
+/// The layer that is a file itself, with its name; `None` where layers are archives.
+fn plain_file(manifest: &OciImageManifest) -> Result<Option<(String, &OciDescriptor)>, String> {
+    let title = |layer: &OciDescriptor| {
+        let annotations = layer.annotations.as_ref()?;
+        let packed = annotations.get(PACKED_FOLDER).is_some_and(|packed| packed == "true");
+        annotations.get(TITLE).filter(|_| !packed).cloned()
+    };
+    let titled: Vec<_> = manifest.layers.iter().filter_map(|layer| Some((title(layer)?, layer))).collect();
+    if titled.is_empty() {
+        return match manifest.layers.as_slice() {
+            [] => Err("it has no layers".into()),
+            [layer] if !layer.media_type.contains("tar") => Ok(Some((layer.digest.clone(), layer))),
+            _ => Ok(None),
+        };
+    }
+    let names = titled.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
+    let only = titled.len() == 1;
+    let mut candidates = titled.into_iter().filter(|(name, _)| only || is_model(name));
+    match (candidates.next(), candidates.next()) {
+        (Some(candidate), None) => Ok(Some(candidate)),
+        _ => Err(format!("it holds several files ({names}); push the one that is meant by itself")),
+    }
+}
+
+fn is_model(name: &str) -> bool {
+    MODEL_ENDINGS.iter().any(|ending| name.ends_with(ending))
+}
+
+fn check_size(reference: &str, layer: &OciDescriptor, size_max: u64) -> Result<(), RegistryError> {
+    let size = u64::try_from(layer.size).map_err(|_| invalid(reference, &"a layer has a negative size"))?;
+    // An archive's headers and padding are not its file's.
+    let slack = if layer.media_type.contains("tar") { 64 << 10 } else { 0 };
+    if size > size_max + slack {
+        return Err(RegistryError::new(
+            reference,
+            Problem::TooLarge,
+            format!("it has {size} bytes, the limit is {size_max}"),
+        ));
+    }
+    Ok(())
+}
+
+fn write_file(reader: &mut dyn Read, destination: &Path, size_max: u64) -> io::Result<(Digest, u64)> {
+    let mut file = File::create(destination)?;
+    let mut hasher = Hasher::default();
+    let mut piece = vec![0; 256 << 10];
+    let mut size = 0;
+    loop {
+        let length = reader.read(&mut piece)?;
+        if length == 0 {
+            return Ok((hasher.finish(), size));
+        }
+        size += length as u64;
+        if size > size_max {
+            return Err(too_large(size_max));
+        }
+        hasher.update(&piece[..length]);
+        file.write_all(&piece[..length])?;
+    }
+}
+
+fn too_large(size_max: u64) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::FileTooLarge,
+        format!("it unpacks to more than the limit of {size_max} bytes"),
+    )
+}
+
+/// Which of the files that pass by is the one that is meant.
+struct Choice {
+    destination: PathBuf,
+    size_max: u64,
+    chosen: Option<FetchedFile>,
+    seen: usize,
+}
+
+impl Choice {
+    fn scan(mut self, reader: &mut dyn Read, gzipped: bool) -> io::Result<Self> {
+        let mut unpacked: Box<dyn Read + '_> = if gzipped {
+            Box::new(GzDecoder::new(reader))
+        } else {
+            Box::new(reader)
+        };
+        // Twice the limit leaves room for what lies beside the model, and none for a bomb.
+        let mut bounded = Bounded {
+            inner: &mut unpacked,
+            left: self.size_max.saturating_mul(2).saturating_add(64 << 10),
+            size_max: self.size_max,
+        };
+        for entry in tar::Archive::new(&mut bounded).entries()? {
+            let mut entry = entry?;
+            if entry.header().entry_type() != tar::EntryType::Regular {
+                continue;
+            }
+            let name = entry.path()?.to_string_lossy().into_owned();
+            self.seen += 1;
+            match &self.chosen {
+                Some(chosen) if is_model(&chosen.name) && is_model(&name) => {
+                    return Err(layer::invalid(format!(
+                        "it holds several models ({}, {name}); push the one that is meant by itself",
+                        chosen.name
+                    )));
+                }
+                Some(_) if !is_model(&name) => continue,
+                _ => {}
+            }
+            let (digest, size) = write_file(&mut entry, &self.destination, self.size_max)?;
+            self.chosen = Some(FetchedFile { name, digest, size });
+        }
+        Ok(self)
+    }
+
+    fn decide(self) -> Result<FetchedFile, String> {
+        match self.chosen {
+            None => Err("its layers hold no file".into()),
+            Some(chosen) if self.seen > 1 && !is_model(&chosen.name) => {
+                Err(format!("it holds {} files and none ends in .onnx or .npz", self.seen))
+            }
+            Some(chosen) => Ok(chosen),
+        }
+    }
+}
+
+struct Bounded<'a> {
+    inner: &'a mut dyn Read,
+    left: u64,
+    size_max: u64,
+}
+
+impl Read for Bounded<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.left = self.left.checked_sub(read as u64).ok_or_else(|| too_large(self.size_max))?;
+        Ok(read)
+    }
+}

@@ -1,1 +1,47 @@
-//! x
+//! The Kubernetes API of Plimsoll, group `plimsoll.dev/v1alpha1`.
+//!
+//! [`ModelDeployment`] is to [`ModelRevision`] what a Deployment is to a ReplicaSet: the user writes the one, every change of what it
+//! serves makes an immutable other. The documentation of each field becomes `kubectl explain`.
+
+mod accelerator;
+mod autoscaling;
+mod condition;
+mod model_deployment;
+mod model_revision;
+mod optimize;
+mod rollout;
+mod route;
+mod runtime;
+mod source;
+
+pub use accelerator::{Accelerator, Fallback};
+pub use autoscaling::{Autoscaling, MetricTarget, ScaleMetric};
+pub use condition::ConditionType;
+pub use model_deployment::{ModelDeployment, ModelDeploymentSpec, ModelDeploymentStatus};
+pub use model_revision::{ModelRevision, ModelRevisionSpec, ModelRevisionStatus, RevisionPhase, RevisionTemplate};
+pub use optimize::{JobSettings, Optimize};
+pub use rollout::{Analysis, Rollout, RolloutStep, Strategy};
+pub use route::{ParentReference, Route};
+pub use runtime::{Amount, Batching, EngineChoice, EnvironmentVariable, LabelValue, PodOverlay, Resources, Runtime};
+pub use source::{Source, Verify};
+
+use kube::CustomResourceExt as _;
+
+/// The API group.
+pub const GROUP: &str = "plimsoll.dev";
+
+/// The label of every object that belongs to a ModelDeployment; its value is the ModelDeployment's name.
+pub const MODEL_LABEL: &str = "plimsoll.dev/model";
+
+/// The label of a ModelRevision that holds its number, and of the objects of a revision.
+pub const REVISION_LABEL: &str = "plimsoll.dev/revision";
+
+/// The label of the objects of a ModelRevision; its value is the ModelRevision's name.
+pub const REVISION_NAME_LABEL: &str = "plimsoll.dev/revision-name";
+
+/// The CustomResourceDefinitions as YAML, by file name.
+#[must_use]
+pub fn custom_resource_definitions() -> Vec<(&'static str, String)> {
+    let yaml = |crd| serde_yaml_ng::to_string(&crd).expect("a CRD is plain data");
+    vec![("modeldeployments.yaml", yaml(ModelDeployment::crd())), ("modelrevisions.yaml", yaml(ModelRevision::crd()))]
+}

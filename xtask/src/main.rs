@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
+mod chart;
 mod cluster;
 mod crds;
 mod demo;

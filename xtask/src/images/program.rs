@@ -1,0 +1,66 @@
+//! The programs that go into images, built so that neither the checkout's path nor the user's shows in them.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+
+use crate::{progress, workspace};
+
+/// How the programs are compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Profile {
+    /// Optimised, stripped, reproducible.
+    Release,
+    /// Quickly, with debug information and no limit on the size.
+    Dev,
+}
+
+/// Programs that are compiled by one call. Cargo unifies the features of what one call builds, so the sets are fixed: a program is the
+/// same whatever else was asked for. The operator stands alone, since it must not grow by what the engines need; the optimiser
+/// contains the runtime.
+const GROUPS: [&[&str]; 2] = [&["plimsoll-operator"], &["plimsoll-runtime", "plimsoll-optimizer"]];
+
+/// Builds `packages` with what is built together with them, and returns the programs' paths in the order asked for.
+///
+/// # Errors
+/// Where a package does not compile; the error ends with the compiler's last lines.
+pub(crate) fn build(packages: &[&str], profile: Profile) -> Result<Vec<PathBuf>> {
+    // Other flags than a plain `cargo build` has: in a folder of their own, the two do not undo each other's work.
+    let target = match profile {
+        Profile::Release => workspace::target().join("images"),
+        Profile::Dev => workspace::target(),
+    };
+    for group in GROUPS.iter().filter(|group| group.iter().any(|package| packages.contains(package))) {
+        let mut command = workspace::cargo();
+        command.args(["build", "--locked", "--bins"]).arg("--target-dir").arg(&target);
+        for package in *group {
+            command.args(["--package", package]);
+        }
+        if profile == Profile::Release {
+            command.arg("--release").env("CARGO_ENCODED_RUSTFLAGS", flags(&target)?);
+        }
+        let what = format!("compiling {}", group.join(", "));
+        let log = target.join(format!("{}.log", group[0]));
+        progress::phase(&what, |bar| progress::run_logged(&mut command, &log, bar))?;
+    }
+    let folder = target.join(if profile == Profile::Release { "release" } else { "debug" });
+    Ok(packages.iter().map(|package| folder.join(package)).collect())
+}
+
+/// Compiler flags that replace this machine's folders in panic messages, in the form of `CARGO_ENCODED_RUSTFLAGS`.
+fn flags(target: &std::path::Path) -> Result<String> {
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
+    let cargo = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(home)
+        .context("neither CARGO_HOME nor HOME is set")?;
+    // The last that matches wins; the target folder may lie in the checkout.
+    let replaced = [
+        (cargo, "/cargo"),
+        (workspace::root().to_path_buf(), "/plimsoll"),
+        (target.to_path_buf(), "/target"),
+    ];
+    Ok(replaced
+        .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
+        .join("\u{1f}"))
+}

@@ -135,3 +135,18 @@ fn every_reference_carries_the_version_but_the_tests_own() {
     }
     assert!(build(&["sidecar"]).unwrap_err().to_string().contains("operator, optimizer"));
 }
+
+#[test]
+fn an_image_over_its_limit_is_an_error_with_both_sizes_but_not_for_debugging() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut built = image(folder.path(), "c0ffee");
+    built.limit_bytes = Some(1_500_000);
+    built.record.unpacked_bytes = 2_340_000;
+    let built = [built];
+    let error = within_limits(&built, Profile::Release).unwrap_err().to_string();
+    assert!(
+        error.contains("/operator:") && error.ends_with(" is 2.3 MB of at most 1.5"),
+        "{error}"
+    );
+    assert!(within_limits(&built, Profile::Dev).is_ok());
+}

@@ -6,3 +6,5 @@
 
 pub mod engine;
 pub mod onnx;
+#[cfg(feature = "server")]
+pub mod server;

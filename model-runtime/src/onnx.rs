@@ -88,8 +88,8 @@ fn decode(bytes: bytes::Bytes) -> Result<ModelProto, String> {
 /// Protocol, or an input of unknown rank.
 pub fn signature(model: &ModelProto) -> Result<(Vec<TensorSpec>, Vec<TensorSpec>), OnnxError> {
     let Some(graph) = &model.graph else { return Ok((vec![], vec![])) };
-    let given: HashSet<&str> = graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
-    let inputs = graph.input.iter().filter(|input| !given.contains(input.name.as_str()));
+    let given: HashSet<&str> = graph.initializer.iter().map(|tensor| tensor.name()).collect();
+    let inputs = graph.input.iter().filter(|input| !given.contains(input.name()));
     Ok((
         inputs.map(|input| spec("input", input)).collect::<Result<_, _>>()?,
         graph.output.iter().map(|output| spec("output", output)).collect::<Result<_, _>>()?,
@@ -97,20 +97,20 @@ pub fn signature(model: &ModelProto) -> Result<(Vec<TensorSpec>, Vec<TensorSpec>
 }
 
 fn spec(role: &'static str, info: &ValueInfoProto) -> Result<TensorSpec, OnnxError> {
-    let refuse = |reason: &str| OnnxError::Signature { role, name: info.name.clone(), reason: reason.to_owned() };
+    let refuse = |reason: &str| OnnxError::Signature { role, name: info.name().to_owned(), reason: reason.to_owned() };
     let tensor = match info.r#type.as_ref().and_then(|kind| kind.value.as_ref()) {
         Some(type_proto::Value::TensorType(tensor)) => tensor,
         Some(_) => return Err(refuse("is not a tensor; sequences, maps and optionals cannot be served")),
         None => return Err(refuse("has no type")),
     };
-    let datatype = datatype(tensor.elem_type)
-        .ok_or_else(|| refuse(&format!("has element type {}, which the Open Inference Protocol does not know", tensor.elem_type)))?;
+    let datatype = datatype(tensor.elem_type())
+        .ok_or_else(|| refuse(&format!("has element type {}, which the Open Inference Protocol does not know", tensor.elem_type())))?;
     let shape = match &tensor.shape {
         Some(shape) => shape.dim.iter().map(dimension).collect(),
         None if role == "input" => return Err(refuse("has no shape, not even a rank; run ONNX's shape inference on the model")),
         None => vec![-1],
     };
-    Ok(TensorSpec { name: info.name.clone(), datatype, shape })
+    Ok(TensorSpec { name: info.name().to_owned(), datatype, shape })
 }
 
 fn dimension(dimension: &tensor_shape_proto::Dimension) -> i64 {

@@ -180,5 +180,5 @@ fn from_value(spec: &TensorSpec, value: &DynValue) -> ort::Result<Tensor> {
         }
     };
     let shape = shape.iter().map(|&size| usize::try_from(size).unwrap_or_default()).collect();
-    Tensor::new(shape, data).map_err(ort::Error::new)
+    Tensor::new(shape, data).map_err(|error| ort::Error::new(error.to_string()))
 }

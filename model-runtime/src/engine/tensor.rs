@@ -34,24 +34,23 @@ pub enum Data {
 macro_rules! for_each_type {
     ($data:expr, $values:ident => $body:expr) => {
         match $data {
-            $crate::engine::Data::Bool($values) => $body,
-            $crate::engine::Data::Uint8($values) => $body,
-            $crate::engine::Data::Uint16($values) => $body,
-            $crate::engine::Data::Uint32($values) => $body,
-            $crate::engine::Data::Uint64($values) => $body,
-            $crate::engine::Data::Int8($values) => $body,
-            $crate::engine::Data::Int16($values) => $body,
-            $crate::engine::Data::Int32($values) => $body,
-            $crate::engine::Data::Int64($values) => $body,
-            $crate::engine::Data::Fp16($values) => $body,
-            $crate::engine::Data::Bf16($values) => $body,
-            $crate::engine::Data::Fp32($values) => $body,
-            $crate::engine::Data::Fp64($values) => $body,
-            $crate::engine::Data::Bytes($values) => $body,
+            Self::Bool($values) => $body,
+            Self::Uint8($values) => $body,
+            Self::Uint16($values) => $body,
+            Self::Uint32($values) => $body,
+            Self::Uint64($values) => $body,
+            Self::Int8($values) => $body,
+            Self::Int16($values) => $body,
+            Self::Int32($values) => $body,
+            Self::Int64($values) => $body,
+            Self::Fp16($values) => $body,
+            Self::Bf16($values) => $body,
+            Self::Fp32($values) => $body,
+            Self::Fp64($values) => $body,
+            Self::Bytes($values) => $body,
         }
     };
 }
-pub(crate) use for_each_type;
 
 /// Values that do not fill a shape.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -21,12 +21,12 @@ fn fold(graph: &mut GraphProto) -> Result<usize, OnnxError> {
     for subgraph in graph.node.iter_mut().flat_map(|node| &mut node.attribute).filter_map(|attribute| attribute.g.as_mut()) {
         folded += fold(subgraph)?;
     }
-    let initializers: HashMap<&str, &TensorProto> = graph.initializer.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-    let outputs: HashSet<&str> = graph.output.iter().map(|output| output.name.as_str()).collect();
+    let initializers: HashMap<&str, &TensorProto> = graph.initializer.iter().map(|tensor| (tensor.name(), tensor)).collect();
+    let outputs: HashSet<&str> = graph.output.iter().map(|output| output.name()).collect();
     let mut results: HashMap<usize, TensorProto> = HashMap::new();
     for (index, node) in graph.node.iter().enumerate() {
         // A graph output must be a node's, so such a node stays.
-        if node.op_type == "DequantizeLinear" && node.output.iter().all(|output| !outputs.contains(output.as_str())) {
+        if node.op_type() == "DequantizeLinear" && node.output.iter().all(|output| !outputs.contains(output.as_str())) {
             results.extend(dequantize(node, &initializers)?.map(|tensor| (index, tensor)));
         }
     }
@@ -38,7 +38,7 @@ fn fold(graph: &mut GraphProto) -> Result<usize, OnnxError> {
     graph.node.retain(|_| !results.contains_key(&index.next().unwrap_or(usize::MAX)));
     let mut read = HashSet::new();
     reads(graph, &mut read);
-    graph.initializer.retain(|tensor| read.contains(&tensor.name));
+    graph.initializer.retain(|tensor| read.contains(tensor.name()));
     let mut results: Vec<_> = results.into_iter().collect();
     results.sort_by_key(|(index, _)| *index);
     graph.initializer.extend(results.into_iter().map(|(_, tensor)| tensor));
@@ -47,7 +47,7 @@ fn fold(graph: &mut GraphProto) -> Result<usize, OnnxError> {
 
 fn reads(graph: &GraphProto, read: &mut HashSet<String>) {
     read.extend(graph.node.iter().flat_map(|node| node.input.iter().cloned()));
-    read.extend(graph.output.iter().map(|output| output.name.clone()));
+    read.extend(graph.output.iter().map(|output| output.name().to_owned()));
     for attribute in graph.node.iter().flat_map(|node| &node.attribute) {
         attribute.g.iter().chain(&attribute.graphs).for_each(|subgraph| reads(subgraph, read));
     }
@@ -61,12 +61,12 @@ fn dequantize(node: &NodeProto, initializers: &HashMap<&str, &TensorProto>) -> R
         (Some(_), None) => return Ok(None),
         (_, zero_point) => zero_point,
     };
-    let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name == name).map(|attribute| attribute.i);
+    let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name() == name).map(|attribute| attribute.i());
     let narrow = [DataType::Int8, DataType::Uint8, DataType::Int16, DataType::Uint16, DataType::Int32];
-    if attribute("block_size").unwrap_or(0) != 0 || scale.data_type != DataType::Float as i32 || !narrow.iter().any(|&kind| kind as i32 == weight.data_type) {
+    if attribute("block_size").unwrap_or(0) != 0 || scale.data_type() != DataType::Float as i32 || !narrow.iter().any(|&kind| kind as i32 == weight.data_type()) {
         return Ok(None);
     }
-    let refuse = |reason: &str| OnnxError::Weight { name: weight.name.clone(), reason: reason.to_owned() };
+    let refuse = |reason: &str| OnnxError::Weight { name: weight.name().to_owned(), reason: reason.to_owned() };
     let dims = shape(weight)?;
     let scales = floats(scale)?;
     let zeros = match zero_point {
@@ -90,10 +90,10 @@ fn dequantize(node: &NodeProto, initializers: &HashMap<&str, &TensorProto>) -> R
         });
     }
     Ok(Some(TensorProto {
-        name: node.output[0].clone(),
+        name: Some(node.output[0].clone()),
         dims: weight.dims.clone(),
-        data_type: DataType::Float as i32,
-        raw_data: values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        data_type: Some(DataType::Float as i32),
+        raw_data: Some(values.iter().flat_map(|value| value.to_le_bytes()).collect()),
         ..TensorProto::default()
     }))
 }
@@ -104,18 +104,24 @@ mod tests {
     use crate::onnx::{AttributeProto, ValueInfoProto};
 
     fn tensor(name: &str, kind: DataType, dims: &[i64], raw: impl IntoIterator<Item = u8>) -> TensorProto {
-        TensorProto { name: name.into(), data_type: kind as i32, dims: dims.to_vec(), raw_data: raw.into_iter().collect(), ..Default::default() }
+        TensorProto {
+            name: Some(name.into()),
+            data_type: Some(kind as i32),
+            dims: dims.to_vec(),
+            raw_data: Some(raw.into_iter().collect()),
+            ..Default::default()
+        }
     }
 
     fn model(axis: i64) -> ModelProto {
         let dequantize = NodeProto {
-            op_type: "DequantizeLinear".into(),
+            op_type: Some("DequantizeLinear".into()),
             input: vec!["q".into(), "scale".into(), "zero".into()],
             output: vec!["w".into()],
-            attribute: vec![AttributeProto { name: "axis".into(), i: axis, ..Default::default() }],
+            attribute: vec![AttributeProto { name: Some("axis".into()), i: Some(axis), ..Default::default() }],
             ..Default::default()
         };
-        let add = NodeProto { op_type: "Add".into(), input: vec!["x".into(), "w".into()], output: vec!["y".into()], ..Default::default() };
+        let add = NodeProto { op_type: Some("Add".into()), input: vec!["x".into(), "w".into()], output: vec!["y".into()], ..Default::default() };
         let graph = GraphProto {
             node: vec![dequantize, add],
             initializer: vec![
@@ -123,7 +129,7 @@ mod tests {
                 tensor("scale", DataType::Float, &[2], [0.5_f32, 2.0].into_iter().flat_map(f32::to_le_bytes)),
                 tensor("zero", DataType::Int8, &[2], [0, 1]),
             ],
-            output: vec![ValueInfoProto { name: "y".into(), ..Default::default() }],
+            output: vec![ValueInfoProto { name: Some("y".into()), ..Default::default() }],
             ..Default::default()
         };
         ModelProto { graph: Some(graph), ..Default::default() }
@@ -136,7 +142,7 @@ mod tests {
             assert_eq!(fold_dequantize(&mut model).unwrap(), 1);
             let graph = model.graph.unwrap();
             assert_eq!(graph.node.len(), 1);
-            assert_eq!(graph.initializer.iter().map(|tensor| &tensor.name[..]).collect::<Vec<_>>(), ["w"], "what is unread goes");
+            assert_eq!(graph.initializer.iter().map(|tensor| tensor.name()).collect::<Vec<_>>(), ["w"], "what is unread goes");
             assert_eq!(floats(&graph.initializer[0]).unwrap(), expected);
         }
     }

@@ -21,23 +21,23 @@ pub fn shape(tensor: &TensorProto) -> Result<Vec<usize>, OnnxError> {
 /// [`OnnxError::Weight`] where the data lies in another file, is of a type without numbers, or does not fill the shape.
 pub fn floats(tensor: &TensorProto) -> Result<Vec<f32>, OnnxError> {
     let length: usize = shape(tensor)?.iter().product();
-    let values = if tensor.raw_data.is_empty() { typed(tensor)? } else { raw(tensor)? };
+    let values = if tensor.raw_data().is_empty() { typed(tensor)? } else { raw(tensor)? };
     if values.len() == length { Ok(values) } else { Err(refuse(tensor, "does not hold as many values as its shape says")) }
 }
 
 fn refuse(tensor: &TensorProto, reason: &str) -> OnnxError {
-    OnnxError::Weight { name: tensor.name.clone(), reason: reason.to_owned() }
+    OnnxError::Weight { name: tensor.name().to_owned(), reason: reason.to_owned() }
 }
 
 fn kind(tensor: &TensorProto) -> Result<DataType, OnnxError> {
-    if tensor.data_location == DataLocation::External as i32 {
+    if tensor.data_location() == DataLocation::External {
         return Err(refuse(tensor, "lies in another file, which cannot be folded"));
     }
-    DataType::try_from(tensor.data_type).map_err(|_| refuse(tensor, "has an unknown element type"))
+    DataType::try_from(tensor.data_type()).map_err(|_| refuse(tensor, "has an unknown element type"))
 }
 
 fn raw(tensor: &TensorProto) -> Result<Vec<f32>, OnnxError> {
-    let data = &tensor.raw_data[..];
+    let data = tensor.raw_data();
     Ok(match kind(tensor)? {
         DataType::Float => words(data, f32::from_le_bytes),
         DataType::Double => words(data, |word| f64::from_le_bytes(word) as f32),

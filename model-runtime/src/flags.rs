@@ -1,0 +1,166 @@
+//! The command line as it is written, and what it resolves to.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use plimsoll_package::units;
+use plimsoll_runtime::engine::EngineKind;
+use plimsoll_runtime::server::{Config, Limits, log, quota};
+
+/// Serves an optimised model over the Open Inference Protocol V2.
+#[derive(Parser)]
+#[command(name = "plimsoll-runtime", version, disable_help_subcommand = true)]
+pub(crate) struct Flags {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    /// How log lines on standard error are written.
+    #[arg(long, global = true, value_enum, default_value = "json")]
+    pub(crate) log_format: log::Format,
+
+    /// What is logged: error, warn, info, debug (every inference) or trace.
+    #[arg(long, global = true, default_value = "info")]
+    pub(crate) log_level: String,
+
+    /// File for the reason of a failure, in one line; by default Kubernetes' /dev/termination-log where there is one.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) termination_log: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Serves a package's folder or an ONNX file until SIGTERM.
+    Serve(Serve),
+    /// Pulls a package from an OCI registry into a folder.
+    Pull(Pull),
+}
+
+#[derive(Args)]
+pub(crate) struct Serve {
+    /// A package's folder (its digests and its probe are checked first), or a .onnx file.
+    path: PathBuf,
+
+    /// The model's name in the protocol; by default the file's name without its ending, or `model` for a folder.
+    #[arg(long)]
+    name: Option<String>,
+
+    /// The model's version in the protocol.
+    #[arg(long, default_value = "1")]
+    model_version: String,
+
+    /// What runs the model. `auto` takes the engine that the package names and the other where that one fails; ONNX Runtime is loaded
+    /// from the library that ORT_DYLIB_PATH names.
+    #[arg(long, value_enum, default_value = "auto")]
+    engine: Engine,
+
+    /// Address of the protocol.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    http: SocketAddr,
+
+    /// Address of the metrics; without it they are at /metrics of the protocol's.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+
+    /// Threads of one inference; by default the CPU quota of the control group, divided by the instances.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+
+    /// Inferences at one time, each with a copy of the model.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256), default_value_t = 1)]
+    instances: u16,
+
+    /// Largest body of a request; a larger one is answered with 413.
+    #[arg(long, value_name = "SIZE", default_value = "64Mi", value_parser = size)]
+    max_body: u64,
+
+    /// Most inference requests taken on at one time, waiting ones included; more are answered with 429.
+    #[arg(long, value_name = "REQUESTS", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    max_concurrency: u16,
+
+    /// Most open connections; more wait to be accepted.
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(1..))]
+    max_connections: u16,
+
+    /// Longest time from a request's headers to its answer; then 408 where the body is missing, 504 where the answer is.
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    request_timeout: Duration,
+
+    /// Longest time for a request's headers to arrive, and for a kept-alive connection to idle.
+    #[arg(long, value_name = "DURATION", default_value = "75s", value_parser = duration)]
+    header_timeout: Duration,
+
+    /// How long requests are served after SIGTERM, while readiness fails already.
+    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
+    drain_delay: Duration,
+
+    /// Longest wait for requests in flight after the drain delay.
+    #[arg(long, value_name = "DURATION", default_value = "25s", value_parser = duration)]
+    grace: Duration,
+}
+
+#[derive(Args)]
+pub(crate) struct Pull {
+    /// The package: HOST/REPOSITORY:TAG or HOST/REPOSITORY@DIGEST.
+    pub(crate) reference: String,
+
+    /// The folder that it goes to.
+    pub(crate) dir: PathBuf,
+
+    /// Speak plain HTTP with the registry.
+    #[arg(long)]
+    pub(crate) plain_http: bool,
+
+    /// Folder with .dockerconfigjson, or username and password, or token.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) credentials: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    Auto,
+    Tract,
+    #[value(name = "onnxruntime")]
+    OnnxRuntime,
+}
+
+fn size(written: &str) -> Result<u64, units::UnitError> {
+    written.parse::<units::Size>()?.value()
+}
+
+fn duration(written: &str) -> Result<Duration, units::UnitError> {
+    // `0` needs no unit.
+    if written == "0" { Ok(Duration::ZERO) } else { written.parse::<units::Duration>()?.value() }
+}
+
+impl Serve {
+    pub(crate) fn resolve(self) -> Config {
+        let instances = usize::from(self.instances);
+        let stem = |path: &Path| path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
+        let name = self.name.unwrap_or_else(|| if self.path.is_dir() { "model".into() } else { stem(&self.path) });
+        Config {
+            name,
+            version: self.model_version,
+            engine: match self.engine {
+                Engine::Auto => None,
+                Engine::Tract => Some(EngineKind::Tract),
+                Engine::OnnxRuntime => Some(EngineKind::OnnxRuntime),
+            },
+            http: self.http,
+            metrics: self.metrics,
+            threads: self.threads.map_or_else(|| (quota::processors() / instances).max(1), usize::from),
+            instances,
+            limits: Limits {
+                body_bytes_max: usize::try_from(self.max_body).unwrap_or(usize::MAX),
+                concurrency_max: usize::from(self.max_concurrency),
+                connections_max: usize::from(self.max_connections),
+                request_timeout: self.request_timeout,
+                header_timeout: self.header_timeout,
+            },
+            drain_delay: self.drain_delay,
+            grace: self.grace,
+            path: self.path,
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The server: loads a model, proves it, and answers the Open Inference Protocol V2 over HTTP until it is told to stop.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, oneshot, watch};
+
+use crate::engine::EngineKind;
+
+mod listener;
+pub mod log;
+mod metrics;
+mod model;
+mod protocol;
+pub mod pull;
+pub mod quota;
+mod workers;
+
+use metrics::Metrics;
+use model::Model;
+
+/// What to serve, where, and within which bounds.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// A package's folder, or an ONNX file.
+    pub path: PathBuf,
+    /// The model's name in the protocol.
+    pub name: String,
+    /// The model's version in the protocol.
+    pub version: String,
+    /// The engine; `None` takes the one that the manifest names, and the other where that one fails.
+    pub engine: Option<EngineKind>,
+    /// Address of the protocol.
+    pub http: SocketAddr,
+    /// Address of the metrics; `None` serves them at `/metrics` of the protocol's.
+    pub metrics: Option<SocketAddr>,
+    /// Threads of one inference, 1 or more.
+    pub threads: usize,
+    /// Inferences at one time, each with an engine of its own, 1 or more.
+    pub instances: usize,
+    /// The bounds.
+    pub limits: Limits,
+    /// How long requests are served after SIGTERM while readiness fails, so that endpoints can go first.
+    pub drain_delay: Duration,
+    /// Longest wait for requests in flight after that.
+    pub grace: Duration,
+}
+
+/// Bounds of what clients may take.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Largest body of a request, in bytes.
+    pub body_bytes_max: usize,
+    /// Most inference requests taken on at one time, waiting ones included.
+    pub concurrency_max: usize,
+    /// Most open connections.
+    pub connections_max: usize,
+    /// Longest time of a request, from its headers to its answer.
+    pub request_timeout: Duration,
+    /// Longest time for a request's headers, and for a kept-alive connection to idle.
+    pub header_timeout: Duration,
+}
+
+/// Why the server stops without having been told to.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The signal handler cannot be installed.
+    #[error("cannot wait for signals: {0}")]
+    Signals(std::io::Error),
+    /// No engine serves the model.
+    #[error(transparent)]
+    Model(#[from] model::ModelError),
+    /// The thread that loads the model died.
+    #[error("loading the model was broken off")]
+    Loading,
+}
+
+/// What the handlers share.
+pub(crate) struct State {
+    config: Config,
+    metrics: Metrics,
+    model: OnceLock<Model>,
+    draining: AtomicBool,
+    admission: Arc<Semaphore>,
+}
+
+impl State {
+    /// The model, once it is proven; it stays while the server drains.
+    fn model(&self) -> Option<&Model> {
+        self.model.get()
+    }
+
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Whether new traffic should come.
+    fn is_ready(&self) -> bool {
+        self.model().is_some() && !self.is_draining()
+    }
+}
+
+/// Serves until SIGTERM or SIGINT, then drains: readiness fails at once, requests are served for `drain_delay` more, then the listener
+/// closes and requests in flight finish within `grace`.
+///
+/// The address is listened on at once, so that liveness answers while the model loads.
+///
+/// # Errors
+/// [`ServeError`] where an address is taken or no engine serves the model; a fault of a request never ends the server.
+pub async fn serve(config: Config) -> Result<(), ServeError> {
+    let started = Instant::now();
+    let mut signals = signals().map_err(ServeError::Signals)?;
+    let http = bind(config.http).await?;
+    let scrape = match config.metrics {
+        Some(address) => Some(bind(address).await?),
+        None => None,
+    };
+    let address = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
+    tracing::info!(http = address(&http), metrics = scrape.as_ref().map(address), "listening");
+
+    let (stop, stopped) = watch::channel(false);
+    let admission = Arc::new(Semaphore::new(config.limits.concurrency_max));
+    let state = Arc::new(State { metrics: Metrics::default(), model: OnceLock::new(), draining: AtomicBool::new(false), admission, config });
+    let separate = scrape.is_some();
+    if let Some(scrape) = scrape {
+        let router = protocol::metrics_router(Arc::clone(&state));
+        tokio::spawn(listener::serve(scrape, router, state.config.limits.clone(), Duration::ZERO, stopped.clone()));
+    }
+    let router = protocol::router(Arc::clone(&state), !separate);
+    let serving = tokio::spawn(listener::serve(http, router, state.config.limits.clone(), state.config.grace, stopped));
+
+    let loaded = load(&state.config);
+    tokio::select! {
+        _ = signals.recv() => {}
+        model = loaded => {
+            let model = model.map_err(|_| ServeError::Loading)??;
+            let seconds = started.elapsed().as_secs_f64();
+            state.metrics.loaded(&model, &state.config, seconds);
+            tracing::info!(model = state.config.name, engine = %model.kind(), seconds, "ready");
+            let _ = state.model.set(model);
+            signals.recv().await;
+        }
+    }
+    state.draining.store(true, Ordering::Relaxed);
+    state.metrics.ready.set(0);
+    tracing::info!(delay_s = state.config.drain_delay.as_secs_f64(), "draining");
+    if state.model().is_some() {
+        tokio::time::sleep(state.config.drain_delay).await;
+    }
+    let _ = stop.send(true);
+    match serving.await {
+        Ok(0) => tracing::info!("stopped"),
+        Ok(open) => tracing::warn!(connections = open, "stopped with requests in flight"),
+        Err(error) => tracing::error!(%error, "the listener failed"),
+    }
+    Ok(())
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })
+}
+
+fn load(config: &Config) -> oneshot::Receiver<Result<Model, model::ModelError>> {
+    let (sender, receiver) = oneshot::channel();
+    let config = config.clone();
+    std::thread::spawn(move || sender.send(Model::load(&config)));
+    receiver
+}
+
+/// SIGTERM and SIGINT, as one stream.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+fn signals() -> std::io::Result<Signals> {
+    use tokio::signal::unix::{SignalKind, signal};
+    Ok(Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+}
+
+impl Signals {
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

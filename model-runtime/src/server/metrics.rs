@@ -1,0 +1,108 @@
+//! Metrics in the OpenMetrics text form, `plimsoll_runtime_<name>_<unit>`.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+use super::Config;
+use super::model::Model;
+
+/// Content type of the text form.
+pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct Code {
+    pub(super) code: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EngineLabels {
+    engine: String,
+    fallback: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModelLabels {
+    name: String,
+    version: String,
+    source_digest: String,
+    toolchain: String,
+}
+
+#[derive(Debug)]
+pub(super) struct Metrics {
+    registry: Registry,
+    pub(super) requests: Family<Code, Counter>,
+    pub(super) request_duration: Histogram,
+    pub(super) inference_duration: Histogram,
+    pub(super) queue_duration: Histogram,
+    pub(super) in_flight: Gauge,
+    pub(super) ready: Gauge,
+    load_duration: Gauge<f64, AtomicU64>,
+    engine: Family<EngineLabels, Gauge>,
+    model: Family<ModelLabels, Gauge>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        // 0.1 ms to 26 s.
+        let durations = || Histogram::new(exponential_buckets(1e-4, 2.0, 19));
+        let mut registry = Registry::with_prefix("plimsoll_runtime");
+        let metrics = Self {
+            requests: Family::default(),
+            request_duration: durations(),
+            inference_duration: durations(),
+            queue_duration: durations(),
+            in_flight: Gauge::default(),
+            ready: Gauge::default(),
+            load_duration: Gauge::default(),
+            engine: Family::default(),
+            model: Family::default(),
+            registry: Registry::default(),
+        };
+        registry.register("requests", "Inference requests answered, by HTTP status", metrics.requests.clone());
+        let seconds = || Unit::Seconds;
+        let duration = metrics.request_duration.clone();
+        registry.register_with_unit("request_duration", "From an inference request's headers to its answer", seconds(), duration);
+        let duration = metrics.inference_duration.clone();
+        registry.register_with_unit("inference_duration", "What the engine took for an inference", seconds(), duration);
+        let duration = metrics.queue_duration.clone();
+        registry.register_with_unit("queue_duration", "How long an inference waited for a thread", seconds(), duration);
+        registry.register("requests_in_flight", "Inference requests taken on and not yet answered", metrics.in_flight.clone());
+        registry.register("ready", "1 while new traffic should come", metrics.ready.clone());
+        let duration = metrics.load_duration.clone();
+        registry.register_with_unit("load_duration", "From the start of the process to ready", seconds(), duration);
+        registry.register("engine_info", "The engine that serves, and whether it is not the preferred one", metrics.engine.clone());
+        registry.register("model_info", "The model that is served", metrics.model.clone());
+        Self { registry, ..metrics }
+    }
+}
+
+impl Metrics {
+    pub(super) fn loaded(&self, model: &Model, config: &Config, seconds: f64) {
+        let engine = EngineLabels { engine: model.kind().to_string(), fallback: model.fell_back.to_string() };
+        self.engine.get_or_create(&engine).set(1);
+        let manifest = model.manifest.as_ref();
+        let labels = ModelLabels {
+            name: config.name.clone(),
+            version: config.version.clone(),
+            source_digest: manifest.map_or_else(String::new, |manifest| manifest.source_digest.to_string()),
+            toolchain: manifest.map_or_else(String::new, |manifest| manifest.toolchain.clone()),
+        };
+        self.model.get_or_create(&labels).set(1);
+        self.load_duration.set(seconds);
+        self.ready.set(1);
+    }
+
+    pub(super) fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing into a string cannot fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        text
+    }
+}

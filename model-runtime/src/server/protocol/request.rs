@@ -1,0 +1,358 @@
+//! Inference requests: JSON read straight into typed tensors.
+
+use std::fmt;
+
+use half::{bf16, f16};
+use plimsoll_package::manifest::Datatype;
+use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::engine::tensor::element_count;
+use crate::engine::{Data, Tensor};
+
+/// Most tensors of a request, and most dimensions of a tensor.
+const LENGTH_MAX: usize = 1024;
+
+/// A request, its tensors in the client's order.
+#[derive(Debug, PartialEq)]
+pub(super) struct InferRequest {
+    pub(super) id: Option<String>,
+    pub(super) inputs: Vec<(String, Tensor)>,
+    /// The outputs asked for; `None` is all of them.
+    pub(super) outputs: Option<Vec<String>>,
+}
+
+/// Reads the body of a request.
+///
+/// # Errors
+/// In words for the client: not JSON, a field of the wrong kind, values that do not fill the shape or fit the datatype, an extension
+/// that is not there.
+pub(super) fn parse(body: &[u8]) -> Result<InferRequest, String> {
+    #[derive(Deserialize)]
+    struct Raw {
+        #[serde(default)]
+        id: Option<String>,
+        #[serde(default)]
+        parameters: Parameters,
+        inputs: Vec<Input>,
+        #[serde(default)]
+        outputs: Option<Vec<Wanted>>,
+    }
+    #[derive(Deserialize)]
+    struct Wanted {
+        name: String,
+        #[serde(default)]
+        parameters: Parameters,
+    }
+    let raw: Raw = serde_json::from_slice(body).map_err(|error| format!("the body is not an inference request: {error}"))?;
+    let parameters = raw.outputs.iter().flatten().map(|wanted| &wanted.parameters).chain([&raw.parameters]);
+    for parameters in parameters {
+        parameters.check()?;
+    }
+    if raw.inputs.len() > LENGTH_MAX {
+        return Err(format!("{} inputs are more than the {LENGTH_MAX} of any model", raw.inputs.len()));
+    }
+    // An empty list is what some clients send for "all".
+    let outputs = raw.outputs.filter(|outputs| !outputs.is_empty());
+    Ok(InferRequest {
+        id: raw.id,
+        inputs: raw.inputs.into_iter().map(|input| (input.name, input.tensor)).collect(),
+        outputs: outputs.map(|outputs| outputs.into_iter().map(|wanted| wanted.name).collect()),
+    })
+}
+
+/// Parameters that ask for an extension; all others are for servers that know them.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Parameters {
+    binary_data: bool,
+    binary_data_output: bool,
+    binary_data_size: Option<IgnoredAny>,
+    shared_memory_region: Option<IgnoredAny>,
+    classification: Option<IgnoredAny>,
+    sequence_id: Option<IgnoredAny>,
+}
+
+impl Parameters {
+    fn check(&self) -> Result<(), String> {
+        let asked = [
+            (self.binary_data || self.binary_data_output || self.binary_data_size.is_some(), "binary tensors"),
+            (self.shared_memory_region.is_some(), "shared memory"),
+            (self.classification.is_some(), "classification"),
+            (self.sequence_id.is_some(), "sequences"),
+        ];
+        let asked = asked.into_iter().find_map(|(asked, extension)| asked.then_some(extension));
+        asked.map_or(Ok(()), |extension| Err(format!("the extension for {extension} is not supported; send and take JSON tensors")))
+    }
+}
+
+struct Input {
+    name: String,
+    tensor: Tensor,
+}
+
+impl<'de> Deserialize<'de> for Input {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(InputVisitor)
+    }
+}
+
+struct InputVisitor;
+
+impl<'de> Visitor<'de> for InputVisitor {
+    type Value = Input;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an input with name, datatype, shape and data")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Input, A::Error> {
+        let (mut name, mut datatype, mut shape): (Option<String>, Option<Datatype>, Option<Vec<usize>>) = (None, None, None);
+        let (mut data, mut unread): (Option<Data>, Option<&RawValue>) = (None, None);
+        let named = |name: &Option<String>, text: String| match name {
+            Some(name) => A::Error::custom(format!("input `{name}`: {text}")),
+            None => A::Error::custom(text),
+        };
+        while let Some(key) = map.next_key::<std::borrow::Cow<'de, str>>()? {
+            match &*key {
+                "name" => name = Some(map.next_value()?),
+                "datatype" => datatype = Some(map.next_value()?),
+                "shape" => shape = Some(map.next_value()?),
+                "data" => match (datatype, &shape) {
+                    (Some(datatype), Some(shape)) => data = Some(map.next_value_seed(Values { datatype, shape, name: name.as_deref() })?),
+                    // Its type is told only after it.
+                    _ => unread = Some(map.next_value()?),
+                },
+                "parameters" => map.next_value::<Parameters>()?.check().map_err(|text| named(&name, text))?,
+                _ => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        let name = name.ok_or_else(|| A::Error::missing_field("name"))?;
+        let missing = |field: &str| A::Error::custom(format!("input `{name}` has no {field}"));
+        let datatype = datatype.ok_or_else(|| missing("datatype"))?;
+        let shape = shape.ok_or_else(|| missing("shape"))?;
+        let data = match (data, unread) {
+            (Some(data), _) => data,
+            (None, Some(unread)) => {
+                let mut deserializer = serde_json::Deserializer::from_str(unread.get());
+                let values = Values { datatype, shape: &shape, name: Some(&name) };
+                values.deserialize(&mut deserializer).map_err(A::Error::custom)?
+            }
+            (None, None) => return Err(missing("data")),
+        };
+        let tensor = Tensor::new(shape, data).map_err(|error| A::Error::custom(format!("input `{name}`: {error}")))?;
+        Ok(Input { name, tensor })
+    }
+}
+
+/// The values of a tensor: flat, or nested as its shape.
+#[derive(Clone, Copy)]
+struct Values<'a> {
+    datatype: Datatype,
+    shape: &'a [usize],
+    name: Option<&'a str>,
+}
+
+impl<'de> DeserializeSeed<'de> for Values<'_> {
+    type Value = Data;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Data, D::Error> {
+        macro_rules! read {
+            ($($name:ident),*) => {
+                match self.datatype { $(Datatype::$name => self.read(deserializer).map(Data::$name)),* }
+            };
+        }
+        read!(Bool, Uint8, Uint16, Uint32, Uint64, Int8, Int16, Int32, Int64, Fp16, Bf16, Fp32, Fp64, Bytes)
+    }
+}
+
+impl Values<'_> {
+    fn read<'de, T: Element, D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<T>, D::Error> {
+        let context = |text: String| match self.name {
+            Some(name) => D::Error::custom(format!("input `{name}`: {text}")),
+            None => D::Error::custom(text),
+        };
+        let count = element_count(self.shape).filter(|_| self.shape.len() <= LENGTH_MAX);
+        let count = count.ok_or_else(|| context(format!("shape {:?} is more than memory holds", self.shape)))?;
+        // A shape is a few bytes of a body: it may not make us take memory that the values do not fill.
+        let mut out = Vec::with_capacity(count.min(4096));
+        let mut leaf_depth = None;
+        Level { values: self, count, depth: 0, out: &mut out, leaf_depth: &mut leaf_depth }.deserialize(deserializer)?;
+        Ok(out)
+    }
+}
+
+/// A list at `depth`, or a value there.
+struct Level<'a, T> {
+    values: Values<'a>,
+    count: usize,
+    depth: usize,
+    out: &'a mut Vec<T>,
+    /// How deep the values lie, once one was met: 1 where they are flat, the rank where they are nested.
+    leaf_depth: &'a mut Option<usize>,
+}
+
+impl<T: Element> Level<'_, T> {
+    fn refuse<E: Error>(&self, text: &str) -> E {
+        match self.values.name {
+            Some(name) => E::custom(format!("input `{name}`: {text}")),
+            None => E::custom(text),
+        }
+    }
+
+    fn push<E: Error>(self, value: Option<T>, written: &dyn fmt::Display) -> Result<(), E> {
+        let (rank, shape, datatype) = (self.values.shape.len(), self.values.shape, self.values.datatype);
+        let fits = matches!(self.depth, 1) || self.depth == rank;
+        if self.depth == 0 || !fits || self.leaf_depth.is_some_and(|depth| depth != self.depth) {
+            return Err(self.refuse(&format!("data is neither a flat list nor nested as shape {shape:?}")));
+        }
+        if self.out.len() == self.count {
+            return Err(self.refuse(&format!("shape {shape:?} takes {} values, more were given", self.count)));
+        }
+        *self.leaf_depth = Some(self.depth);
+        match value {
+            Some(value) => {
+                self.out.push(value);
+                Ok(())
+            }
+            None => Err(self.refuse(&format!("{written} does not fit {datatype}"))),
+        }
+    }
+}
+
+impl<'de, T: Element> DeserializeSeed<'de> for Level<'_, T> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de, T: Element> Visitor<'de> for Level<'_, T> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list of {} values", self.values.datatype)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        let shape = self.values.shape;
+        if self.depth >= shape.len().max(1) {
+            return Err(self.refuse(&format!("data is nested deeper than shape {shape:?}")));
+        }
+        let mut length = 0;
+        loop {
+            let (values, count, depth) = (self.values, self.count, self.depth + 1);
+            let level = Level { values, count, depth, out: &mut *self.out, leaf_depth: &mut *self.leaf_depth };
+            match list.next_element_seed(level)? {
+                Some(()) => length += 1,
+                None => break,
+            }
+        }
+        // An empty list is flat: it holds the values of a shape that has none.
+        let nested = self.depth > 0 || self.leaf_depth.map_or(length > 0, |depth| depth > 1);
+        if nested && shape.get(self.depth).is_some_and(|&size| size != length) {
+            let expected = shape[self.depth];
+            return Err(self.refuse(&format!("a list at depth {} holds {length} values, shape {shape:?} says {expected}", self.depth)));
+        }
+        Ok(())
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<(), E> {
+        self.push(T::boolean(value), &value)
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<(), E> {
+        self.push(T::unsigned(value), &value)
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<(), E> {
+        self.push(T::signed(value), &value)
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<(), E> {
+        self.push(T::float(value), &value)
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<(), E> {
+        self.push(T::text(value), &"a string")
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<(), E> {
+        self.push(None, &"null")
+    }
+}
+
+/// How a datatype takes a JSON value; `None` where the value does not fit.
+trait Element: Sized {
+    fn boolean(_: bool) -> Option<Self> {
+        None
+    }
+    fn unsigned(_: u64) -> Option<Self> {
+        None
+    }
+    fn signed(_: i64) -> Option<Self> {
+        None
+    }
+    fn float(_: f64) -> Option<Self> {
+        None
+    }
+    fn text(_: &str) -> Option<Self> {
+        None
+    }
+}
+
+impl Element for bool {
+    fn boolean(value: bool) -> Option<Self> {
+        Some(value)
+    }
+    fn unsigned(value: u64) -> Option<Self> {
+        (value <= 1).then_some(value == 1)
+    }
+}
+
+impl Element for Vec<u8> {
+    fn text(value: &str) -> Option<Self> {
+        Some(value.as_bytes().to_vec())
+    }
+}
+
+macro_rules! integers {
+    ($($type:ty),*) => {
+        $(impl Element for $type {
+            fn unsigned(value: u64) -> Option<Self> {
+                value.try_into().ok()
+            }
+            fn signed(value: i64) -> Option<Self> {
+                value.try_into().ok()
+            }
+            // `1.0` and `1e3`, as some languages write whole numbers; beyond 2^53 a float is no longer exact.
+            fn float(value: f64) -> Option<Self> {
+                (value.fract() == 0.0 && value.abs() <= 9_007_199_254_740_992.0).then(|| (value as i64).try_into().ok())?
+            }
+        })*
+    };
+}
+integers!(u8, u16, u32, u64, i8, i16, i32, i64);
+
+macro_rules! floats {
+    ($($type:ty: $convert:expr),*) => {
+        $(impl Element for $type {
+            fn unsigned(value: u64) -> Option<Self> {
+                Self::float(value as f64)
+            }
+            fn signed(value: i64) -> Option<Self> {
+                Self::float(value as f64)
+            }
+            fn float(value: f64) -> Option<Self> {
+                let converted: $type = $convert(value);
+                converted.is_finite().then_some(converted)
+            }
+        })*
+    };
+}
+floats!(f16: f16::from_f64, bf16: bf16::from_f64, f32: |value| value as f32, f64: |value| value);
+
+#[cfg(test)]
+mod tests;

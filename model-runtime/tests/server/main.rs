@@ -1,0 +1,8 @@
+//! The real binary on 127.0.0.1, as a client and as Kubernetes see it.
+
+mod client;
+mod drain;
+mod limits;
+mod process;
+mod protocol;
+mod start;

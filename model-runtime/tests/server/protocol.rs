@@ -1,0 +1,160 @@
+use plimsoll_package::manifest::{Engine, Probe};
+use serde_json::{Value, json};
+
+use crate::client::{Connection, get, post};
+use crate::process::{Server, model, package};
+
+fn mlp_body() -> Value {
+    json!({"id": "a-1", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]})
+}
+
+#[test]
+fn both_engines_serve_a_package_and_give_its_recorded_outputs() {
+    for engine in [Engine::Tract, Engine::OnnxRuntime] {
+        let package = package("mlp", engine);
+        let server = Server::ready(package.path(), &["--name", "net", "--model-version", "3"]);
+        assert_eq!(get(server.http, "/v2/health/live").json(), json!({"live": true}));
+        assert_eq!(get(server.http, "/v2/health/ready").json(), json!({"ready": true}));
+        assert_eq!(get(server.http, "/v2/models/net/ready").json(), json!({"name": "net", "ready": true}));
+        let metadata = json!({
+            "name": "net", "versions": ["3"], "platform": format!("{}_onnx", engine.to_string().to_lowercase()),
+            "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
+            "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 3]}],
+        });
+        assert_eq!(get(server.http, "/v2/models/net").json(), metadata);
+        assert_eq!(get(server.http, "/v2/models/net/versions/3").json(), metadata);
+
+        let probe = Probe::read(package.path()).unwrap();
+        let (input, output) = (&probe.inputs[0], &probe.outputs[0]);
+        let body = json!({"inputs": [{"name": "x", "datatype": "FP32", "shape": input.shape, "data": input.data}]});
+        let answer = post(server.http, "/v2/models/net/versions/3/infer", &body);
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        let answer = answer.json();
+        assert_eq!((&answer["model_name"], &answer["model_version"]), (&json!("net"), &json!("3")));
+        assert_eq!(answer["outputs"][0]["shape"], json!(output.shape));
+        for (value, expected) in answer["outputs"][0]["data"].as_array().unwrap().iter().zip(&output.data) {
+            assert!((value.as_f64().unwrap() - expected).abs() < 1e-5, "{value} {expected}");
+        }
+    }
+}
+
+#[test]
+fn the_id_comes_back_and_outputs_come_in_the_order_asked_for() {
+    let server = Server::ready(&model("two-inputs"), &["--engine", "tract"]);
+    let tensor = |name: &str, data: [i64; 2]| json!({"name": name, "datatype": "INT64", "shape": [1, 2], "data": [data]});
+    let body = json!({
+        "id": "a-1", "inputs": [tensor("b", [1, 2]), tensor("a", [9007199254740993, 1])],
+        "outputs": [{"name": "greater"}, {"name": "sum"}],
+    });
+    let answer = post(server.http, "/v2/models/two-inputs/infer", &body).json();
+    assert_eq!(answer["id"], "a-1");
+    let greater = json!({"name": "greater", "datatype": "BOOL", "shape": [1, 2], "data": [true, false]});
+    let sum = json!({"name": "sum", "datatype": "INT64", "shape": [1, 2], "data": [9007199254740994_i64, 3]});
+    assert_eq!(answer["outputs"], json!([greater, sum]));
+}
+
+#[test]
+fn every_datatype_goes_in_and_comes_out() {
+    for engine in ["tract", "onnxruntime"] {
+        let server = Server::ready(&model("every-type"), &["--engine", engine]);
+        let probe: Probe = serde_json::from_slice(&std::fs::read(model("every-type").with_extension("probe.json")).unwrap()).unwrap();
+        // Integers as integers: a double in JSON would be rounded by others.
+        let values = |datatype: &str, data: &[f64]| -> Value {
+            let value = |value: &f64| match datatype {
+                "BOOL" => json!(*value != 0.0),
+                _ if datatype.contains("INT") => serde_json::from_str(&format!("{value:.0}")).unwrap(),
+                _ => json!(value),
+            };
+            data.iter().map(value).collect()
+        };
+        let mut inputs = vec![];
+        for input in &probe.inputs {
+            let datatype = input.datatype.to_string();
+            inputs.push(json!({"name": input.name, "datatype": datatype, "shape": [3], "data": values(&datatype, &input.data)}));
+        }
+        let answer = post(server.http, "/v2/models/every-type/infer", &json!({"inputs": inputs}));
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        for (output, input) in answer.json()["outputs"].as_array().unwrap().iter().zip(&inputs) {
+            assert_eq!(output["datatype"], input["datatype"]);
+            for (given, expected) in output["data"].as_array().unwrap().iter().zip(input["data"].as_array().unwrap()) {
+                let same = match (given.as_f64(), expected.as_f64()) {
+                    // Single precision is written with its own shortest digits.
+                    (Some(given), Some(expected)) if given.fract() != 0.0 || given.abs() > 1e30 => (given / expected - 1.0).abs() < 1e-6,
+                    (Some(_), Some(_)) if !given.is_f64() => given == expected,
+                    (given, expected) => given == expected,
+                };
+                assert!(same, "{engine}: {output} {input}");
+            }
+        }
+    }
+}
+
+#[test]
+fn strings_pass_through_onnxruntime() {
+    let server = Server::ready(&model("strings"), &["--engine", "onnxruntime"]);
+    let body = json!({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [2], "data": ["grüß", ""]}]});
+    let answer = post(server.http, "/v2/models/strings/infer", &body);
+    assert_eq!(answer.json()["outputs"][0]["data"], json!(["grüß", ""]), "{}", answer.text);
+}
+
+#[test]
+fn a_refusal_names_what_is_wrong_and_what_would_be_right() {
+    let server = Server::ready(&model("mlp"), &["--engine", "tract"]);
+    let infer = "/v2/models/mlp/infer";
+    let refuse = |body: Value, status: u16, text: &str| {
+        let answer = post(server.http, infer, &body);
+        assert_eq!((answer.status, answer.error().as_str()), (status, text));
+    };
+    let input = |datatype: &str, shape: Value, data: Value| json!({"inputs": [{"name": "x", "datatype": datatype, "shape": shape, "data": data}]});
+    refuse(input("INT64", json!([1, 4]), json!([1, 2, 3, 4])), 400, "input `x` takes FP32, INT64 was given");
+    refuse(input("FP32", json!([1, 3]), json!([1, 2, 3])), 400, "input `x` takes shape [-1, 4] (-1 is any size), [1, 3] was given");
+    refuse(json!({"inputs": []}), 400, "input `x` (FP32, shape [-1, 4]) is missing");
+    let mut unknown = mlp_body();
+    unknown["outputs"] = json!([{"name": "z"}]);
+    refuse(unknown, 400, "output `z` is not the model's; it gives y");
+    let mut twice = mlp_body();
+    twice["inputs"] = json!([twice["inputs"][0], twice["inputs"][0]]);
+    refuse(twice, 400, "input `x` is given twice; it takes x");
+
+    let status = |method: &str, path: &str, headers: &str, body: &str| {
+        let answer = Connection::open(server.http).unwrap().send(method, path, headers, body).unwrap();
+        (answer.status, answer.error())
+    };
+    assert_eq!(status("POST", infer, "", "{").0, 400);
+    assert_eq!(status("GET", infer, "", ""), (405, "this path takes another method".to_owned()));
+    assert_eq!(status("GET", "/v3", "", ""), (404, "there is nothing at this path; see /v2".to_owned()));
+    let (code, text) = status("POST", "/v2/models/other/infer", "", "{}");
+    assert_eq!((code, text.as_str()), (404, "there is no model `other`; this server has `mlp`"));
+    let (code, text) = status("POST", "/v2/models/mlp/versions/9/infer", "", "{}");
+    assert_eq!((code, text.as_str()), (404, "model `mlp` has no version `9`; it has `1`"));
+    let (code, text) = status("POST", infer, "inference-header-content-length: 2\r\n", "{}");
+    assert!(code == 415 && text.starts_with("binary tensors"), "{code} {text}");
+    assert_eq!(status("POST", infer, "content-encoding: gzip\r\n", "{}").0, 415);
+
+    let answer = post(server.http, infer, &mlp_body());
+    assert_eq!(answer.status, 200, "after all refusals the server serves on: {}", answer.text);
+}
+
+#[test]
+fn metrics_count_requests_by_code_and_name_the_engine() {
+    let package = package("mlp", Engine::Tract);
+    let server = Server::ready(package.path(), &["--metrics", "127.0.0.1:0"]);
+    post(server.http, "/v2/models/model/infer", &mlp_body());
+    post(server.http, "/v2/models/model/infer", &json!({"inputs": []}));
+    assert_eq!(get(server.http, "/metrics").status, 404, "metrics have an address of their own");
+    let metrics = get(server.metrics.unwrap(), "/metrics");
+    assert!(metrics.header("content-type").unwrap().starts_with("application/openmetrics-text"));
+    for line in [
+        "plimsoll_runtime_requests_total{code=\"200\"} 1",
+        "plimsoll_runtime_requests_total{code=\"400\"} 1",
+        "plimsoll_runtime_request_duration_seconds_count 2",
+        "plimsoll_runtime_inference_duration_seconds_count 1",
+        "plimsoll_runtime_queue_duration_seconds_count 1",
+        "plimsoll_runtime_requests_in_flight 0",
+        "plimsoll_runtime_ready 1",
+        "plimsoll_runtime_engine_info{engine=\"Tract\",fallback=\"false\"} 1",
+    ] {
+        assert!(metrics.text.lines().any(|known| known == line), "{line} is not in\n{}", metrics.text);
+    }
+    assert!(metrics.text.contains("toolchain=\"0.0.0-test\""));
+}

@@ -42,7 +42,8 @@ pub trait Engine: Send + Sync {
     /// [`EngineError::Panicked`] where it panics; the engine can be used again after each.
     fn run(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
         check(self.inputs(), inputs)?;
-        let outputs = catch_unwind(AssertUnwindSafe(|| self.infer(inputs))).map_err(|panic| EngineError::Panicked(panic_text(&*panic)))??;
+        let outputs =
+            catch_unwind(AssertUnwindSafe(|| self.infer(inputs))).map_err(|panic| EngineError::Panicked(panic_text(&*panic)))??;
         Ok(outputs)
     }
 }
@@ -61,7 +62,11 @@ pub struct LoadOptions {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { threads: 1, fold_dequantize: true, library: None }
+        Self {
+            threads: 1,
+            fold_dequantize: true,
+            library: None,
+        }
     }
 }
 
@@ -150,9 +155,15 @@ pub enum InputError {
 
 fn check(specs: &[TensorSpec], inputs: &[Tensor]) -> Result<(), InputError> {
     if specs.len() != inputs.len() {
-        return Err(InputError::Count { expected: specs.len(), given: inputs.len() });
+        return Err(InputError::Count {
+            expected: specs.len(),
+            given: inputs.len(),
+        });
     }
-    specs.iter().zip(inputs).try_for_each(|(spec, input)| check_one(spec, input.datatype(), input.shape()))
+    specs
+        .iter()
+        .zip(inputs)
+        .try_for_each(|(spec, input)| check_one(spec, input.datatype(), input.shape()))
 }
 
 /// Checks a tensor's element type and shape against the input that it is for.
@@ -161,15 +172,33 @@ fn check(specs: &[TensorSpec], inputs: &[Tensor]) -> Result<(), InputError> {
 /// [`InputError::Datatype`] or [`InputError::Shape`].
 pub fn check_one(spec: &TensorSpec, datatype: Datatype, shape: &[usize]) -> Result<(), InputError> {
     if datatype != spec.datatype {
-        return Err(InputError::Datatype { name: spec.name.clone(), expected: spec.datatype, given: datatype });
+        return Err(InputError::Datatype {
+            name: spec.name.clone(),
+            expected: spec.datatype,
+            given: datatype,
+        });
     }
     let fits = shape.len() == spec.shape.len()
-        && shape.iter().zip(&spec.shape).all(|(&given, &expected)| expected < 0 || usize::try_from(expected) == Ok(given));
-    if fits { Ok(()) } else { Err(InputError::Shape { name: spec.name.clone(), expected: spec.shape.clone(), given: shape.to_vec() }) }
+        && shape
+            .iter()
+            .zip(&spec.shape)
+            .all(|(&given, &expected)| expected < 0 || usize::try_from(expected) == Ok(given));
+    if fits {
+        Ok(())
+    } else {
+        Err(InputError::Shape {
+            name: spec.name.clone(),
+            expected: spec.shape.clone(),
+            given: shape.to_vec(),
+        })
+    }
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("without a message").to_owned()
 }
 

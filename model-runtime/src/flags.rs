@@ -131,14 +131,23 @@ fn size(written: &str) -> Result<u64, units::UnitError> {
 
 fn duration(written: &str) -> Result<Duration, units::UnitError> {
     // `0` needs no unit.
-    if written == "0" { Ok(Duration::ZERO) } else { written.parse::<units::Duration>()?.value() }
+    if written == "0" {
+        Ok(Duration::ZERO)
+    } else {
+        written.parse::<units::Duration>()?.value()
+    }
 }
 
 impl Serve {
     pub(crate) fn resolve(self) -> Config {
         let instances = usize::from(self.instances);
-        let stem = |path: &Path| path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned());
-        let name = self.name.unwrap_or_else(|| if self.path.is_dir() { "model".into() } else { stem(&self.path) });
+        let stem = |path: &Path| {
+            path.file_stem()
+                .map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned())
+        };
+        let name = self
+            .name
+            .unwrap_or_else(|| if self.path.is_dir() { "model".into() } else { stem(&self.path) });
         Config {
             name,
             version: self.model_version,

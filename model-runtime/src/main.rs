@@ -34,7 +34,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<(), String> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.worker_threads(ASYNC_THREADS).enable_all().build().map_err(|error| format!("cannot start: {error}"))?;
+    let runtime = runtime
+        .worker_threads(ASYNC_THREADS)
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start: {error}"))?;
     let result = match command {
         Command::Serve(serve) => runtime.block_on(server::serve(serve.resolve())).map_err(|error| error.to_string()),
         Command::Pull(flags) => {

@@ -62,13 +62,19 @@ pub enum OnnxError {
 /// # Errors
 /// [`OnnxError::Read`] and [`OnnxError::NotOnnx`].
 pub fn read(path: &Path) -> Result<ModelProto, OnnxError> {
-    let unreadable = |source| OnnxError::Read { path: path.to_owned(), source };
+    let unreadable = |source| OnnxError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let file = File::open(path).map_err(unreadable)?;
     // Mapping is unsafe because another process may change the file meanwhile: a package is immutable once it is published.
     #[allow(unsafe_code)]
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(unreadable)?;
     let model = decode(bytes::Bytes::from_owner(map));
-    model.map_err(|reason| OnnxError::NotOnnx { path: path.to_owned(), reason })
+    model.map_err(|reason| OnnxError::NotOnnx {
+        path: path.to_owned(),
+        reason,
+    })
 }
 
 fn decode(bytes: bytes::Bytes) -> Result<ModelProto, String> {
@@ -97,20 +103,32 @@ pub fn signature(model: &ModelProto) -> Result<(Vec<TensorSpec>, Vec<TensorSpec>
 }
 
 fn spec(role: &'static str, info: &ValueInfoProto) -> Result<TensorSpec, OnnxError> {
-    let refuse = |reason: &str| OnnxError::Signature { role, name: info.name().to_owned(), reason: reason.to_owned() };
+    let refuse = |reason: &str| OnnxError::Signature {
+        role,
+        name: info.name().to_owned(),
+        reason: reason.to_owned(),
+    };
     let tensor = match info.r#type.as_ref().and_then(|kind| kind.value.as_ref()) {
         Some(type_proto::Value::TensorType(tensor)) => tensor,
         Some(_) => return Err(refuse("is not a tensor; sequences, maps and optionals cannot be served")),
         None => return Err(refuse("has no type")),
     };
-    let datatype = datatype(tensor.elem_type())
-        .ok_or_else(|| refuse(&format!("has element type {}, which the Open Inference Protocol does not know", tensor.elem_type())))?;
+    let datatype = datatype(tensor.elem_type()).ok_or_else(|| {
+        refuse(&format!(
+            "has element type {}, which the Open Inference Protocol does not know",
+            tensor.elem_type()
+        ))
+    })?;
     let shape = match &tensor.shape {
         Some(shape) => shape.dim.iter().map(dimension).collect(),
         None if role == "input" => return Err(refuse("has no shape, not even a rank; run ONNX's shape inference on the model")),
         None => vec![-1],
     };
-    Ok(TensorSpec { name: info.name().to_owned(), datatype, shape })
+    Ok(TensorSpec {
+        name: info.name().to_owned(),
+        datatype,
+        shape,
+    })
 }
 
 fn dimension(dimension: &tensor_shape_proto::Dimension) -> i64 {
@@ -154,6 +172,11 @@ mod tests {
         std::fs::write(&path, "hello").unwrap();
         assert!(matches!(read(&path), Err(OnnxError::NotOnnx { .. })));
         std::fs::write(&path, "").unwrap();
-        assert!(read(&path).unwrap_err().to_string().ends_with("is not an ONNX model: it holds no graph"));
+        assert!(
+            read(&path)
+                .unwrap_err()
+                .to_string()
+                .ends_with("is not an ONNX model: it holds no graph")
+        );
     }
 }

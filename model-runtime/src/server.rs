@@ -2,9 +2,8 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
@@ -133,14 +132,32 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
 
     let (stop, stopped) = watch::channel(false);
     let admission = Arc::new(Semaphore::new(config.limits.concurrency_max));
-    let state = Arc::new(State { metrics: Metrics::default(), model: OnceLock::new(), draining: AtomicBool::new(false), admission, config });
+    let state = Arc::new(State {
+        metrics: Metrics::default(),
+        model: OnceLock::new(),
+        draining: AtomicBool::new(false),
+        admission,
+        config,
+    });
     let separate = scrape.is_some();
     if let Some(scrape) = scrape {
         let router = protocol::metrics_router(Arc::clone(&state));
-        tokio::spawn(listener::serve(scrape, router, state.config.limits.clone(), Duration::ZERO, stopped.clone()));
+        tokio::spawn(listener::serve(
+            scrape,
+            router,
+            state.config.limits.clone(),
+            Duration::ZERO,
+            stopped.clone(),
+        ));
     }
     let router = protocol::router(Arc::clone(&state), !separate);
-    let serving = tokio::spawn(listener::serve(http, router, state.config.limits.clone(), state.config.grace, stopped));
+    let serving = tokio::spawn(listener::serve(
+        http,
+        router,
+        state.config.limits.clone(),
+        state.config.grace,
+        stopped,
+    ));
 
     let loaded = load(&state.config);
     tokio::select! {
@@ -170,13 +187,18 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
-    TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ServeError::Listen { address, source })
 }
 
 fn load(config: &Config) -> oneshot::Receiver<Result<Model, model::ModelError>> {
     let (sender, receiver) = oneshot::channel();
     let config = config.clone();
-    std::thread::spawn(move || sender.send(Model::load(&config)));
+    std::thread::spawn(move || {
+        // Where the server was stopped meanwhile, nobody takes the model.
+        let _ = sender.send(Model::load(&config));
+    });
     receiver
 }
 
@@ -188,7 +210,10 @@ struct Signals {
 
 fn signals() -> std::io::Result<Signals> {
     use tokio::signal::unix::{SignalKind, signal};
-    Ok(Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    Ok(Signals {
+        terminate: signal(SignalKind::terminate())?,
+        interrupt: signal(SignalKind::interrupt())?,
+    })
 }
 
 impl Signals {

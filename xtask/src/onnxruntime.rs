@@ -33,9 +33,26 @@ pub(crate) fn library() -> Result<PathBuf> {
         fs::write(&requirements, REQUIREMENTS)?;
         let platform = format!("manylinux_2_28_{}", std::env::consts::ARCH);
         let mut download = Command::new("python3");
-        download.args(["-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]);
+        download.args([
+            "-m",
+            "pip",
+            "download",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--require-hashes",
+        ]);
         // The library is the same in the wheels of every Python, so one is pinned whatever runs here.
-        download.args(["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--platform", &platform]);
+        download.args([
+            "--python-version",
+            "3.11",
+            "--implementation",
+            "cp",
+            "--abi",
+            "cp311",
+            "--platform",
+            &platform,
+        ]);
         download.arg("--requirement").arg(&requirements).arg("--dest").arg(scratch.path());
         progress::run_logged(&mut download, &parent.join("download.log"), bar)
             .context("cannot download ONNX Runtime with `python3 -m pip` (Debian: apt install python3-pip)")?;
@@ -46,7 +63,10 @@ pub(crate) fn library() -> Result<PathBuf> {
         progress::run_logged(&mut unpack, &parent.join("unpack.log"), bar)?;
         let ready = scratch.path().join("ready");
         fs::create_dir(&ready)?;
-        fs::rename(file_like(&unpacked.join("onnxruntime/capi"), "libonnxruntime.so.", "")?, ready.join("libonnxruntime.so"))?;
+        fs::rename(
+            file_like(&unpacked.join("onnxruntime/capi"), "libonnxruntime.so.", "")?,
+            ready.join("libonnxruntime.so"),
+        )?;
         for notice in ["LICENSE", "ThirdPartyNotices.txt"] {
             fs::rename(unpacked.join("onnxruntime").join(notice), ready.join(notice))?;
         }

@@ -4,8 +4,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use ort::ep;
 use ort::environment::Environment;
+use ort::ep;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, TensorRef, Value};
@@ -33,8 +33,16 @@ impl OnnxRuntime {
         let environment = environment(options.library.as_deref())?;
         let (inputs, outputs) = onnx::signature(&onnx::read(path)?)?;
         let session = session(environment, path, options);
-        let session = session.map_err(|reason| EngineError::Load { engine: EngineKind::OnnxRuntime, path: path.to_owned(), reason })?;
-        Ok(Self { inputs, outputs, session: Mutex::new(session) })
+        let session = session.map_err(|reason| EngineError::Load {
+            engine: EngineKind::OnnxRuntime,
+            path: path.to_owned(),
+            reason,
+        })?;
+        Ok(Self {
+            inputs,
+            outputs,
+            session: Mutex::new(session),
+        })
     }
 
     fn try_infer(&self, inputs: &[Tensor]) -> ort::Result<Vec<Tensor>> {
@@ -45,7 +53,10 @@ impl OnnxRuntime {
         }
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         let outputs = session.run_with_options(&values[..], &options)?;
-        self.outputs.iter().map(|spec| from_value(spec, &outputs[spec.name.as_str()])).collect()
+        self.outputs
+            .iter()
+            .map(|spec| from_value(spec, &outputs[spec.name.as_str()]))
+            .collect()
     }
 }
 
@@ -63,7 +74,10 @@ impl Engine for OnnxRuntime {
     }
 
     fn infer(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
-        self.try_infer(inputs).map_err(|error| EngineError::Run { engine: EngineKind::OnnxRuntime, reason: one_line(&error) })
+        self.try_infer(inputs).map_err(|error| EngineError::Run {
+            engine: EngineKind::OnnxRuntime,
+            reason: one_line(&error),
+        })
     }
 }
 
@@ -103,7 +117,10 @@ fn session(environment: &Environment, path: &Path, options: &LoadOptions) -> Res
         .and_then(|builder| builder.with_intra_op_spinning(false))
         .and_then(|builder| builder.with_config_entry("session.disable_quant_qdq", if options.fold_dequantize { "1" } else { "0" }))
         .and_then(|builder| builder.with_execution_providers([ep::CPU::default().with_arena_allocator(true).build()]));
-    builder.map_err(|error| one_line(&error))?.commit_from_file(path).map_err(|error| one_line(&error))
+    builder
+        .map_err(|error| one_line(&error))?
+        .commit_from_file(path)
+        .map_err(|error| one_line(&error))
 }
 
 fn one_line(error: &dyn std::error::Error) -> String {
@@ -146,7 +163,7 @@ fn to_value(tensor: &Tensor) -> ort::Result<SessionInputValue<'_>> {
         Data::Fp32(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
         Data::Fp64(values) => TensorRef::from_array_view((shape, &values[..]))?.into(),
         Data::Bytes(values) => {
-            let texts = values.iter().map(|bytes| std::str::from_utf8(bytes)).collect::<Result<Vec<_>, _>>();
+            let texts = values.iter().cloned().map(String::from_utf8).collect::<Result<Vec<_>, _>>();
             let texts = texts.map_err(|_| ort::Error::new("a string is not UTF-8, and ONNX Runtime takes no other"))?;
             Value::from_string_array((shape, &texts[..]))?.into()
         }

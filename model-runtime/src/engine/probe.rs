@@ -31,14 +31,26 @@ pub enum ProbeError {
 /// # Errors
 /// [`ProbeError`], for the first output that differs.
 pub fn check(engine: &dyn Engine, probe: &Probe) -> Result<(), ProbeError> {
-    let inputs = engine.inputs().iter().map(|spec| tensor(find(&probe.inputs, spec)?)).collect::<Result<Vec<_>, _>>()?;
+    let inputs = engine
+        .inputs()
+        .iter()
+        .map(|spec| tensor(find(&probe.inputs, spec)?))
+        .collect::<Result<Vec<_>, _>>()?;
     let outputs = engine.run(&inputs)?;
     for (spec, output) in engine.outputs().iter().zip(outputs) {
         let recorded = find(&probe.outputs, spec)?;
-        let difference = if output.shape() == recorded.shape { difference(&output, &recorded.data) } else { f64::INFINITY };
+        let difference = if output.shape() == recorded.shape {
+            difference(&output, &recorded.data)
+        } else {
+            f64::INFINITY
+        };
         // Not `>`, which a NaN would pass.
         if !(difference <= probe.tolerance) {
-            return Err(ProbeError::Differs { output: spec.name.clone(), difference, tolerance: probe.tolerance });
+            return Err(ProbeError::Differs {
+                output: spec.name.clone(),
+                difference,
+                tolerance: probe.tolerance,
+            });
         }
     }
     Ok(())
@@ -51,17 +63,28 @@ pub fn check(engine: &dyn Engine, probe: &Probe) -> Result<(), ProbeError> {
 pub fn check_zeros(engine: &dyn Engine) -> Result<(), EngineError> {
     let zeros = |spec: &TensorSpec| {
         let shape: Vec<usize> = spec.shape.iter().map(|&size| usize::try_from(size).unwrap_or(1)).collect();
-        let too_large = |_| InputError::Shape { name: spec.name.clone(), expected: spec.shape.clone(), given: shape.clone() };
+        let too_large = |_| InputError::Shape {
+            name: spec.name.clone(),
+            expected: spec.shape.clone(),
+            given: shape.clone(),
+        };
         Tensor::zeros(spec.datatype, shape.clone()).map_err(too_large)
     };
-    engine.run(&engine.inputs().iter().map(zeros).collect::<Result<Vec<_>, _>>()?).map(drop)
+    engine
+        .run(&engine.inputs().iter().map(zeros).collect::<Result<Vec<_>, _>>()?)
+        .map(drop)
 }
 
 /// A tensor as a probe records it; `None` for strings of bytes, which a probe cannot hold.
 #[must_use]
 pub fn record(spec: &TensorSpec, tensor: &Tensor) -> Option<ProbeTensor> {
     let data = tensor.data().to_f64()?;
-    Some(ProbeTensor { name: spec.name.clone(), datatype: tensor.datatype(), shape: tensor.shape().to_vec(), data })
+    Some(ProbeTensor {
+        name: spec.name.clone(),
+        datatype: tensor.datatype(),
+        shape: tensor.shape().to_vec(),
+        data,
+    })
 }
 
 fn find<'a>(tensors: &'a [ProbeTensor], spec: &TensorSpec) -> Result<&'a ProbeTensor, ProbeError> {
@@ -71,14 +94,19 @@ fn find<'a>(tensors: &'a [ProbeTensor], spec: &TensorSpec) -> Result<&'a ProbeTe
 
 fn tensor(recorded: &ProbeTensor) -> Result<Tensor, ProbeError> {
     if recorded.datatype == Datatype::Bytes {
-        return Err(ProbeError::Mismatch(format!("`{}` is of strings, which a probe cannot hold", recorded.name)));
+        return Err(ProbeError::Mismatch(format!(
+            "`{}` is of strings, which a probe cannot hold",
+            recorded.name
+        )));
     }
     let mismatch = |error: ShapeError| ProbeError::Mismatch(format!("`{}`: {error}", recorded.name));
     Tensor::new(recorded.shape.clone(), Data::from_f64(recorded.datatype, &recorded.data)).map_err(mismatch)
 }
 
 fn difference(output: &Tensor, recorded: &[f64]) -> f64 {
-    let Some(values) = output.data().to_f64().filter(|values| values.len() == recorded.len()) else { return f64::INFINITY };
+    let Some(values) = output.data().to_f64().filter(|values| values.len() == recorded.len()) else {
+        return f64::INFINITY;
+    };
     let largest = recorded.iter().fold(0.0_f64, |largest, value| largest.max(value.abs()));
     let difference = values.iter().zip(recorded).fold(0.0_f64, |difference, (value, expected)| {
         let this = if value == expected { 0.0 } else { (value - expected).abs() };

@@ -68,7 +68,11 @@ pub struct ShapeError {
 #[must_use]
 pub fn element_count(shape: &[usize]) -> Option<usize> {
     // A zero anywhere makes the product zero, however large the other dimensions are.
-    if shape.contains(&0) { Some(0) } else { shape.iter().try_fold(1_usize, |count, &size| count.checked_mul(size)) }
+    if shape.contains(&0) {
+        Some(0)
+    } else {
+        shape.iter().try_fold(1_usize, |count, &size| count.checked_mul(size))
+    }
 }
 
 impl Data {
@@ -179,7 +183,11 @@ impl Tensor {
             Some(count) if count == data.len() => Ok(Self { shape, data }),
             count => {
                 let expected = count.map_or_else(|| "more than memory holds".to_owned(), |count| count.to_string());
-                Err(ShapeError { shape, expected, given: data.len() })
+                Err(ShapeError {
+                    shape,
+                    expected,
+                    given: data.len(),
+                })
             }
         }
     }

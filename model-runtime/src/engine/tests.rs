@@ -7,7 +7,9 @@ use super::*;
 const ENGINES: [EngineKind; 2] = [EngineKind::Tract, EngineKind::OnnxRuntime];
 
 fn model(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models").join(format!("{name}.onnx"))
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/models")
+        .join(format!("{name}.onnx"))
 }
 
 fn recorded(name: &str) -> Probe {
@@ -20,14 +22,23 @@ fn library() -> PathBuf {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache"));
     let pin = include_str!("../../../xtask/onnxruntime.txt");
-    let version = pin.lines().find_map(|line| line.strip_prefix("onnxruntime==")).unwrap().split(' ').next().unwrap();
+    let version = pin
+        .lines()
+        .find_map(|line| line.strip_prefix("onnxruntime=="))
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap();
     let path = default_library().unwrap_or_else(|| cache.join("plimsoll/onnxruntime").join(version).join("libonnxruntime.so"));
     assert!(path.is_file(), "{} is missing: run `cargo xtask onnxruntime`", path.display());
     path
 }
 
 fn options() -> LoadOptions {
-    LoadOptions { library: Some(library()), ..LoadOptions::default() }
+    LoadOptions {
+        library: Some(library()),
+        ..LoadOptions::default()
+    }
 }
 
 fn engine(kind: EngineKind, name: &str) -> Box<dyn Engine> {
@@ -35,7 +46,11 @@ fn engine(kind: EngineKind, name: &str) -> Box<dyn Engine> {
 }
 
 fn matrix(rows: usize, columns: usize) -> Tensor {
-    Tensor::new(vec![rows, columns], (0..rows * columns).map(|i| (i % 7) as f32 - 3.0).collect::<Vec<_>>()).unwrap()
+    Tensor::new(
+        vec![rows, columns],
+        (0..rows * columns).map(|i| (i % 7) as f32 - 3.0).collect::<Vec<_>>(),
+    )
+    .unwrap()
 }
 
 #[test]
@@ -51,7 +66,10 @@ fn every_engine_gives_the_outputs_of_the_reference() {
 #[test]
 fn unfolded_weights_give_the_same_outputs() {
     for kind in ENGINES {
-        let options = LoadOptions { fold_dequantize: false, ..options() };
+        let options = LoadOptions {
+            fold_dequantize: false,
+            ..options()
+        };
         let engine = load(kind, &model("weight-only"), &options).unwrap();
         probe::check(&*engine, &recorded("weight-only")).unwrap_or_else(|error| panic!("{kind}: {error}"));
     }
@@ -90,7 +108,10 @@ fn any_batch_runs_and_a_row_does_not_depend_on_its_neighbours() {
             let outputs = engine.run(&[matrix(rows, 4)]).unwrap();
             assert_eq!(outputs[0].shape(), [rows, 3], "{kind}");
             let (row, alone) = (&outputs[0].as_f32().unwrap()[..3], alone.as_f32().unwrap());
-            assert!(row.iter().zip(alone).all(|(a, b)| (a - b).abs() < 1e-6), "{kind}: {row:?} {alone:?}");
+            assert!(
+                row.iter().zip(alone).all(|(a, b)| (a - b).abs() < 1e-6),
+                "{kind}: {row:?} {alone:?}"
+            );
         }
     }
 }
@@ -101,8 +122,14 @@ fn inputs_that_do_not_fit_are_refused_by_name() {
         let engine = engine(kind, "mlp");
         let refusal = |inputs: &[Tensor]| engine.run(inputs).unwrap_err().to_string();
         assert_eq!(refusal(&[]), "the model takes 1 inputs, 0 were given");
-        assert_eq!(refusal(&[matrix(1, 5)]), "input `x` takes shape [-1, 4] (-1 is any size), [1, 5] was given");
-        assert_eq!(refusal(&[Tensor::zeros(Datatype::Int64, vec![1, 4]).unwrap()]), "input `x` takes FP32, INT64 was given");
+        assert_eq!(
+            refusal(&[matrix(1, 5)]),
+            "input `x` takes shape [-1, 4] (-1 is any size), [1, 5] was given"
+        );
+        assert_eq!(
+            refusal(&[Tensor::zeros(Datatype::Int64, vec![1, 4]).unwrap()]),
+            "input `x` takes FP32, INT64 was given"
+        );
         engine.run(&[matrix(1, 4)]).expect("the engine runs on after a refusal");
     }
 }
@@ -147,7 +174,10 @@ fn a_panic_costs_one_call() {
             panic!("index out of bounds")
         }
     }
-    assert_eq!(Fragile.run(&[]).unwrap_err().to_string(), "the engine panicked: index out of bounds");
+    assert_eq!(
+        Fragile.run(&[]).unwrap_err().to_string(),
+        "the engine panicked: index out of bounds"
+    );
 }
 
 #[test]
@@ -157,12 +187,22 @@ fn strings_and_bfloat16_run_where_the_engine_has_them_and_are_refused_by_name_wh
     assert!(refusal("bfloat16").ends_with("`x` is of type BF16, which tract does not run"));
 
     let texts = Tensor::new(vec![2], vec!["grüß".as_bytes().to_vec(), vec![]]).unwrap();
-    assert_eq!(engine(EngineKind::OnnxRuntime, "strings").run(std::slice::from_ref(&texts)).unwrap(), [texts]);
+    assert_eq!(
+        engine(EngineKind::OnnxRuntime, "strings")
+            .run(std::slice::from_ref(&texts))
+            .unwrap(),
+        [texts]
+    );
     let invalid = Tensor::new(vec![1], vec![vec![0xff_u8]]).unwrap();
     let refusal = engine(EngineKind::OnnxRuntime, "strings").run(&[invalid]).unwrap_err().to_string();
     assert!(refusal.contains("not UTF-8"), "{refusal}");
     let halves = Tensor::new(vec![2], vec![half::bf16::from_f32(1.5), half::bf16::from_f32(-2.0)]).unwrap();
-    assert_eq!(engine(EngineKind::OnnxRuntime, "bfloat16").run(std::slice::from_ref(&halves)).unwrap(), [halves]);
+    assert_eq!(
+        engine(EngineKind::OnnxRuntime, "bfloat16")
+            .run(std::slice::from_ref(&halves))
+            .unwrap(),
+        [halves]
+    );
 }
 
 #[test]
@@ -171,7 +211,14 @@ fn what_is_no_model_is_refused_by_both() {
         let missing = load(kind, Path::new("/nowhere/model.onnx"), &options()).err().unwrap();
         assert_eq!(missing.to_string(), "cannot read /nowhere/model.onnx");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models/make.py");
-        assert!(load(kind, &script, &options()).err().unwrap().to_string().contains("is not an ONNX model"), "{kind}");
+        assert!(
+            load(kind, &script, &options())
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("is not an ONNX model"),
+            "{kind}"
+        );
     }
 }
 
@@ -190,7 +237,10 @@ fn the_engines_know_neither_tokio_nor_http() {
     let files = std::fs::read_dir(folder.join("engine")).unwrap().map(|entry| entry.unwrap().path());
     for file in files.chain([folder.join("engine.rs"), folder.join("onnx.rs")]) {
         let text = std::fs::read_to_string(&file).unwrap();
-        for line in text.lines().filter(|line| line.trim_start().starts_with("use ") || line.trim_start().starts_with("pub use ")) {
+        for line in text
+            .lines()
+            .filter(|line| line.trim_start().starts_with("use ") || line.trim_start().starts_with("pub use "))
+        {
             for forbidden in ["tokio", "axum", "hyper", "http", "async", "futures", "crate::server"] {
                 assert!(!line.contains(forbidden), "{}: {line}", file.display());
             }

@@ -29,16 +29,36 @@ type Plan = Arc<TypedRunnableModel>;
 
 impl Tract {
     pub(super) fn load(path: &Path, options: &LoadOptions) -> Result<Self, EngineError> {
-        let refuse = |reason: String| EngineError::Load { engine: EngineKind::Tract, path: path.to_owned(), reason };
+        let refuse = |reason: String| EngineError::Load {
+            engine: EngineKind::Tract,
+            path: path.to_owned(),
+            reason,
+        };
         let mut proto = onnx::read(path)?;
         let (inputs, outputs) = onnx::signature(&proto)?;
-        if let Some(spec) = inputs.iter().chain(&outputs).find(|spec| matches!(spec.datatype, Datatype::Bytes | Datatype::Bf16)) {
-            return Err(refuse(format!("`{}` is of type {}, which tract does not run", spec.name, spec.datatype)));
+        if let Some(spec) = inputs
+            .iter()
+            .chain(&outputs)
+            .find(|spec| matches!(spec.datatype, Datatype::Bytes | Datatype::Bf16))
+        {
+            return Err(refuse(format!(
+                "`{}` is of type {}, which tract does not run",
+                spec.name, spec.datatype
+            )));
         }
         onnx::fold_dequantize(&mut proto)?;
         let model = parse(&proto, path.parent()).map_err(|error| refuse(words(&error)))?;
         let executor = (options.threads > 1).then(|| Executor::multithread_with_name(options.threads, "tract"));
-        let tract = Self { inputs, outputs, model, options: RunOptions { executor, ..RunOptions::default() }, plans: Mutex::default() };
+        let tract = Self {
+            inputs,
+            outputs,
+            model,
+            options: RunOptions {
+                executor,
+                ..RunOptions::default()
+            },
+            plans: Mutex::default(),
+        };
         // A model of fixed shapes is optimised now, so that its refusal is a refusal to load.
         if let Some(shapes) = fixed_shapes(&tract.inputs) {
             let plan = tract.optimize(&shapes).map_err(|error| refuse(words(&error)))?;
@@ -78,7 +98,11 @@ impl Tract {
     fn try_infer(&self, inputs: &[Tensor]) -> TractResult<Vec<Tensor>> {
         let plan = self.plan(inputs.iter().map(|input| input.shape().to_vec()).collect())?;
         let outputs = plan.run(inputs.iter().map(to_tract).collect::<TractResult<_>>()?)?;
-        self.outputs.iter().zip(outputs).map(|(spec, output)| from_tract(spec.datatype, &output)).collect()
+        self.outputs
+            .iter()
+            .zip(outputs)
+            .map(|(spec, output)| from_tract(spec.datatype, &output))
+            .collect()
     }
 }
 
@@ -96,7 +120,10 @@ impl Engine for Tract {
     }
 
     fn infer(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
-        self.try_infer(inputs).map_err(|error| EngineError::Run { engine: EngineKind::Tract, reason: words(&error) })
+        self.try_infer(inputs).map_err(|error| EngineError::Run {
+            engine: EngineKind::Tract,
+            reason: words(&error),
+        })
     }
 }
 
@@ -109,12 +136,18 @@ fn parse(proto: &onnx::ModelProto, folder: Option<&Path>) -> TractResult<Inferen
     if parsed.unresolved_inputs.is_empty() {
         Ok(parsed.model)
     } else {
-        Err(TractError::msg(format!("nothing in the graph makes {}", parsed.unresolved_inputs.join(", "))))
+        Err(TractError::msg(format!(
+            "nothing in the graph makes {}",
+            parsed.unresolved_inputs.join(", ")
+        )))
     }
 }
 
 fn fixed_shapes(specs: &[TensorSpec]) -> Option<Shapes> {
-    specs.iter().map(|spec| spec.shape.iter().map(|&size| usize::try_from(size).ok()).collect()).collect()
+    specs
+        .iter()
+        .map(|spec| spec.shape.iter().map(|&size| usize::try_from(size).ok()).collect())
+        .collect()
 }
 
 /// tract's chain of errors in one line; each level says what it was about.

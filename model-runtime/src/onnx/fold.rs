@@ -18,7 +18,12 @@ pub fn fold_dequantize(model: &mut ModelProto) -> Result<usize, OnnxError> {
 
 fn fold(graph: &mut GraphProto) -> Result<usize, OnnxError> {
     let mut folded = 0;
-    for subgraph in graph.node.iter_mut().flat_map(|node| &mut node.attribute).filter_map(|attribute| attribute.g.as_mut()) {
+    for subgraph in graph
+        .node
+        .iter_mut()
+        .flat_map(|node| &mut node.attribute)
+        .filter_map(|attribute| attribute.g.as_mut())
+    {
         folded += fold(subgraph)?;
     }
     let initializers: HashMap<&str, &TensorProto> = graph.initializer.iter().map(|tensor| (tensor.name(), tensor)).collect();
@@ -49,24 +54,41 @@ fn reads(graph: &GraphProto, read: &mut HashSet<String>) {
     read.extend(graph.node.iter().flat_map(|node| node.input.iter().cloned()));
     read.extend(graph.output.iter().map(|output| output.name().to_owned()));
     for attribute in graph.node.iter().flat_map(|node| &node.attribute) {
-        attribute.g.iter().chain(&attribute.graphs).for_each(|subgraph| reads(subgraph, read));
+        attribute
+            .g
+            .iter()
+            .chain(&attribute.graphs)
+            .for_each(|subgraph| reads(subgraph, read));
     }
 }
 
 fn dequantize(node: &NodeProto, initializers: &HashMap<&str, &TensorProto>) -> Result<Option<TensorProto>, OnnxError> {
     let input = |index: usize| node.input.get(index).filter(|name| !name.is_empty());
     let initializer = |index: usize| input(index).and_then(|name| initializers.get(name.as_str()).copied());
-    let (Some(weight), Some(scale)) = (initializer(0), initializer(1)) else { return Ok(None) };
+    let (Some(weight), Some(scale)) = (initializer(0), initializer(1)) else {
+        return Ok(None);
+    };
     let zero_point = match (input(2), initializer(2)) {
         (Some(_), None) => return Ok(None),
         (_, zero_point) => zero_point,
     };
-    let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name() == name).map(|attribute| attribute.i());
+    let attribute = |name: &str| {
+        node.attribute
+            .iter()
+            .find(|attribute| attribute.name() == name)
+            .map(|attribute| attribute.i())
+    };
     let narrow = [DataType::Int8, DataType::Uint8, DataType::Int16, DataType::Uint16, DataType::Int32];
-    if attribute("block_size").unwrap_or(0) != 0 || scale.data_type() != DataType::Float as i32 || !narrow.iter().any(|&kind| kind as i32 == weight.data_type()) {
+    if attribute("block_size").unwrap_or(0) != 0
+        || scale.data_type() != DataType::Float as i32
+        || !narrow.iter().any(|&kind| kind as i32 == weight.data_type())
+    {
         return Ok(None);
     }
-    let refuse = |reason: &str| OnnxError::Weight { name: weight.name().to_owned(), reason: reason.to_owned() };
+    let refuse = |reason: &str| OnnxError::Weight {
+        name: weight.name().to_owned(),
+        reason: reason.to_owned(),
+    };
     let dims = shape(weight)?;
     let scales = floats(scale)?;
     let zeros = match zero_point {
@@ -86,7 +108,9 @@ fn dequantize(node: &NodeProto, initializers: &HashMap<&str, &TensorProto>) -> R
             return Err(refuse("has not one scale for each channel of its axis"));
         }
         channels(&dims, axis, |channel, range| {
-            values[range].iter_mut().for_each(|value| *value = (*value - zeros[channel]) * scales[channel]);
+            values[range]
+                .iter_mut()
+                .for_each(|value| *value = (*value - zeros[channel]) * scales[channel]);
         });
     }
     Ok(Some(TensorProto {
@@ -118,21 +142,41 @@ mod tests {
             op_type: Some("DequantizeLinear".into()),
             input: vec!["q".into(), "scale".into(), "zero".into()],
             output: vec!["w".into()],
-            attribute: vec![AttributeProto { name: Some("axis".into()), i: Some(axis), ..Default::default() }],
+            attribute: vec![AttributeProto {
+                name: Some("axis".into()),
+                i: Some(axis),
+                ..Default::default()
+            }],
             ..Default::default()
         };
-        let add = NodeProto { op_type: Some("Add".into()), input: vec!["x".into(), "w".into()], output: vec!["y".into()], ..Default::default() };
+        let add = NodeProto {
+            op_type: Some("Add".into()),
+            input: vec!["x".into(), "w".into()],
+            output: vec!["y".into()],
+            ..Default::default()
+        };
         let graph = GraphProto {
             node: vec![dequantize, add],
             initializer: vec![
                 tensor("q", DataType::Int8, &[2, 2], [1_i8, 2, -3, 4].map(|value| value as u8)),
-                tensor("scale", DataType::Float, &[2], [0.5_f32, 2.0].into_iter().flat_map(f32::to_le_bytes)),
+                tensor(
+                    "scale",
+                    DataType::Float,
+                    &[2],
+                    [0.5_f32, 2.0].into_iter().flat_map(f32::to_le_bytes),
+                ),
                 tensor("zero", DataType::Int8, &[2], [0, 1]),
             ],
-            output: vec![ValueInfoProto { name: Some("y".into()), ..Default::default() }],
+            output: vec![ValueInfoProto {
+                name: Some("y".into()),
+                ..Default::default()
+            }],
             ..Default::default()
         };
-        ModelProto { graph: Some(graph), ..Default::default() }
+        ModelProto {
+            graph: Some(graph),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -142,7 +186,11 @@ mod tests {
             assert_eq!(fold_dequantize(&mut model).unwrap(), 1);
             let graph = model.graph.unwrap();
             assert_eq!(graph.node.len(), 1);
-            assert_eq!(graph.initializer.iter().map(|tensor| tensor.name()).collect::<Vec<_>>(), ["w"], "what is unread goes");
+            assert_eq!(
+                graph.initializer.iter().map(|tensor| tensor.name()).collect::<Vec<_>>(),
+                ["w"],
+                "what is unread goes"
+            );
             assert_eq!(floats(&graph.initializer[0]).unwrap(), expected);
         }
     }
@@ -158,6 +206,9 @@ mod tests {
     #[test]
     fn scales_that_do_not_fit_are_refused() {
         let mut model = model(7);
-        assert_eq!(fold_dequantize(&mut model).unwrap_err().to_string(), "tensor `q` has not one scale for each channel of its axis");
+        assert_eq!(
+            fold_dequantize(&mut model).unwrap_err().to_string(),
+            "tensor `q` has not one scale for each channel of its axis"
+        );
     }
 }

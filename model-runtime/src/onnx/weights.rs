@@ -12,7 +12,11 @@ use super::{OnnxError, TensorProto};
 /// # Errors
 /// [`OnnxError::Weight`] where one is negative.
 pub fn shape(tensor: &TensorProto) -> Result<Vec<usize>, OnnxError> {
-    tensor.dims.iter().map(|&size| usize::try_from(size).map_err(|_| refuse(tensor, "has a negative dimension"))).collect()
+    tensor
+        .dims
+        .iter()
+        .map(|&size| usize::try_from(size).map_err(|_| refuse(tensor, "has a negative dimension")))
+        .collect()
 }
 
 /// A tensor's values as single-precision floats, in row-major order; 8-bit and wider integers are taken exactly where a float can.
@@ -21,12 +25,23 @@ pub fn shape(tensor: &TensorProto) -> Result<Vec<usize>, OnnxError> {
 /// [`OnnxError::Weight`] where the data lies in another file, is of a type without numbers, or does not fill the shape.
 pub fn floats(tensor: &TensorProto) -> Result<Vec<f32>, OnnxError> {
     let length: usize = shape(tensor)?.iter().product();
-    let values = if tensor.raw_data().is_empty() { typed(tensor)? } else { raw(tensor)? };
-    if values.len() == length { Ok(values) } else { Err(refuse(tensor, "does not hold as many values as its shape says")) }
+    let values = if tensor.raw_data().is_empty() {
+        typed(tensor)?
+    } else {
+        raw(tensor)?
+    };
+    if values.len() == length {
+        Ok(values)
+    } else {
+        Err(refuse(tensor, "does not hold as many values as its shape says"))
+    }
 }
 
 fn refuse(tensor: &TensorProto, reason: &str) -> OnnxError {
-    OnnxError::Weight { name: tensor.name().to_owned(), reason: reason.to_owned() }
+    OnnxError::Weight {
+        name: tensor.name().to_owned(),
+        reason: reason.to_owned(),
+    }
 }
 
 fn kind(tensor: &TensorProto) -> Result<DataType, OnnxError> {
@@ -51,7 +66,12 @@ fn raw(tensor: &TensorProto) -> Result<Vec<f32>, OnnxError> {
         DataType::Uint32 => words(data, |word| u32::from_le_bytes(word) as f32),
         DataType::Int64 => words(data, |word| i64::from_le_bytes(word) as f32),
         DataType::Uint64 => words(data, |word| u64::from_le_bytes(word) as f32),
-        other => return Err(refuse(tensor, &format!("is of type {}, which holds no plain numbers", other.as_str_name()))),
+        other => {
+            return Err(refuse(
+                tensor,
+                &format!("is of type {}, which holds no plain numbers", other.as_str_name()),
+            ));
+        }
     })
 }
 
@@ -72,7 +92,12 @@ fn typed(tensor: &TensorProto) -> Result<Vec<f32>, OnnxError> {
         }
         DataType::Uint32 | DataType::Uint64 => tensor.uint64_data.iter().map(|&value| value as f32).collect(),
         DataType::Int64 => tensor.int64_data.iter().map(|&value| value as f32).collect(),
-        other => return Err(refuse(tensor, &format!("is of type {}, which holds no plain numbers", other.as_str_name()))),
+        other => {
+            return Err(refuse(
+                tensor,
+                &format!("is of type {}, which holds no plain numbers", other.as_str_name()),
+            ));
+        }
     })
 }
 

@@ -17,7 +17,13 @@ use super::Limits;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves connections until `stopped`; returns how many were still open after `grace`.
-pub(super) async fn serve(listener: TcpListener, router: Router, limits: Limits, grace: Duration, mut stopped: watch::Receiver<bool>) -> usize {
+pub(super) async fn serve(
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    grace: Duration,
+    mut stopped: watch::Receiver<bool>,
+) -> usize {
     let connections = Arc::new(Semaphore::new(limits.connections_max));
     let graceful = GracefulShutdown::new();
     let mut http = http1::Builder::new();

@@ -31,7 +31,8 @@ pub fn trace_id(traceparent: &str) -> Option<&str> {
     let mut parts = traceparent.split('-');
     let (version, trace) = (parts.next()?, parts.next()?);
     let hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    let valid = version.len() == 2 && version != "ff" && hex(version) && trace.len() == 32 && hex(trace) && trace.bytes().any(|byte| byte != b'0');
+    let valid =
+        version.len() == 2 && version != "ff" && hex(version) && trace.len() == 32 && hex(trace) && trace.bytes().any(|byte| byte != b'0');
     valid.then_some(trace)
 }
 

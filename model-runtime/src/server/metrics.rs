@@ -68,16 +68,29 @@ impl Default for Metrics {
         registry.register("requests", "Inference requests answered, by HTTP status", metrics.requests.clone());
         let seconds = || Unit::Seconds;
         let duration = metrics.request_duration.clone();
-        registry.register_with_unit("request_duration", "From an inference request's headers to its answer", seconds(), duration);
+        registry.register_with_unit(
+            "request_duration",
+            "From an inference request's headers to its answer",
+            seconds(),
+            duration,
+        );
         let duration = metrics.inference_duration.clone();
         registry.register_with_unit("inference_duration", "What the engine took for an inference", seconds(), duration);
         let duration = metrics.queue_duration.clone();
         registry.register_with_unit("queue_duration", "How long an inference waited for a thread", seconds(), duration);
-        registry.register("requests_in_flight", "Inference requests taken on and not yet answered", metrics.in_flight.clone());
+        registry.register(
+            "requests_in_flight",
+            "Inference requests taken on and not yet answered",
+            metrics.in_flight.clone(),
+        );
         registry.register("ready", "1 while new traffic should come", metrics.ready.clone());
         let duration = metrics.load_duration.clone();
         registry.register_with_unit("load_duration", "From the start of the process to ready", seconds(), duration);
-        registry.register("engine_info", "The engine that serves, and whether it is not the preferred one", metrics.engine.clone());
+        registry.register(
+            "engine_info",
+            "The engine that serves, and whether it is not the preferred one",
+            metrics.engine.clone(),
+        );
         registry.register("model_info", "The model that is served", metrics.model.clone());
         Self { registry, ..metrics }
     }
@@ -85,7 +98,10 @@ impl Default for Metrics {
 
 impl Metrics {
     pub(super) fn loaded(&self, model: &Model, config: &Config, seconds: f64) {
-        let engine = EngineLabels { engine: model.kind().to_string(), fallback: model.fell_back.to_string() };
+        let engine = EngineLabels {
+            engine: model.kind().to_string(),
+            fallback: model.fell_back.to_string(),
+        };
         self.engine.get_or_create(&engine).set(1);
         let manifest = model.manifest.as_ref();
         let labels = ModelLabels {

@@ -43,7 +43,11 @@ impl Model {
         let package = config.path.is_dir();
         let manifest = if package { Some(Manifest::read(&config.path)?) } else { None };
         let recorded = if package { Some(Probe::read(&config.path)?) } else { None };
-        let file = if package { config.path.join(MODEL_FILE) } else { config.path.clone() };
+        let file = if package {
+            config.path.join(MODEL_FILE)
+        } else {
+            config.path.clone()
+        };
         // Hashing and loading read the same pages, so they go side by side; nothing is served before both are done.
         let (verified, loaded) = thread::scope(|scope| {
             let verifying = scope.spawn(|| manifest.as_ref().map_or(Ok(()), |manifest| manifest.verify(&config.path)));
@@ -55,7 +59,14 @@ impl Model {
         let first = &engines[0];
         let (kind, inputs, outputs) = (first.kind(), first.inputs().to_vec(), first.outputs().to_vec());
         let workers = Workers::start(engines, config.limits.concurrency_max);
-        Ok(Self { workers, fell_back, manifest, kind, inputs, outputs })
+        Ok(Self {
+            workers,
+            fell_back,
+            manifest,
+            kind,
+            inputs,
+            outputs,
+        })
     }
 
     pub(super) fn kind(&self) -> EngineKind {
@@ -75,13 +86,21 @@ type Engines = Vec<Arc<dyn Engine>>;
 
 fn load_any(config: &Config, manifest: Option<&Manifest>, probe: Option<&Probe>, file: &Path) -> Result<(Engines, bool), ModelError> {
     let preferred = manifest.map_or(EngineKind::OnnxRuntime, |manifest| manifest.engine);
-    let other = if preferred == EngineKind::Tract { EngineKind::OnnxRuntime } else { EngineKind::Tract };
+    let other = if preferred == EngineKind::Tract {
+        EngineKind::OnnxRuntime
+    } else {
+        EngineKind::Tract
+    };
     let candidates = match config.engine {
         Some(only) => vec![only],
         None => vec![preferred, other],
     };
     let fold_dequantize = manifest.is_none_or(|manifest| manifest.fold_dequantize);
-    let options = LoadOptions { threads: config.threads, fold_dequantize, library: None };
+    let options = LoadOptions {
+        threads: config.threads,
+        fold_dequantize,
+        library: None,
+    };
     let mut reasons: Vec<String> = vec![];
     for (index, kind) in candidates.into_iter().enumerate() {
         let engines: Result<Engines, String> = (0..config.instances).map(|_| prove(kind, file, &options, probe)).collect();
@@ -95,7 +114,10 @@ fn load_any(config: &Config, manifest: Option<&Manifest>, probe: Option<&Probe>,
             Err(reason) => reasons.push(format!("{kind}: {reason}")),
         }
     }
-    Err(ModelError::NoEngine { path: file.to_owned(), reasons: reasons.join("; ") })
+    Err(ModelError::NoEngine {
+        path: file.to_owned(),
+        reasons: reasons.join("; "),
+    })
 }
 
 fn prove(kind: EngineKind, file: &Path, options: &LoadOptions, recorded: Option<&Probe>) -> Result<Arc<dyn Engine>, String> {

@@ -4,14 +4,14 @@
 
 use std::sync::Arc;
 
+use axum::Router;
 use axum::extract::{Path, Request, State as Shared};
 use axum::http::header::{CONNECTION, CONTENT_TYPE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{State, metrics};
 
@@ -64,6 +64,15 @@ async fn close_while_draining(Shared(state): Shared<Arc<State>>, request: Reques
     response
 }
 
+/// A body of JSON.
+struct Json(Value);
+
+impl IntoResponse for Json {
+    fn into_response(self) -> Response {
+        ([(CONTENT_TYPE, "application/json")], self.0.to_string()).into_response()
+    }
+}
+
 /// The parts of a model's path; the version may be left out.
 #[derive(serde::Deserialize)]
 struct Target {
@@ -101,12 +110,19 @@ async fn ready(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
 }
 
 fn readiness(state: &State) -> StatusCode {
-    if state.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+    if state.is_ready() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    }
 }
 
 async fn model_ready(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) -> Result<impl IntoResponse, Refusal> {
     target.check(&state)?;
-    Ok((readiness(&state), Json(json!({"name": state.config.name, "ready": state.is_ready()}))))
+    Ok((
+        readiness(&state),
+        Json(json!({"name": state.config.name, "ready": state.is_ready()})),
+    ))
 }
 
 async fn model(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) -> Result<impl IntoResponse, Refusal> {
@@ -115,7 +131,9 @@ async fn model(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) ->
     let platform = format!("{}_onnx", model.kind().to_string().to_lowercase());
     let config = &state.config;
     let (inputs, outputs) = (model.inputs(), model.outputs());
-    Ok(Json(json!({"name": config.name, "versions": [config.version], "platform": platform, "inputs": inputs, "outputs": outputs})))
+    Ok(Json(
+        json!({"name": config.name, "versions": [config.version], "platform": platform, "inputs": inputs, "outputs": outputs}),
+    ))
 }
 
 async fn scrape(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {

@@ -52,10 +52,16 @@ impl Workers {
     /// Queues an inference; the answer comes through the receiver. Dropping the receiver cancels it while it still waits.
     pub(super) fn submit(&self, inputs: Vec<Tensor>) -> Result<oneshot::Receiver<Answer>, Refusal> {
         let (reply, answer) = oneshot::channel();
-        self.queue.try_send(Job { inputs, queued: Instant::now(), reply }).map_err(|error| match error {
-            TrySendError::Full(_) => Refusal::Full,
-            TrySendError::Disconnected(_) => Refusal::Stopped,
-        })?;
+        self.queue
+            .try_send(Job {
+                inputs,
+                queued: Instant::now(),
+                reply,
+            })
+            .map_err(|error| match error {
+                TrySendError::Full(_) => Refusal::Full,
+                TrySendError::Disconnected(_) => Refusal::Stopped,
+            })?;
         Ok(answer)
     }
 }
@@ -72,6 +78,10 @@ fn run(engine: &dyn Engine, jobs: &Mutex<Receiver<Job>>) {
         let started = Instant::now();
         let outputs = engine.run(&job.inputs);
         // Where the client has gone meanwhile, nobody takes the answer.
-        let _ = job.reply.send(Answer { outputs, waited, ran: started.elapsed() });
+        let _ = job.reply.send(Answer {
+            outputs,
+            waited,
+            ran: started.elapsed(),
+        });
     }
 }

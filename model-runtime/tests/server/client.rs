@@ -15,7 +15,10 @@ pub(crate) struct Answer {
 
 impl Answer {
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
     }
 
     pub(crate) fn json(&self) -> Value {
@@ -43,7 +46,10 @@ impl Connection {
     }
 
     pub(crate) fn send(&mut self, method: &str, path: &str, headers: &str, body: &str) -> io::Result<Answer> {
-        let head = format!("{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n{headers}\r\n", body.len());
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n{headers}\r\n",
+            body.len()
+        );
         self.write(format!("{head}{body}").as_bytes())?;
         self.answer()
     }
@@ -53,15 +59,25 @@ impl Connection {
         if self.0.read_line(&mut line)? == 0 {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
-        let status = line.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
+        let status = line
+            .split(' ')
+            .nth(1)
+            .and_then(|code| code.parse().ok())
+            .ok_or(io::ErrorKind::InvalidData)?;
         let mut headers = vec![];
         loop {
             let mut line = String::new();
             self.0.read_line(&mut line)?;
-            let Some((name, value)) = line.trim_end().split_once(": ") else { break };
+            let Some((name, value)) = line.trim_end().split_once(": ") else {
+                break;
+            };
             headers.push((name.to_lowercase(), value.to_owned()));
         }
-        let mut answer = Answer { status, headers, text: String::new() };
+        let mut answer = Answer {
+            status,
+            headers,
+            text: String::new(),
+        };
         let length = answer.header("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
         let mut body = vec![0; length];
         self.0.read_exact(&mut body)?;
@@ -80,5 +96,8 @@ pub(crate) fn get(address: SocketAddr, path: &str) -> Answer {
 }
 
 pub(crate) fn post(address: SocketAddr, path: &str, body: &Value) -> Answer {
-    Connection::open(address).unwrap().send("POST", path, "", &body.to_string()).unwrap()
+    Connection::open(address)
+        .unwrap()
+        .send("POST", path, "", &body.to_string())
+        .unwrap()
 }

@@ -71,8 +71,13 @@ fn a_request_in_flight_is_finished_before_the_end() {
 fn the_grace_ends_the_wait_for_a_client_that_sends_nothing_more() {
     let mut server = Server::ready(&model("mlp"), &["--drain-delay", "0", "--grace", "100ms"]);
     let mut connection = Connection::open(server.http).unwrap();
-    connection.write(b"POST /v2/models/mlp/infer HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n{").unwrap();
-    while !get(server.http, "/metrics").text.contains("plimsoll_runtime_requests_in_flight 1\n") {
+    connection
+        .write(b"POST /v2/models/mlp/infer HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n{")
+        .unwrap();
+    while !get(server.http, "/metrics")
+        .text
+        .contains("plimsoll_runtime_requests_in_flight 1\n")
+    {
         thread::sleep(Duration::from_millis(2));
     }
     let started = Instant::now();

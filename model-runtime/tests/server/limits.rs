@@ -48,9 +48,14 @@ fn an_answer_that_takes_too_long_is_given_up() {
 fn a_body_that_does_not_come_is_given_up() {
     let server = Server::ready(&model("mlp"), &["--request-timeout", "100ms"]);
     let mut connection = Connection::open(server.http).unwrap();
-    connection.write(b"POST /v2/models/mlp/infer HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n{").unwrap();
+    connection
+        .write(b"POST /v2/models/mlp/infer HTTP/1.1\r\nhost: test\r\ncontent-length: 100\r\n\r\n{")
+        .unwrap();
     let answer = connection.answer().unwrap();
-    assert_eq!((answer.status, answer.error().as_str()), (408, "the body did not arrive within 0.1 s"));
+    assert_eq!(
+        (answer.status, answer.error().as_str()),
+        (408, "the body did not arrive within 0.1 s")
+    );
 }
 
 #[test]
@@ -68,11 +73,15 @@ fn a_body_beyond_the_bound_is_refused_with_and_without_its_length() {
     let server = Server::ready(&model("mlp"), &["--max-body", "1Ki"]);
     let text = "the body is larger than the 1024 bytes that this server takes";
     let mut connection = Connection::open(server.http).unwrap();
-    connection.write(b"POST /v2/models/mlp/infer HTTP/1.1\r\nhost: test\r\ncontent-length: 5000000000\r\n\r\n").unwrap();
+    connection
+        .write(b"POST /v2/models/mlp/infer HTTP/1.1\r\nhost: test\r\ncontent-length: 5000000000\r\n\r\n")
+        .unwrap();
     let answer = connection.answer().unwrap();
     assert_eq!((answer.status, answer.error().as_str()), (413, text));
     let mut connection = Connection::open(server.http).unwrap();
-    connection.write(b"POST /v2/models/mlp/infer HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n800\r\n").unwrap();
+    connection
+        .write(b"POST /v2/models/mlp/infer HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n800\r\n")
+        .unwrap();
     connection.write(&[b' '; 0x800]).unwrap();
     let answer = connection.answer().unwrap();
     assert_eq!((answer.status, answer.error().as_str()), (413, text));
@@ -85,6 +94,10 @@ fn a_shape_of_many_zeros_takes_no_memory() {
     let body = json!({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1_000_000_000_000_u64, 4], "data": [0]}]});
     let answer = post(server.http, "/v2/models/mlp/infer", &body);
     assert_eq!(answer.status, 400);
-    assert!(answer.error().contains("takes 4000000000000 values, 1 were given"), "{}", answer.text);
+    assert!(
+        answer.error().contains("takes 4000000000000 values, 1 were given"),
+        "{}",
+        answer.text
+    );
     assert!(server.resident() < before + (16 << 20));
 }

@@ -18,7 +18,9 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) fn model(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models").join(format!("{name}.onnx"))
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/models")
+        .join(format!("{name}.onnx"))
 }
 
 /// What `cargo xtask onnxruntime` installs, where the environment names none.
@@ -26,7 +28,13 @@ pub(crate) fn library() -> PathBuf {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache"));
     let pin = include_str!("../../../xtask/onnxruntime.txt");
-    let version = pin.lines().find_map(|line| line.strip_prefix("onnxruntime==")).unwrap().split(' ').next().unwrap();
+    let version = pin
+        .lines()
+        .find_map(|line| line.strip_prefix("onnxruntime=="))
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap();
     let path = engine::default_library().unwrap_or_else(|| cache.join("plimsoll/onnxruntime").join(version).join("libonnxruntime.so"));
     assert!(path.is_file(), "{} is missing: run `cargo xtask onnxruntime`", path.display());
     path
@@ -46,7 +54,13 @@ pub(crate) fn seal(dir: &Path, name: &str, engine: Engine) {
     let (inputs, outputs) = onnx::signature(&onnx::read(&model(name)).unwrap()).unwrap();
     let file = |path: &str| {
         let bytes = std::fs::read(dir.join(path)).unwrap();
-        (path.to_owned(), File { digest: Digest::of(&bytes), size: bytes.len() as u64 })
+        (
+            path.to_owned(),
+            File {
+                digest: Digest::of(&bytes),
+                size: bytes.len() as u64,
+            },
+        )
     };
     let manifest = Manifest {
         schema_version: 1,
@@ -89,7 +103,12 @@ impl Server {
                 }
             }
         });
-        let mut server = Self { child, lines, http: "0.0.0.0:0".parse().unwrap(), metrics: None };
+        let mut server = Self {
+            child,
+            lines,
+            http: "0.0.0.0:0".parse().unwrap(),
+            metrics: None,
+        };
         let line = server.line("listening");
         let address = |name: &str| line[name].as_str().map(|address| address.parse().unwrap());
         server.http = address("http").unwrap();
@@ -136,7 +155,11 @@ impl Drop for Server {
 /// `serve PATH ARGUMENTS` on a port of its own, without ONNX Runtime.
 pub(crate) fn command(path: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll-runtime"));
-    command.arg("serve").arg(path).args(["--http", "127.0.0.1:0", "--threads", "1"]).args(arguments);
+    command
+        .arg("serve")
+        .arg(path)
+        .args(["--http", "127.0.0.1:0", "--threads", "1"])
+        .args(arguments);
     command.env_remove(engine::LIBRARY_VARIABLE);
     command
 }

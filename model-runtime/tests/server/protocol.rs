@@ -15,7 +15,10 @@ fn both_engines_serve_a_package_and_give_its_recorded_outputs() {
         let server = Server::ready(package.path(), &["--name", "net", "--model-version", "3"]);
         assert_eq!(get(server.http, "/v2/health/live").json(), json!({"live": true}));
         assert_eq!(get(server.http, "/v2/health/ready").json(), json!({"ready": true}));
-        assert_eq!(get(server.http, "/v2/models/net/ready").json(), json!({"name": "net", "ready": true}));
+        assert_eq!(
+            get(server.http, "/v2/models/net/ready").json(),
+            json!({"name": "net", "ready": true})
+        );
         let metadata = json!({
             "name": "net", "versions": ["3"], "platform": format!("{}_onnx", engine.to_string().to_lowercase()),
             "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
@@ -105,9 +108,18 @@ fn a_refusal_names_what_is_wrong_and_what_would_be_right() {
         let answer = post(server.http, infer, &body);
         assert_eq!((answer.status, answer.error().as_str()), (status, text));
     };
-    let input = |datatype: &str, shape: Value, data: Value| json!({"inputs": [{"name": "x", "datatype": datatype, "shape": shape, "data": data}]});
-    refuse(input("INT64", json!([1, 4]), json!([1, 2, 3, 4])), 400, "input `x` takes FP32, INT64 was given");
-    refuse(input("FP32", json!([1, 3]), json!([1, 2, 3])), 400, "input `x` takes shape [-1, 4] (-1 is any size), [1, 3] was given");
+    let input =
+        |datatype: &str, shape: Value, data: Value| json!({"inputs": [{"name": "x", "datatype": datatype, "shape": shape, "data": data}]});
+    refuse(
+        input("INT64", json!([1, 4]), json!([1, 2, 3, 4])),
+        400,
+        "input `x` takes FP32, INT64 was given",
+    );
+    refuse(
+        input("FP32", json!([1, 3]), json!([1, 2, 3])),
+        400,
+        "input `x` takes shape [-1, 4] (-1 is any size), [1, 3] was given",
+    );
     refuse(json!({"inputs": []}), 400, "input `x` (FP32, shape [-1, 4]) is missing");
     let mut unknown = mlp_body();
     unknown["outputs"] = json!([{"name": "z"}]);
@@ -122,7 +134,10 @@ fn a_refusal_names_what_is_wrong_and_what_would_be_right() {
     };
     assert_eq!(status("POST", infer, "", "{").0, 400);
     assert_eq!(status("GET", infer, "", ""), (405, "this path takes another method".to_owned()));
-    assert_eq!(status("GET", "/v3", "", ""), (404, "there is nothing at this path; see /v2".to_owned()));
+    assert_eq!(
+        status("GET", "/v3", "", ""),
+        (404, "there is nothing at this path; see /v2".to_owned())
+    );
     let (code, text) = status("POST", "/v2/models/other/infer", "", "{}");
     assert_eq!((code, text.as_str()), (404, "there is no model `other`; this server has `mlp`"));
     let (code, text) = status("POST", "/v2/models/mlp/versions/9/infer", "", "{}");
@@ -154,7 +169,11 @@ fn metrics_count_requests_by_code_and_name_the_engine() {
         "plimsoll_runtime_ready 1",
         "plimsoll_runtime_engine_info{engine=\"Tract\",fallback=\"false\"} 1",
     ] {
-        assert!(metrics.text.lines().any(|known| known == line), "{line} is not in\n{}", metrics.text);
+        assert!(
+            metrics.text.lines().any(|known| known == line),
+            "{line} is not in\n{}",
+            metrics.text
+        );
     }
     assert!(metrics.text.contains("toolchain=\"0.0.0-test\""));
 }

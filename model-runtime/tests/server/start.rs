@@ -9,9 +9,16 @@ fn auto_falls_back_to_tract_in_words_where_the_library_is_missing() {
     let mut server = Server::listening(&mut command(package.path(), &[]));
     let line = server.line("another engine than the preferred one serves");
     assert_eq!(line["engine"], "Tract");
-    assert_eq!(line["reason"], "OnnxRuntime: ONNX Runtime's library cannot be used: ORT_DYLIB_PATH names none");
+    assert_eq!(
+        line["reason"],
+        "OnnxRuntime: ONNX Runtime's library cannot be used: ORT_DYLIB_PATH names none"
+    );
     server.line("ready");
-    assert!(get(server.http, "/metrics").text.contains("plimsoll_runtime_engine_info{engine=\"Tract\",fallback=\"true\"} 1"));
+    assert!(
+        get(server.http, "/metrics")
+            .text
+            .contains("plimsoll_runtime_engine_info{engine=\"Tract\",fallback=\"true\"} 1")
+    );
 }
 
 #[test]
@@ -33,7 +40,10 @@ fn a_changed_byte_stops_the_start() {
     std::fs::write(&path, bytes).unwrap();
     let (code, reason) = failure(&mut command(package.path(), &["--engine", "tract"]));
     assert_eq!(code, Some(1));
-    assert!(reason.contains("model.onnx has digest sha256:") && reason.contains("its manifest says sha256:"), "{reason}");
+    assert!(
+        reason.contains("model.onnx has digest sha256:") && reason.contains("its manifest says sha256:"),
+        "{reason}"
+    );
 }
 
 #[test]
@@ -46,7 +56,10 @@ fn outputs_other_than_the_recorded_ones_stop_the_start() {
     let (code, reason) = failure(command(package.path(), &[]).env("ORT_DYLIB_PATH", library()));
     assert_eq!(code, Some(1));
     assert!(reason.contains("no engine serves") && !reason.contains('\n'), "{reason}");
-    assert!(reason.contains("OnnxRuntime: output `y` differs") && reason.contains("Tract: output `y` differs"), "{reason}");
+    assert!(
+        reason.contains("OnnxRuntime: output `y` differs") && reason.contains("Tract: output `y` differs"),
+        "{reason}"
+    );
 }
 
 #[test]
@@ -84,7 +97,10 @@ fn a_registry_that_is_not_there_fails_the_pull_with_the_reason() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut pull = std::process::Command::new(env!("CARGO_BIN_EXE_plimsoll-runtime"));
-    pull.arg("pull").arg(format!("{free}/models/digits:v1")).arg(dir.path()).arg("--plain-http");
+    pull.arg("pull")
+        .arg(format!("{free}/models/digits:v1"))
+        .arg(dir.path())
+        .arg("--plain-http");
     let (code, reason) = failure(&mut pull);
     assert_eq!(code, Some(1));
     assert!(reason.contains(&format!("{free}/models/digits:v1")), "{reason}");

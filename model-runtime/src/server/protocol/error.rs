@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 
-use axum::Json;
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
+use super::Json;
 use crate::engine::EngineError;
 
 /// A status and the text of the protocol's `{"error": ...}`.
@@ -31,13 +31,20 @@ impl Refusal {
     }
 
     pub(super) fn overloaded() -> Self {
-        Self::new(StatusCode::TOO_MANY_REQUESTS, "the server has as many requests as it takes on; try again in a second")
+        Self::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            "the server has as many requests as it takes on; try again in a second",
+        )
     }
 }
 
 impl From<EngineError> for Refusal {
     fn from(error: EngineError) -> Self {
-        let status = if matches!(error, EngineError::Input(_)) { StatusCode::BAD_REQUEST } else { StatusCode::INTERNAL_SERVER_ERROR };
+        let status = if matches!(error, EngineError::Input(_)) {
+            StatusCode::BAD_REQUEST
+        } else {
+            StatusCode::INTERNAL_SERVER_ERROR
+        };
         Self::new(status, error.to_string())
     }
 }

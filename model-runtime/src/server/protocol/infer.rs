@@ -41,7 +41,10 @@ pub(super) async fn infer(Shared(state): Shared<Arc<State>>, Path(target): Path<
 }
 
 fn access_log(code: u16, took: Duration, error: Option<&str>, headers: &HeaderMap) {
-    let trace = headers.get("traceparent").and_then(|value| value.to_str().ok()).and_then(log::trace_id);
+    let trace = headers
+        .get("traceparent")
+        .and_then(|value| value.to_str().ok())
+        .and_then(log::trace_id);
     let milliseconds = took.as_secs_f64() * 1e3;
     match code {
         200 => tracing::debug!(code, milliseconds, trace, "inference"),
@@ -58,12 +61,19 @@ async fn answer(state: &Arc<State>, target: &Target, headers: &HeaderMap, body: 
     let limits = &state.config.limits;
     check_headers(headers, limits.body_bytes_max)?;
     // Before the body is read, so that a flood takes no memory.
-    let _permit = Arc::clone(&state.admission).try_acquire_owned().map_err(|_| Refusal::overloaded())?;
+    let _permit = Arc::clone(&state.admission)
+        .try_acquire_owned()
+        .map_err(|_| Refusal::overloaded())?;
     let _in_flight = InFlight::new(state);
     let deadline = started + limits.request_timeout;
 
     let body = timeout_at(deadline, read(body, limits.body_bytes_max)).await;
-    let body = body.map_err(|_| Refusal::new(StatusCode::REQUEST_TIMEOUT, within("the body did not arrive", limits.request_timeout)))??;
+    let body = body.map_err(|_| {
+        Refusal::new(
+            StatusCode::REQUEST_TIMEOUT,
+            within("the body did not arrive", limits.request_timeout),
+        )
+    })??;
     let too_late = |_| Refusal::new(StatusCode::GATEWAY_TIMEOUT, within("there was no answer", limits.request_timeout));
     timeout_at(deadline, run(state, body)).await.map_err(too_late)?
 }
@@ -78,14 +88,26 @@ fn check_headers(headers: &HeaderMap, body_bytes_max: usize) -> Result<(), Refus
         return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, text));
     }
     if headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
-        return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "compressed bodies are not supported"));
+        return Err(Refusal::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "compressed bodies are not supported",
+        ));
     }
-    let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if length.is_some_and(|length| length > body_bytes_max as u64) { Err(too_large(body_bytes_max)) } else { Ok(()) }
+    let length = headers
+        .get(CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if length.is_some_and(|length| length > body_bytes_max as u64) {
+        Err(too_large(body_bytes_max))
+    } else {
+        Ok(())
+    }
 }
 
 fn too_large(body_bytes_max: usize) -> Refusal {
-    Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is larger than the {body_bytes_max} bytes that this server takes"))
+    Refusal::new(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        format!("the body is larger than the {body_bytes_max} bytes that this server takes"),
+    )
 }
 
 async fn read(body: Body, body_bytes_max: usize) -> Result<Bytes, Refusal> {
@@ -105,7 +127,9 @@ async fn run(state: &Arc<State>, body: Bytes) -> Result<Vec<u8>, Refusal> {
         workers::Refusal::Full => Refusal::overloaded(),
         workers::Refusal::Stopped => Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the inference threads have stopped"),
     })?;
-    let answer = waiting.await.map_err(|_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the inference thread died"))?;
+    let answer = waiting
+        .await
+        .map_err(|_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the inference thread died"))?;
     state.metrics.queue_duration.observe(answer.waited.as_secs_f64());
     state.metrics.inference_duration.observe(answer.ran.as_secs_f64());
     let mut outputs = answer.outputs?;
@@ -135,7 +159,10 @@ fn bind(model: &Model, request: InferRequest) -> Result<Bound, Refusal> {
     let mut inputs = Vec::with_capacity(given.len());
     for spec in model.inputs() {
         let Some(index) = given.iter().position(|(name, _)| *name == spec.name) else {
-            return Err(Refusal::bad(format!("input `{}` ({}, shape {:?}) is missing", spec.name, spec.datatype, spec.shape)));
+            return Err(Refusal::bad(format!(
+                "input `{}` ({}, shape {:?}) is missing",
+                spec.name, spec.datatype, spec.shape
+            )));
         };
         let (_, tensor) = given.swap_remove(index);
         engine::check_one(spec, tensor.datatype(), tensor.shape()).map_err(|error| Refusal::bad(error.to_string()))?;
@@ -143,7 +170,11 @@ fn bind(model: &Model, request: InferRequest) -> Result<Bound, Refusal> {
     }
     if let Some((name, _)) = given.first() {
         let known: Vec<&str> = model.inputs().iter().map(|spec| spec.name.as_str()).collect();
-        let what = if known.contains(&name.as_str()) { "is given twice" } else { "is not the model's" };
+        let what = if known.contains(&name.as_str()) {
+            "is given twice"
+        } else {
+            "is not the model's"
+        };
         return Err(Refusal::bad(format!("input `{name}` {what}; it takes {}", known.join(", "))));
     }
     let position = |name: &String| {
@@ -153,7 +184,10 @@ fn bind(model: &Model, request: InferRequest) -> Result<Bound, Refusal> {
             Refusal::bad(format!("output `{name}` is not the model's; it gives {}", known.join(", ")))
         })
     };
-    let wanted = request.outputs.map(|names| names.iter().map(position).collect::<Result<Vec<_>, _>>()).transpose()?;
+    let wanted = request
+        .outputs
+        .map(|names| names.iter().map(position).collect::<Result<Vec<_>, _>>())
+        .transpose()?;
     Ok((request.id, inputs, wanted))
 }
 

@@ -46,7 +46,12 @@ pub(super) fn parse(body: &[u8]) -> Result<InferRequest, String> {
         parameters: Parameters,
     }
     let raw: Raw = serde_json::from_slice(body).map_err(|error| format!("the body is not an inference request: {error}"))?;
-    let parameters = raw.outputs.iter().flatten().map(|wanted| &wanted.parameters).chain([&raw.parameters]);
+    let parameters = raw
+        .outputs
+        .iter()
+        .flatten()
+        .map(|wanted| &wanted.parameters)
+        .chain([&raw.parameters]);
     for parameters in parameters {
         parameters.check()?;
     }
@@ -77,13 +82,20 @@ struct Parameters {
 impl Parameters {
     fn check(&self) -> Result<(), String> {
         let asked = [
-            (self.binary_data || self.binary_data_output || self.binary_data_size.is_some(), "binary tensors"),
+            (
+                self.binary_data || self.binary_data_output || self.binary_data_size.is_some(),
+                "binary tensors",
+            ),
             (self.shared_memory_region.is_some(), "shared memory"),
             (self.classification.is_some(), "classification"),
             (self.sequence_id.is_some(), "sequences"),
         ];
         let asked = asked.into_iter().find_map(|(asked, extension)| asked.then_some(extension));
-        asked.map_or(Ok(()), |extension| Err(format!("the extension for {extension} is not supported; send and take JSON tensors")))
+        asked.map_or(Ok(()), |extension| {
+            Err(format!(
+                "the extension for {extension} is not supported; send and take JSON tensors"
+            ))
+        })
     }
 }
 
@@ -120,12 +132,20 @@ impl<'de> Visitor<'de> for InputVisitor {
                 "datatype" => datatype = Some(map.next_value()?),
                 "shape" => shape = Some(map.next_value()?),
                 "data" => match (datatype, &shape) {
-                    (Some(datatype), Some(shape)) => data = Some(map.next_value_seed(Values { datatype, shape, name: name.as_deref() })?),
+                    (Some(datatype), Some(shape)) => {
+                        data = Some(map.next_value_seed(Values {
+                            datatype,
+                            shape,
+                            name: name.as_deref(),
+                        })?)
+                    }
                     // Its type is told only after it.
                     _ => unread = Some(map.next_value()?),
                 },
                 "parameters" => map.next_value::<Parameters>()?.check().map_err(|text| named(&name, text))?,
-                _ => drop(map.next_value::<IgnoredAny>()?),
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
             }
         }
         let name = name.ok_or_else(|| A::Error::missing_field("name"))?;
@@ -136,7 +156,11 @@ impl<'de> Visitor<'de> for InputVisitor {
             (Some(data), _) => data,
             (None, Some(unread)) => {
                 let mut deserializer = serde_json::Deserializer::from_str(unread.get());
-                let values = Values { datatype, shape: &shape, name: Some(&name) };
+                let values = Values {
+                    datatype,
+                    shape: &shape,
+                    name: Some(&name),
+                };
                 values.deserialize(&mut deserializer).map_err(A::Error::custom)?
             }
             (None, None) => return Err(missing("data")),
@@ -163,7 +187,9 @@ impl<'de> DeserializeSeed<'de> for Values<'_> {
                 match self.datatype { $(Datatype::$name => self.read(deserializer).map(Data::$name)),* }
             };
         }
-        read!(Bool, Uint8, Uint16, Uint32, Uint64, Int8, Int16, Int32, Int64, Fp16, Bf16, Fp32, Fp64, Bytes)
+        read!(
+            Bool, Uint8, Uint16, Uint32, Uint64, Int8, Int16, Int32, Int64, Fp16, Bf16, Fp32, Fp64, Bytes
+        )
     }
 }
 
@@ -178,7 +204,14 @@ impl Values<'_> {
         // A shape is a few bytes of a body: it may not make us take memory that the values do not fill.
         let mut out = Vec::with_capacity(count.min(4096));
         let mut leaf_depth = None;
-        Level { values: self, count, depth: 0, out: &mut out, leaf_depth: &mut leaf_depth }.deserialize(deserializer)?;
+        Level {
+            values: self,
+            count,
+            depth: 0,
+            out: &mut out,
+            leaf_depth: &mut leaf_depth,
+        }
+        .deserialize(deserializer)?;
         Ok(out)
     }
 }
@@ -203,7 +236,7 @@ impl<T: Element> Level<'_, T> {
 
     fn push<E: Error>(self, value: Option<T>, written: &dyn fmt::Display) -> Result<(), E> {
         let (rank, shape, datatype) = (self.values.shape.len(), self.values.shape, self.values.datatype);
-        let fits = matches!(self.depth, 1) || self.depth == rank;
+        let fits = self.depth == 1 || self.depth == rank;
         if self.depth == 0 || !fits || self.leaf_depth.is_some_and(|depth| depth != self.depth) {
             return Err(self.refuse(&format!("data is neither a flat list nor nested as shape {shape:?}")));
         }
@@ -244,7 +277,13 @@ impl<'de, T: Element> Visitor<'de> for Level<'_, T> {
         let mut length = 0;
         loop {
             let (values, count, depth) = (self.values, self.count, self.depth + 1);
-            let level = Level { values, count, depth, out: &mut *self.out, leaf_depth: &mut *self.leaf_depth };
+            let level = Level {
+                values,
+                count,
+                depth,
+                out: &mut *self.out,
+                leaf_depth: &mut *self.leaf_depth,
+            };
             match list.next_element_seed(level)? {
                 Some(()) => length += 1,
                 None => break,
@@ -254,7 +293,10 @@ impl<'de, T: Element> Visitor<'de> for Level<'_, T> {
         let nested = self.depth > 0 || self.leaf_depth.map_or(length > 0, |depth| depth > 1);
         if nested && shape.get(self.depth).is_some_and(|&size| size != length) {
             let expected = shape[self.depth];
-            return Err(self.refuse(&format!("a list at depth {} holds {length} values, shape {shape:?} says {expected}", self.depth)));
+            return Err(self.refuse(&format!(
+                "a list at depth {} holds {length} values, shape {shape:?} says {expected}",
+                self.depth
+            )));
         }
         Ok(())
     }

@@ -40,7 +40,12 @@ pub(super) fn write<'a>(
         shape: tensor.shape(),
         data: Values(tensor.data()),
     };
-    serde_json::to_vec(&Answer { model_name: name, model_version: version, id, outputs: outputs.map(output).collect() })
+    serde_json::to_vec(&Answer {
+        model_name: name,
+        model_version: version,
+        id,
+        outputs: outputs.map(output).collect(),
+    })
 }
 
 impl Serialize for Values<'_> {
@@ -61,7 +66,9 @@ impl Serialize for Values<'_> {
             Data::Fp64(values) => values.serialize(serializer),
             Data::Bytes(values) => {
                 let texts = values.iter().map(|bytes| std::str::from_utf8(bytes)).collect::<Result<Vec<_>, _>>();
-                texts.map_err(|_| S::Error::custom("the model gave bytes that are not UTF-8, which JSON cannot hold"))?.serialize(serializer)
+                texts
+                    .map_err(|_| S::Error::custom("the model gave bytes that are not UTF-8, which JSON cannot hold"))?
+                    .serialize(serializer)
             }
         }
     }

@@ -32,23 +32,41 @@ fn id_and_outputs_are_taken_and_unknown_parameters_pass() {
     });
     let request = parse(body.to_string().as_bytes()).unwrap();
     assert_eq!((request.id.as_deref(), request.outputs), (Some("7"), Some(vec!["y".to_owned()])));
-    assert_eq!(request.inputs[0].1.data(), &Data::Bytes(vec![b"a".to_vec(), "grüß".as_bytes().to_vec()]));
+    assert_eq!(
+        request.inputs[0].1.data(),
+        &Data::Bytes(vec![b"a".to_vec(), "grüß".as_bytes().to_vec()])
+    );
 }
 
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
     let contains = |text: String, expected: &str| assert!(text.contains(expected), "{text}");
-    contains(refusal("FP32", &json!([2, 2]), &json!([1, 2, 3])), "input `x`: shape [2, 2] takes 4 values, 3 were given");
-    contains(refusal("FP32", &json!([2]), &json!([1, 2, 3])), "input `x`: shape [2] takes 2 values, more were given");
+    contains(
+        refusal("FP32", &json!([2, 2]), &json!([1, 2, 3])),
+        "input `x`: shape [2, 2] takes 4 values, 3 were given",
+    );
+    contains(
+        refusal("FP32", &json!([2]), &json!([1, 2, 3])),
+        "input `x`: shape [2] takes 2 values, more were given",
+    );
     contains(refusal("UINT8", &json!([1]), &json!([256])), "input `x`: 256 does not fit UINT8");
     contains(refusal("INT8", &json!([1]), &json!([1.5])), "input `x`: 1.5 does not fit INT8");
     contains(refusal("FP16", &json!([1]), &json!([1e6])), "does not fit FP16");
     contains(refusal("FP32", &json!([1]), &json!([null])), "null does not fit FP32");
     contains(refusal("INT32", &json!([1]), &json!(["1"])), "a string does not fit INT32");
     contains(refusal("BYTES", &json!([1]), &json!([1])), "1 does not fit BYTES");
-    contains(refusal("FP32", &json!([2, 2]), &json!([[1, 2], [3]])), "a list at depth 1 holds 1 values, shape [2, 2] says 2");
-    contains(refusal("FP32", &json!([2, 2]), &json!([[1, 2]])), "a list at depth 0 holds 1 values, shape [2, 2] says 2");
-    contains(refusal("FP32", &json!([2, 2]), &json!([1, [2, 3], 4])), "neither a flat list nor nested as shape [2, 2]");
+    contains(
+        refusal("FP32", &json!([2, 2]), &json!([[1, 2], [3]])),
+        "a list at depth 1 holds 1 values, shape [2, 2] says 2",
+    );
+    contains(
+        refusal("FP32", &json!([2, 2]), &json!([[1, 2]])),
+        "a list at depth 0 holds 1 values, shape [2, 2] says 2",
+    );
+    contains(
+        refusal("FP32", &json!([2, 2]), &json!([1, [2, 3], 4])),
+        "neither a flat list nor nested as shape [2, 2]",
+    );
     contains(refusal("FP32", &json!([2]), &json!([[1, 2]])), "nested deeper than shape [2]");
     contains(refusal("FP32", &json!([1, 1, 1]), &json!([[1]])), "neither a flat list nor nested");
     contains(refusal("FP32", &json!([1]), &json!(1)), "neither a flat list");
@@ -56,11 +74,20 @@ fn what_does_not_fit_is_refused_by_name() {
     contains(refusal("FP32", &json!([-1]), &json!([1])), "integer `-1`");
     let big = u64::MAX / 2;
     contains(refusal("FP32", &json!([big, 3]), &json!([1])), "more than memory holds");
-    contains(tensor(&json!({"name": "x", "shape": [1], "data": [1]})).unwrap_err(), "input `x` has no datatype");
-    contains(tensor(&json!({"name": "x", "shape": [1], "datatype": "FP32"})).unwrap_err(), "input `x` has no data");
+    contains(
+        tensor(&json!({"name": "x", "shape": [1], "data": [1]})).unwrap_err(),
+        "input `x` has no datatype",
+    );
+    contains(
+        tensor(&json!({"name": "x", "shape": [1], "datatype": "FP32"})).unwrap_err(),
+        "input `x` has no data",
+    );
     contains(parse(b"{").unwrap_err(), "the body is not an inference request");
     contains(parse(b"{}").unwrap_err(), "missing field `inputs`");
-    let deep = format!("{{\"inputs\":[{{\"name\":\"x\",\"datatype\":\"FP32\",\"shape\":[1],\"data\":{}", "[".repeat(100_000));
+    let deep = format!(
+        "{{\"inputs\":[{{\"name\":\"x\",\"datatype\":\"FP32\",\"shape\":[1],\"data\":{}",
+        "[".repeat(100_000)
+    );
     assert!(parse(deep.as_bytes()).is_err());
 }
 
@@ -68,14 +95,21 @@ fn what_does_not_fit_is_refused_by_name() {
 fn extensions_that_are_not_there_are_refused_by_name() {
     let parameters = json!({"shared_memory_region": "r", "shared_memory_byte_size": 8});
     let text = tensor(&json!({"name": "x", "datatype": "FP32", "shape": [2], "parameters": parameters})).unwrap_err();
-    assert!(text.contains("input `x`: the extension for shared memory is not supported"), "{text}");
+    assert!(
+        text.contains("input `x`: the extension for shared memory is not supported"),
+        "{text}"
+    );
     let body = json!({"inputs": [], "outputs": [{"name": "y", "parameters": {"binary_data": true}}]});
     assert!(parse(body.to_string().as_bytes()).unwrap_err().contains("binary tensors"));
 }
 
 #[test]
 fn whole_numbers_are_exact() {
-    let read = |datatype: &str, data: Value| tensor(&json!({"name": "x", "datatype": datatype, "shape": [1], "data": [data]})).unwrap().into_data();
+    let read = |datatype: &str, data: Value| {
+        tensor(&json!({"name": "x", "datatype": datatype, "shape": [1], "data": [data]}))
+            .unwrap()
+            .into_data()
+    };
     assert_eq!(read("UINT64", json!(u64::MAX)), Data::Uint64(vec![u64::MAX]));
     assert_eq!(read("INT64", json!(i64::MIN)), Data::Int64(vec![i64::MIN]));
     assert_eq!(read("INT16", json!(7.0)), Data::Int16(vec![7]));

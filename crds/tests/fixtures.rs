@@ -10,12 +10,23 @@ use serde::Deserialize as _;
 use serde_json::Value;
 
 /// Types of Kubernetes' own, whose fields are not ours to cover.
-const FOREIGN: [&str; 3] = ["spec.runtime.pod.affinity", "spec.runtime.pod.tolerations[]", "spec.runtime.pod.topologySpreadConstraints[]"];
+const FOREIGN: [&str; 3] = [
+    "spec.runtime.pod.affinity",
+    "spec.runtime.pod.tolerations[]",
+    "spec.runtime.pod.topologySpreadConstraints[]",
+];
 
 fn manifests(folder: &str) -> Vec<(String, String)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(folder);
     let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    files.map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), fs::read_to_string(path).unwrap())).collect()
+    files
+        .map(|path| {
+            (
+                path.file_name().unwrap().to_string_lossy().into_owned(),
+                fs::read_to_string(path).unwrap(),
+            )
+        })
+        .collect()
 }
 
 fn schema(file: &str) -> Value {
@@ -30,7 +41,13 @@ fn rule_messages(schema: &Value, found: &mut BTreeSet<String>) {
         Value::Object(fields) => {
             for (name, value) in fields {
                 if name == "x-kubernetes-validations" {
-                    found.extend(value.as_array().unwrap().iter().map(|rule| rule["message"].as_str().expect("a rule has a message").to_owned()));
+                    found.extend(
+                        value
+                            .as_array()
+                            .unwrap()
+                            .iter()
+                            .map(|rule| rule["message"].as_str().expect("a rule has a message").to_owned()),
+                    );
                 } else {
                     rule_messages(value, found);
                 }
@@ -80,7 +97,10 @@ fn each_cel_rule_has_a_manifest_that_breaks_it() {
         .flat_map(manifests)
         .map(|(name, text)| {
             let first = text.lines().next().unwrap_or_default();
-            first.strip_prefix("# expect: ").unwrap_or_else(|| panic!("{name} begins with `# expect: MESSAGE`")).to_owned()
+            first
+                .strip_prefix("# expect: ")
+                .unwrap_or_else(|| panic!("{name} begins with `# expect: MESSAGE`"))
+                .to_owned()
         })
         .collect();
     let missing: Vec<_> = messages.difference(&expected).collect();

@@ -25,6 +25,7 @@ pub use route::{ParentReference, Route};
 pub use runtime::{Amount, Batching, EngineChoice, EnvironmentVariable, LabelValue, PodOverlay, Resources, Runtime};
 pub use source::{Source, Verify};
 
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;
 
 /// The API group.
@@ -42,6 +43,24 @@ pub const REVISION_NAME_LABEL: &str = "plimsoll.dev/revision-name";
 /// The CustomResourceDefinitions as YAML, by file name.
 #[must_use]
 pub fn custom_resource_definitions() -> Vec<(&'static str, String)> {
-    let yaml = |crd| serde_yaml_ng::to_string(&crd).expect("a CRD is plain data");
+    let yaml = |crd: CustomResourceDefinition| {
+        let mut crd = serde_json::to_value(&crd).expect("a CRD is plain data");
+        without_rust_formats(&mut crd);
+        serde_yaml_ng::to_string(&crd).expect("a CRD is plain data")
+    };
     vec![("modeldeployments.yaml", yaml(ModelDeployment::crd())), ("modelrevisions.yaml", yaml(ModelRevision::crd()))]
+}
+
+/// Drops the formats that schemars gives unsigned integers: the apiserver does not know them and warns at each apply.
+fn without_rust_formats(schema: &mut serde_json::Value) {
+    match schema {
+        serde_json::Value::Object(object) => {
+            if object.get("format").is_some_and(|format| format.as_str().is_some_and(|format| format.starts_with("uint"))) {
+                object.remove("format");
+            }
+            object.values_mut().for_each(without_rust_formats);
+        }
+        serde_json::Value::Array(array) => array.iter_mut().for_each(without_rust_formats),
+        _ => {}
+    }
 }

@@ -10,8 +10,9 @@ use sha2::{Digest as _, Sha256};
 /// A SHA-256 content digest, `sha256:<64 lower-case hex digits>` (OCI image specification, "Digests").
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("pattern" = "^sha256:[a-f0-9]{64}$", "maxLength" = 71)))]
 #[serde(try_from = "String", into = "String")]
-pub struct Digest(#[cfg_attr(feature = "schema", schemars(regex(pattern = r"^sha256:[a-f0-9]{64}$"), length(max = 71)))] String);
+pub struct Digest(String);
 
 /// A text that is not a digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

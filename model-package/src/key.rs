@@ -135,6 +135,7 @@ mod tests {
             max_fetch_size: "1Gi".parse().unwrap(),
             plain_http_hosts: vec![],
             annotations: Default::default(),
+            run_tag: None,
         }
     }
 

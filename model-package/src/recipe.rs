@@ -328,6 +328,9 @@ pub struct Inputs {
     /// Annotations of the published image, such as the ModelDeployment that first made it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
+    /// A second tag of the published image, which names this very run: it is found by it though the Job's pod is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_tag: Option<String>,
 }
 
 /// The environment variable that carries [`Inputs`].

@@ -1,0 +1,9 @@
+//! The objects of a model, one file a kind: pure functions from decisions to what is applied.
+
+pub mod deployment;
+pub mod disruption_budget;
+pub mod job;
+pub mod metadata;
+pub mod network_policy;
+pub mod security;
+pub mod service;

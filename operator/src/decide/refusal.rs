@@ -1,0 +1,87 @@
+//! Fields of the API whose machinery is not there yet: refused in words, never ignored.
+
+use plimsoll_crds::{Fallback, ModelDeploymentSpec, Strategy};
+use plimsoll_package::recipe::{ModelFormat, Optimization, PruneStructure, QuantizeScheme};
+
+/// What the spec asks for that this version does not do, as a sentence with the way out.
+#[must_use]
+pub fn refuse(spec: &ModelDeploymentSpec) -> Option<String> {
+    let optimize = spec.optimize.as_ref().map(|optimize| &optimize.optimization);
+    let field = source(spec)
+        .or_else(|| optimize.and_then(techniques))
+        .or_else(|| optimize.and_then(judgement))
+        .or_else(|| serving(spec))?;
+    Some(format!("{} is not supported by this version; {}", field.0, field.1))
+}
+
+type Refused = (&'static str, &'static str);
+
+fn source(spec: &ModelDeploymentSpec) -> Option<Refused> {
+    let source = &spec.source;
+    if source.format.is_some_and(|format| format != ModelFormat::Onnx) {
+        return Some(("spec.source.format other than Onnx", "export the model to ONNX and name that file"));
+    }
+    if source.verify.is_some() {
+        return Some(("spec.source.verify", "remove it and pin the content with spec.source.digest"));
+    }
+    source.poll_interval.as_ref().map(|_| ("spec.source.pollInterval", "remove it and change spec.source.uri for each version"))
+}
+
+fn techniques(optimize: &Optimization) -> Option<Refused> {
+    if optimize.search.is_some() {
+        return Some(("spec.optimize.search", "write the techniques into spec.optimize.recipe"));
+    }
+    optimize.recipe.iter().find_map(|technique| {
+        if technique.distill.is_some() {
+            return Some(("spec.optimize.recipe[].distill", "remove it; prune and quantize need no training"));
+        }
+        if technique.prune.as_ref().is_some_and(|prune| prune.structure != PruneStructure::Unstructured) {
+            return Some(("spec.optimize.recipe[].prune.structure other than Unstructured", "remove the field"));
+        }
+        let scheme = technique.quantize.as_ref()?.scheme;
+        match scheme {
+            QuantizeScheme::Int8 | QuantizeScheme::Int8Dynamic | QuantizeScheme::Int8Weights => None,
+            QuantizeScheme::Int8Static | QuantizeScheme::Int4 | QuantizeScheme::Float16 => {
+                Some(("this spec.optimize.recipe[].quantize.scheme", "use Int8, Int8Dynamic or Int8Weights"))
+            }
+        }
+    })
+}
+
+fn judgement(optimize: &Optimization) -> Option<Refused> {
+    use plimsoll_package::recipe::Metric;
+    let metric = optimize.evaluation.as_ref().and_then(|evaluation| evaluation.metric);
+    if metric.is_some_and(|metric| !matches!(metric, Metric::Accuracy | Metric::Fidelity)) {
+        return Some(("this spec.optimize.evaluation.metric", "use Accuracy or Fidelity"));
+    }
+    let budget = optimize.budget.as_ref()?;
+    budget.max_latency.as_ref().map(|_| ("spec.optimize.budget.maxLatency", "remove it; the report and the status show the latency"))
+}
+
+fn serving(spec: &ModelDeploymentSpec) -> Option<Refused> {
+    if spec.runtime.as_ref().is_some_and(|runtime| runtime.batching.is_some()) {
+        return Some(("spec.runtime.batching", "remove it"));
+    }
+    if let Some(accelerator) = &spec.accelerator {
+        if accelerator.device_class.is_some() {
+            return Some(("spec.accelerator.deviceClass", "name the extended resource in spec.accelerator.resource"));
+        }
+        if accelerator.fallback == Some(Fallback::Cpu) {
+            return Some(("spec.accelerator.fallback: CPU", "remove spec.accelerator to serve on CPUs"));
+        }
+    }
+    if spec.autoscaling.is_some() {
+        return Some(("spec.autoscaling", "set spec.replicas, or point a HorizontalPodAutoscaler at this object's scale subresource"));
+    }
+    if spec.route.is_some() {
+        return Some(("spec.route", "write an HTTPRoute to the Service that carries the model's name"));
+    }
+    let rollout = spec.rollout.as_ref()?;
+    if rollout.strategy.is_some_and(|strategy| strategy != Strategy::Rolling) {
+        return Some(("spec.rollout.strategy other than Rolling", "use Rolling"));
+    }
+    if rollout.analysis.is_some() {
+        return Some(("spec.rollout.analysis", "remove it"));
+    }
+    (rollout.automatic_rollback == Some(true)).then_some(("spec.rollout.automaticRollback", "remove it; apply the older manifest to go back"))
+}

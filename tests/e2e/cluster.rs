@@ -1,0 +1,273 @@
+//! The cluster as a user sees it: kubectl, a namespace a test, models in the registry and behind a file server.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// The registry as pods reach it.
+pub(crate) const REGISTRY: &str = "plimsoll-registry.plimsoll-system.svc.cluster.local:5000";
+/// The registry as this machine reaches it.
+const REGISTRY_OUTSIDE: &str = "127.0.0.1:30500";
+/// The namespace of the operator.
+pub(crate) const SYSTEM: &str = "plimsoll-system";
+/// Longest wait for anything: a busy machine of two cores, and several tests at once.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+
+static SHARED: RwLock<()> = RwLock::new(());
+
+/// The right to use the cluster, alone or beside others.
+#[allow(dead_code)]
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
+}
+
+/// A namespace that goes with the test.
+pub(crate) struct Namespace {
+    pub(crate) name: String,
+    _turn: Turn,
+}
+
+impl Namespace {
+    /// A namespace beside other tests.
+    pub(crate) fn new(name: &str) -> Self {
+        Self::create(name, Turn::Shared(SHARED.read().unwrap_or_else(std::sync::PoisonError::into_inner)))
+    }
+
+    /// A namespace with the cluster for itself.
+    pub(crate) fn alone(name: &str) -> Self {
+        Self::create(name, Turn::Alone(SHARED.write().unwrap_or_else(std::sync::PoisonError::into_inner)))
+    }
+
+    fn create(name: &str, turn: Turn) -> Self {
+        let name = format!("e2e-{name}");
+        kubectl(&["delete", "namespace", &name, "--ignore-not-found", "--wait"]);
+        // Every pod of a model must pass the strictest profile.
+        apply(&json!({
+            "apiVersion": "v1", "kind": "Namespace",
+            "metadata": { "name": name, "labels": { "pod-security.kubernetes.io/enforce": "restricted", "plimsoll.dev/test": "true" } },
+        }));
+        Self { name, _turn: turn }
+    }
+
+    /// Applies a ModelDeployment named `name` with `spec`.
+    pub(crate) fn apply_model(&self, name: &str, spec: &Value) {
+        apply(&self.model(name, spec));
+    }
+
+    pub(crate) fn model(&self, name: &str, spec: &Value) -> Value {
+        json!({ "apiVersion": "plimsoll.dev/v1alpha1", "kind": "ModelDeployment", "metadata": { "name": name, "namespace": self.name }, "spec": spec })
+    }
+
+    /// kubectl in this namespace.
+    pub(crate) fn kubectl(&self, arguments: &[&str]) -> String {
+        kubectl(&[&["-n", &self.name], arguments].concat())
+    }
+
+    pub(crate) fn get(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.kubectl(&[&["get", "-o", "json"], arguments].concat())).expect("kubectl prints JSON")
+    }
+
+    pub(crate) fn items(&self, arguments: &[&str]) -> Vec<Value> {
+        self.get(arguments)["items"].as_array().expect("a list").clone()
+    }
+
+    /// Waits for a condition of a ModelDeployment, as a user's pipeline does.
+    pub(crate) fn wait_for(&self, model: &str, condition: &str) {
+        let timeout = format!("--timeout={}s", PATIENCE.as_secs());
+        let output = run(program("PLIMSOLL_KUBECTL").args(["-n", &self.name, "wait", &format!("--for=condition={condition}"), &timeout, &format!("md/{model}")]));
+        assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), self.story(model));
+    }
+
+    /// Waits until this generation is ready: `Ready` of an older one does not count.
+    pub(crate) fn wait_ready(&self, model: &str) {
+        self.wait_until(model, "this generation is ready", |md| {
+            md["status"]["observedGeneration"] == md["metadata"]["generation"] && condition(md, "Ready")["status"] == "True"
+        });
+    }
+
+    pub(crate) fn wait_until(&self, model: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+        let started = Instant::now();
+        loop {
+            let md = self.get(&["md", model]);
+            if holds(&md) {
+                return md;
+            }
+            assert!(started.elapsed() < PATIENCE, "waited in vain until {what}\n{}", self.story(model));
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Waits for the reason of `Ready`, and returns the object.
+    pub(crate) fn wait_reason(&self, model: &str, reason: &str) -> Value {
+        self.wait_until(model, &format!("Ready's reason is {reason}"), |md| condition(md, "Ready")["reason"] == reason)
+    }
+
+    /// The ClusterIP of a model's Service.
+    pub(crate) fn address(&self, model: &str) -> String {
+        let service = self.get(&["service", model]);
+        format!("http://{}", service["spec"]["clusterIP"].as_str().expect("a ClusterIP"))
+    }
+
+    /// All that a person would look at, for a failed test's message.
+    pub(crate) fn story(&self, model: &str) -> String {
+        let show = |arguments: &[&str]| {
+            let output = run(program("PLIMSOLL_KUBECTL").args(["-n", &self.name]).args(arguments));
+            format!("$ kubectl {}\n{}{}", arguments.join(" "), String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+        };
+        [
+            show(&["get", "md,mr,jobs,deploy,pods", "-o", "wide"]),
+            show(&["get", "md", model, "-o", "jsonpath={range .status.conditions[*]}{.type}={.status} {.reason}: {.message}{\"\\n\"}{end}"]),
+            show(&["get", "events", "--sort-by=.lastTimestamp"]),
+            show(&["logs", "-l", "app.kubernetes.io/component=optimizer", "--all-containers", "--tail=10"]),
+            show(&["logs", "-l", "app.kubernetes.io/component=runtime", "--tail=10"]),
+            show(&["logs", "-n", SYSTEM, "-l", "app.kubernetes.io/component=operator", "--tail=15"]),
+        ]
+        .join("\n")
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            run(program("PLIMSOLL_KUBECTL").args(["delete", "namespace", &self.name, "--wait=false"]));
+        }
+    }
+}
+
+/// A condition of an object; null where it is missing.
+pub(crate) fn condition(object: &Value, kind: &str) -> Value {
+    let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    conditions.into_iter().find(|condition| condition["type"] == kind).unwrap_or(Value::Null)
+}
+
+fn program(variable: &str) -> Command {
+    Command::new(std::env::var(variable).unwrap_or_else(|_| panic!("{variable} is not set; run these tests with `cargo xtask test`")))
+}
+
+fn run(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"))
+}
+
+/// Runs kubectl and returns what it printed; panics where it fails.
+pub(crate) fn kubectl(arguments: &[&str]) -> String {
+    succeed(run(program("PLIMSOLL_KUBECTL").args(arguments)), arguments)
+}
+
+/// Runs helm and returns what it printed; panics where it fails.
+pub(crate) fn helm(arguments: &[&str]) -> String {
+    succeed(run(program("PLIMSOLL_HELM").args(arguments)), arguments)
+}
+
+fn succeed(output: Output, arguments: &[&str]) -> String {
+    assert!(output.status.success(), "{arguments:?} failed: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// `kubectl apply` of `object`; panics where it is refused.
+pub(crate) fn apply(object: &Value) {
+    try_apply(&object.to_string()).unwrap_or_else(|error| panic!("refused: {error}\n{object}"));
+}
+
+/// `kubectl apply` of a manifest; the error is what the user would read.
+pub(crate) fn try_apply(manifest: &str) -> Result<String, String> {
+    let mut child = program("PLIMSOLL_KUBECTL")
+        .args(["apply", "-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("kubectl starts");
+    child.stdin.take().expect("piped").write_all(manifest.as_bytes()).expect("kubectl reads");
+    let output = child.wait_with_output().expect("kubectl ends");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+/// A file of `tests/`.
+pub(crate) fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// `sha256:...` of a file.
+pub(crate) fn digest(path: &Path) -> String {
+    use sha2::Digest as _;
+    format!("sha256:{}", hex::encode(sha2::Sha256::digest(std::fs::read(path).expect("a fixture"))))
+}
+
+/// Pushes `file` as the only file of `repository:tag` and returns the address that pods pull it by.
+pub(crate) fn push(file: &Path, reference: &str) -> String {
+    // One tar a push, whose name carries the reference: tests push side by side.
+    static PUSHES: Mutex<u32> = Mutex::new(0);
+    let number = {
+        let mut pushes = PUSHES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *pushes += 1;
+        *pushes
+    };
+    let tar = std::env::temp_dir().join(format!("plimsoll-e2e-{}-{number}.tar", std::process::id()));
+    let folder = file.parent().expect("a folder");
+    let name = file.file_name().expect("a name");
+    succeed(run(Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(folder).arg(name)), &["tar"]);
+    let outside = format!("{REGISTRY_OUTSIDE}/{reference}");
+    succeed(run(program("PLIMSOLL_CRANE").args(["append", "--insecure", "--oci-empty-base", "-t", &outside, "-f"]).arg(&tar)), &["crane", "append"]);
+    std::fs::remove_file(&tar).expect("the tar was written");
+    format!("oci://{REGISTRY}/{reference}")
+}
+
+/// The digits model of `version` (`v1`, `v2`) in the registry.
+pub(crate) fn digits(version: &str) -> String {
+    push(&fixture(&format!("models/digits/digits-{version}.onnx")), &format!("e2e/digits:{version}"))
+}
+
+/// The held-out digits in the registry.
+pub(crate) fn heldout() -> String {
+    push(&fixture("models/digits/digits-heldout.npz"), "e2e/digits-heldout:v1")
+}
+
+/// A spec that compresses digits of `version` within one point of accuracy.
+pub(crate) fn digits_spec(version: &str) -> Value {
+    json!({
+        "source": { "uri": digits(version) },
+        "optimize": {
+            "recipe": [{ "prune": { "amount": "30%" } }, { "quantize": { "scheme": "Int8" } }],
+            "evaluation": { "dataset": { "uri": heldout() }, "metric": "Accuracy" },
+            "budget": { "maxAccuracyDrop": "1%" },
+        },
+    })
+}
+
+/// A file server in the namespace that serves `files`, reached at the returned address; it starts with `replicas` pods.
+pub(crate) fn file_server(namespace: &Namespace, files: &[(&str, &Path)], replicas: u32) -> String {
+    let mut create = vec!["create".to_owned(), "configmap".to_owned(), "fixtures".to_owned()];
+    create.extend(files.iter().map(|(name, path)| format!("--from-file={name}={}", path.display())));
+    namespace.kubectl(&create.iter().map(String::as_str).collect::<Vec<_>>());
+    let image = std::env::var("PLIMSOLL_FIXTURE_SERVER_IMAGE").expect("set by cargo xtask test");
+    let labels = json!({ "app": "fixtures" });
+    apply(&json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "fixtures", "namespace": namespace.name },
+        "spec": { "replicas": replicas, "selector": { "matchLabels": labels }, "template": { "metadata": { "labels": labels }, "spec": {
+            "automountServiceAccountToken": false,
+            "securityContext": { "runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": { "type": "RuntimeDefault" } },
+            "containers": [{
+                "name": "server", "image": image, "imagePullPolicy": "IfNotPresent", "args": ["--folder", "/fixtures", "--address", ":8080"],
+                "securityContext": { "allowPrivilegeEscalation": false, "capabilities": { "drop": ["ALL"] } },
+                "readinessProbe": { "tcpSocket": { "port": 8080 }, "periodSeconds": 1 },
+                "volumeMounts": [{ "name": "files", "mountPath": "/fixtures" }],
+            }],
+            "volumes": [{ "name": "files", "configMap": { "name": "fixtures" } }],
+        } } },
+    }));
+    apply(&json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "fixtures", "namespace": namespace.name },
+        "spec": { "selector": labels, "ports": [{ "port": 80, "targetPort": 8080 }] },
+    }));
+    if replicas > 0 {
+        namespace.kubectl(&["rollout", "status", "deployment/fixtures", "--timeout=120s"]);
+    }
+    // The chart is installed with the file servers of these tests among `models.plainHttpHosts`.
+    format!("http://fixtures.{}.svc.cluster.local", namespace.name)
+}

@@ -1,0 +1,24 @@
+//! End-to-end tests on a real cluster. Each asserts what a user would see with kubectl and an HTTP client.
+//!
+//! `cargo xtask test` sets the environment:
+//!
+//! | variable | holds |
+//! |---|---|
+//! | `KUBECONFIG` | the cluster, with the chart installed as release `plimsoll` in `plimsoll-system` |
+//! | `PLIMSOLL_KUBECTL`, `PLIMSOLL_HELM`, `PLIMSOLL_CRANE` | the programs |
+//! | `PLIMSOLL_FIXTURE_SERVER_IMAGE` | the file server's image, on the node |
+//! | `PLIMSOLL_MAGIKA` | magika's ONNX file |
+//!
+//! Tests that disturb what all share (the operator, the registry) take the cluster for themselves; the others run side by side.
+
+mod cluster;
+mod commands;
+mod disruption;
+mod history;
+mod installation;
+mod placement;
+mod refusal;
+mod reuse;
+mod serving;
+mod source;
+mod traffic;

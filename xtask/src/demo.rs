@@ -1,4 +1,139 @@
-//! x
+//! The demonstration: a new user sees a model go the whole way, from `kubectl apply` to answers, to a second version, and back.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+
+use crate::progress::phase;
+use crate::{images, workspace};
+use artifacts::Artifacts;
+use digit::HeldOut;
+use gateway::Gateway;
+use record::Record;
+use rollout::Rollout;
+use target::Target;
+use traffic::Traffic;
+
+mod artifacts;
+mod digit;
+mod gateway;
+mod installation;
+mod local;
+mod manifest;
+mod record;
+mod rollout;
+mod target;
+mod timeline;
+mod traffic;
+
+/// The namespace of the demo's model.
+const NAMESPACE: &str = "plimsoll-demo";
+/// The model's name, as the manifest has it.
+const MODEL: &str = "digits";
+
 #[derive(clap::Args)]
-pub(crate) struct Arguments {}
-pub(crate) fn run(_arguments: &Arguments) -> anyhow::Result<()> { anyhow::bail!("being written") }
+pub(crate) struct Arguments {
+    /// Takes away what the demo made: the embedded cluster, or its objects in the cluster of KUBECONFIG.
+    #[arg(long, conflicts_with_all = ["local", "image_registry"])]
+    down: bool,
+    /// Needs no cluster: optimises, serves and asks on this machine.
+    #[arg(long, conflicts_with_all = ["kubeconfig", "image_registry"])]
+    local: bool,
+    /// The cluster to use. Default: the one of KUBECONFIG where it answers, else the embedded one.
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// A registry that you can push to and the nodes of your cluster pull from, for the demo's images. kind and k3d need none.
+    #[arg(long, value_name = "HOST/PATH")]
+    image_registry: Option<String>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.local {
+        return local::run();
+    }
+    if arguments.down {
+        return match Target::existing(arguments.kubeconfig.as_deref())? {
+            Some(foreign) => installation::remove(&foreign),
+            None => crate::cluster::down(),
+        };
+    }
+    let target = Target::choose(arguments.kubeconfig.as_deref())?;
+    let delivery = target.delivery(arguments.image_registry.as_deref())?;
+    let held_out = HeldOut::read(&workspace::root().join("tests/models/digits/digits-heldout.npz"))?;
+
+    heading("The images");
+    let archives = images::build(&installation::IMAGES)?;
+    heading("The cluster");
+    let target = target.start()?;
+    installation::install(&target, &delivery, &archives)?;
+    let gateway = phase("opening a way to the cluster's API (kubectl proxy)", |_| Gateway::open(&target))?;
+    let artifacts = Artifacts::new(gateway.client());
+    phase("uploading the models and the held-out images to the cluster's registry", |_| artifacts.upload_models())?;
+
+    heading("The first version");
+    let accelerated = target.has_gpus()?;
+    if !accelerated {
+        eprintln!("  no node offers {}: the model is served on CPUs", manifest::GPU);
+    }
+    Rollout::clear(&target)?;
+    let rollout = Rollout::new(&target, &gateway, accelerated);
+    let first = rollout.apply("v1")?;
+    let answer = held_out.ask(&gateway.client(), &infer_path(), held_out.any())?;
+    let mut record = Record::new(&first, first.begun.elapsed(), artifacts.report(&first.artifact)?);
+    record.seconds_by_phase = timeline::seconds_by_phase(&target, &first, &record.report)?;
+    record.nodes = target.nodes_of_pods()?;
+    println!("\n{}\n", record.table());
+    println!("{answer}\n");
+
+    heading("A second version under load, and back");
+    let traffic = Traffic::start(&gateway.client(), &infer_path(), &held_out);
+    let moved = rollout.apply("v2").and_then(|second| Ok((second, rollout.apply("v1")?)));
+    let counted = traffic.stop();
+    let (second, undone) = moved?;
+    record.moved(&second, &undone, counted);
+    println!("\n{}\n", record.story());
+
+    let path = record.write()?;
+    println!("{}", target.kubectl_text(&["get", "md,mr", "--namespace", NAMESPACE])?);
+    println!("Written to {}. To go on playing:\n", path.display());
+    println!("{}", commands(&target, arguments));
+    if record.requests_failed > 0 {
+        bail!("{} of {} requests failed: {}", record.requests_failed, record.requests_total, record.first_failure.as_deref().unwrap_or("?"));
+    }
+    Ok(())
+}
+
+/// Where the apiserver forwards requests to the model.
+fn infer_path() -> String {
+    format!("/api/v1/namespaces/{NAMESPACE}/services/http:{MODEL}:http/proxy/v2/models/{MODEL}/infer")
+}
+
+fn heading(what: &str) {
+    eprintln!("\n{what}");
+}
+
+fn commands(target: &Target, arguments: &Arguments) -> String {
+    let kubeconfig = target.kubeconfig_text();
+    let again = arguments.kubeconfig.as_ref().map(|path| format!(" --kubeconfig {}", path.display())).unwrap_or_default();
+    let directory = target.kubectl_folder().map(|folder| format!("  export PATH={}:$PATH\n", folder.display())).unwrap_or_default();
+    let model = workspace::root().join(manifest::PATH);
+    format!(
+        "{directory}  export KUBECONFIG={kubeconfig}
+  kubectl config set-context --current --namespace {NAMESPACE}
+  kubectl get md,mr -o wide
+  kubectl describe md {MODEL}
+  kubectl explain md.spec.optimize.budget
+  kubectl scale md {MODEL} --replicas 1
+  kubectl edit md {MODEL}          # try maxAccuracyDrop: \"0%\" with amount: \"95%\"; the revision in service stays
+  kubectl get mr --watch
+  kubectl delete md {MODEL} && kubectl apply -f {}    # the artifact is there: no second optimisation
+  cargo xtask demo --down{again}   # takes everything away",
+        model.display()
+    )
+}
+
+/// Seconds since `begun`.
+fn seconds_since(begun: Instant) -> f64 {
+    begun.elapsed().as_secs_f64()
+}

@@ -4,10 +4,18 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// How often a long command's last line is shown where there is no terminal.
+const REPORT_INTERVAL: Duration = Duration::from_secs(20);
+
+/// Time between two lines that say that a phase goes on, where there is no terminal to draw on.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(20);
 
 /// Runs `work` under a line that says `what` and how long it takes.
 ///
@@ -22,7 +30,20 @@ pub(crate) fn phase<T>(what: &str, work: impl FnOnce(&ProgressBar) -> Result<T>)
     if bar.is_hidden() {
         eprintln!("  ... {what}");
     }
-    let result = work(&bar);
+    let (ended, end) = mpsc::channel::<()>();
+    let result = thread::scope(|scope| {
+        if bar.is_hidden() {
+            let bar = &bar;
+            scope.spawn(move || {
+                while end.recv_timeout(SIGN_OF_LIFE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    eprintln!("  ... {what} ({:.0} s) {}", started.elapsed().as_secs_f64(), bar.message());
+                }
+            });
+        }
+        let result = work(&bar);
+        drop(ended);
+        result
+    });
     bar.finish_and_clear();
     let mark = if result.is_ok() { "ok " } else { "FAILED" };
     eprintln!("  {mark} {what} ({:.1} s)", started.elapsed().as_secs_f64());
@@ -45,6 +66,7 @@ pub(crate) fn run_logged(command: &mut Command, log: &Path, bar: &ProgressBar) -
         .stderr(file)
         .spawn()
         .with_context(|| format!("cannot start `{name}`"))?;
+    let mut reported = Instant::now();
     loop {
         if let Some(status) = child.try_wait()? {
             if status.success() {
@@ -55,8 +77,14 @@ pub(crate) fn run_logged(command: &mut Command, log: &Path, bar: &ProgressBar) -
             let tail: Vec<&str> = tail.into_iter().rev().collect();
             bail!("`{name}` failed with {status}; the end of {}:\n{}", log.display(), tail.join("\n"));
         }
-        if let Some(line) = fs::read_to_string(log).unwrap_or_default().lines().last() {
-            bar.set_message(line.chars().take(100).collect::<String>());
+        let text = fs::read_to_string(log).unwrap_or_default();
+        if let Some(line) = text.lines().last() {
+            let line: String = line.chars().take(100).collect();
+            if bar.is_hidden() && reported.elapsed() >= REPORT_INTERVAL {
+                reported = Instant::now();
+                eprintln!("      line {}: {line}", text.lines().count());
+            }
+            bar.set_message(format!("{} {line}", text.lines().count()));
         }
         std::thread::sleep(Duration::from_millis(200));
     }

@@ -1,0 +1,177 @@
+//! What the demo measured: `demo.json`, and the tables.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use comfy_table::Table;
+use plimsoll_package::report::Report;
+use plimsoll_package::units::{display_percent, display_size};
+use serde::Serialize;
+
+use super::rollout::Served;
+use super::timeline;
+use super::traffic::Counted;
+use crate::workspace;
+
+/// The figures of one demo. Times in seconds, sizes in bytes, accuracies as ratios, latencies in microseconds.
+#[derive(Serialize)]
+pub(super) struct Record {
+    apply_to_ready_s: f64,
+    apply_to_first_prediction_s: f64,
+    /// Whether the Job found the artifact of an earlier run.
+    artifact_reused: bool,
+    size_bytes_before: u64,
+    size_bytes_after: u64,
+    accuracy_before: Option<f64>,
+    accuracy_after: Option<f64>,
+    latency_us_before: Option<f64>,
+    latency_us_after: Option<f64>,
+    pub(super) seconds_by_phase: BTreeMap<&'static str, f64>,
+    pub(super) nodes: String,
+    endpoint: String,
+    revisions: Vec<RevisionRecord>,
+    pub(super) requests_total: u64,
+    pub(super) requests_failed: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) first_failure: Option<String>,
+    #[serde(skip)]
+    pub(super) report: Report,
+}
+
+/// A version that came to serve.
+#[derive(Serialize)]
+struct RevisionRecord {
+    number: i64,
+    name: String,
+    artifact: String,
+    apply_to_ready_s: f64,
+}
+
+impl Record {
+    /// What the first version gave; `first_prediction` is the time from apply to its first answer.
+    pub(super) fn new(first: &Served, first_prediction: Duration, report: Report) -> Self {
+        let summary = &report.summary;
+        Self {
+            apply_to_ready_s: first.ready_s,
+            apply_to_first_prediction_s: first_prediction.as_secs_f64(),
+            artifact_reused: !first.published(),
+            size_bytes_before: summary.size_before,
+            size_bytes_after: summary.size_after,
+            accuracy_before: summary.metric.map(|metric| metric.before),
+            accuracy_after: summary.metric.map(|metric| metric.after),
+            latency_us_before: summary.latency.map(|latency| latency.before_us),
+            latency_us_after: summary.latency.map(|latency| latency.after_us),
+            seconds_by_phase: BTreeMap::new(),
+            nodes: String::new(),
+            endpoint: first.endpoint.clone(),
+            revisions: vec![RevisionRecord::of(first)],
+            requests_total: 0,
+            requests_failed: 0,
+            first_failure: None,
+            report,
+        }
+    }
+
+    /// Adds the second version, the way back, and what the clients saw meanwhile.
+    pub(super) fn moved(&mut self, second: &Served, undone: &Served, counted: Counted) {
+        self.revisions.extend([RevisionRecord::of(second), RevisionRecord::of(undone)]);
+        self.requests_total = counted.total;
+        self.requests_failed = counted.failed;
+        self.first_failure = counted.first_failure;
+    }
+
+    /// Before and after, where it serves, and where the time went.
+    pub(super) fn table(&self) -> String {
+        let mut table = before_and_after(&self.report);
+        let revision = self
+            .revisions
+            .first()
+            .map(|revision| format!("{} ({})", revision.number, revision.name));
+        table.add_row(["revision", "", &revision.unwrap_or_default()]);
+        table.add_row(["node", "", &self.nodes]);
+        table.add_row(["endpoint", "", &self.endpoint]);
+        let found = if self.artifact_reused { ", artifact of an earlier run" } else { "" };
+        table.add_row(["apply to Ready", "", &format!("{:.2} s{found}", self.apply_to_ready_s)]);
+        for (share, seconds) in timeline::shares(&self.seconds_by_phase) {
+            table.add_row([&format!("  {share}"), "", &format!("{seconds:.2} s")]);
+        }
+        table.add_row([
+            "first prediction",
+            "",
+            &format!("{:.2} s after apply", self.apply_to_first_prediction_s),
+        ]);
+        table.to_string()
+    }
+
+    /// The versions as they came, and what the clients noticed of it.
+    pub(super) fn story(&self) -> String {
+        let mut table = Table::new();
+        table
+            .load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY)
+            .set_header(["", "revision", "name", "apply to Ready"]);
+        for (what, revision) in ["first version", "second version", "undo"].iter().zip(&self.revisions) {
+            table.add_row([
+                *what,
+                &revision.number.to_string(),
+                &revision.name,
+                &format!("{:.2} s", revision.apply_to_ready_s),
+            ]);
+        }
+        format!(
+            "{table}\n  {} requests meanwhile, {} failed",
+            self.requests_total, self.requests_failed
+        )
+    }
+
+    /// Writes `demo.json` to the target folder.
+    ///
+    /// # Errors
+    /// Where the disk does not take it.
+    pub(super) fn write(&self) -> Result<PathBuf> {
+        let path = workspace::target().join("demo.json");
+        let json = serde_json::to_string_pretty(self)?;
+        fs::write(&path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    }
+}
+
+impl RevisionRecord {
+    fn of(served: &Served) -> Self {
+        Self {
+            number: served.revision,
+            name: served.revision_name.clone(),
+            artifact: served.artifact.clone(),
+            apply_to_ready_s: served.ready_s,
+        }
+    }
+}
+
+/// The table of an optimisation.
+pub(super) fn before_and_after(report: &Report) -> Table {
+    let summary = &report.summary;
+    let mut table = Table::new();
+    table
+        .load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY)
+        .set_header(["", "before", "after"]);
+    let times = summary.size_before as f64 / summary.size_after as f64;
+    table.add_row([
+        "size",
+        &display_size(summary.size_before),
+        &format!("{} ({times:.2}x smaller)", display_size(summary.size_after)),
+    ]);
+    if let Some(metric) = summary.metric {
+        let name = format!("{} ({} samples)", metric.name.to_string().to_lowercase(), metric.samples);
+        table.add_row([name, display_percent(metric.before), display_percent(metric.after)]);
+    }
+    if let Some(latency) = summary.latency {
+        table.add_row([
+            "latency".to_owned(),
+            format!("{:.0} us", latency.before_us),
+            format!("{:.0} us ({})", latency.after_us, summary.engine),
+        ]);
+    }
+    table
+}

@@ -114,23 +114,16 @@ fn heading(what: &str) {
 }
 
 fn commands(target: &Target, arguments: &Arguments) -> String {
-    let kubeconfig = target.kubeconfig_text();
-    let again = arguments.kubeconfig.as_ref().map(|path| format!(" --kubeconfig {}", path.display())).unwrap_or_default();
-    let directory = target.kubectl_folder().map(|folder| format!("  export PATH={}:$PATH\n", folder.display())).unwrap_or_default();
-    let model = workspace::root().join(manifest::PATH);
-    format!(
-        "{directory}  export KUBECONFIG={kubeconfig}
-  kubectl config set-context --current --namespace {NAMESPACE}
-  kubectl get md,mr -o wide
-  kubectl describe md {MODEL}
-  kubectl explain md.spec.optimize.budget
-  kubectl scale md {MODEL} --replicas 1
-  kubectl edit md {MODEL}          # try maxAccuracyDrop: \"0%\" with amount: \"95%\"; the revision in service stays
-  kubectl get mr --watch
-  kubectl delete md {MODEL} && kubectl apply -f {}    # the artifact is there: no second optimisation
-  cargo xtask demo --down{again}   # takes everything away",
-        model.display()
-    )
+    let mut commands = Vec::new();
+    commands.extend(target.kubectl_folder().map(|folder| format!("export PATH={}:$PATH", folder.display())));
+    commands.push(format!("export KUBECONFIG={}", target.kubeconfig_text()));
+    for command in ["get md,mr -o wide", "describe md digits", "scale md digits --replicas 1", "edit md digits", "get mr --watch"] {
+        commands.push(format!("kubectl -n {NAMESPACE} {command}"));
+    }
+    commands.push("kubectl explain md.spec.optimize.budget".to_owned());
+    let again = arguments.kubeconfig.as_ref().map(|path| format!(" --kubeconfig {}", path.display()));
+    commands.push(format!("cargo xtask demo --down{}    # takes everything away", again.unwrap_or_default()));
+    format!("  {}", commands.join("\n  "))
 }
 
 /// Seconds since `begun`.

@@ -11,9 +11,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How often a long command's last line is shown where there is no terminal.
-const REPORT_INTERVAL: Duration = Duration::from_secs(20);
-
 /// Time between two lines that say that a phase goes on, where there is no terminal to draw on.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(20);
 
@@ -66,7 +63,6 @@ pub(crate) fn run_logged(command: &mut Command, log: &Path, bar: &ProgressBar) -
         .stderr(file)
         .spawn()
         .with_context(|| format!("cannot start `{name}`"))?;
-    let mut reported = Instant::now();
     loop {
         if let Some(status) = child.try_wait()? {
             if status.success() {
@@ -80,11 +76,7 @@ pub(crate) fn run_logged(command: &mut Command, log: &Path, bar: &ProgressBar) -
         let text = fs::read_to_string(log).unwrap_or_default();
         if let Some(line) = text.lines().last() {
             let line: String = line.chars().take(100).collect();
-            if bar.is_hidden() && reported.elapsed() >= REPORT_INTERVAL {
-                reported = Instant::now();
-                eprintln!("      line {}: {line}", text.lines().count());
-            }
-            bar.set_message(format!("{} {line}", text.lines().count()));
+            bar.set_message(format!("line {}: {}", text.lines().count(), line.trim()));
         }
         std::thread::sleep(Duration::from_millis(200));
     }

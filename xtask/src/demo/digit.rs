@@ -124,7 +124,7 @@ impl fmt::Display for Prediction {
             format!("  {}", share(digits[0])),
             format!("  {}", share(digits[1])),
             format!("  {}", share(digits[2])),
-            format!("a person wrote a {}", self.label),
+            format!("a person wrote: {}", self.label),
             format!("answered in {:.1} ms", self.milliseconds),
             String::new(),
         ];

@@ -20,7 +20,8 @@ use serde_json::json;
 use crate::progress::phase;
 use crate::workspace;
 use components::{Component, GPU_COUNT, GPU_RESOURCE, Health, Kind, cluster_program};
-use configuration::{FIXTURE_SERVER_IMAGE, NODE, PAUSE_IMAGE};
+pub(crate) use configuration::FIXTURE_SERVER_IMAGE;
+use configuration::{NODE, PAUSE_IMAGE};
 use host::Before;
 use network::Network;
 use process::Supervisor;
@@ -46,7 +47,11 @@ enum Action {
         fake_nodes: u32,
     },
     /// Stops the cluster and leaves the machine as it was.
-    Down,
+    Down {
+        /// Only the cluster that `up --control-plane` started.
+        #[arg(long)]
+        control_plane: bool,
+    },
     /// Lists the components: process, health, memory.
     Status,
     /// Shows a component's log, or every component's last lines.
@@ -70,9 +75,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             println!("export KUBECONFIG={}", kubeconfig.display());
             Ok(())
         }
-        Action::Down => down(),
+        Action::Down { control_plane } => remove(|cluster| !control_plane || cluster.kind == Kind::ControlPlane),
         Action::Status => existing().iter().try_for_each(Cluster::status),
-        Action::Logs { component, follow } => existing().iter().try_for_each(|cluster| cluster.logs(component.as_deref(), *follow)),
+        Action::Logs { component, follow } => existing()
+            .iter()
+            .try_for_each(|cluster| cluster.logs(component.as_deref(), *follow)),
     }
 }
 
@@ -101,8 +108,12 @@ pub(crate) fn up_control_plane(fake_nodes: u32) -> Result<PathBuf> {
 /// # Errors
 /// Where something cannot be removed.
 pub(crate) fn down() -> Result<()> {
+    remove(|_| true)
+}
+
+fn remove(which: impl Fn(&Cluster) -> bool) -> Result<()> {
     let _lock = lock("run")?;
-    existing().iter().try_for_each(Cluster::down)
+    existing().iter().filter(|cluster| which(cluster)).try_for_each(Cluster::down)
 }
 
 /// Whether this machine can run a cluster with a real node.
@@ -138,7 +149,8 @@ pub(crate) fn import_images(archives: &[PathBuf]) -> Result<()> {
     }
     for archive in archives {
         let mut command = cluster.ctr()?;
-        host::run(command.args(["images", "import", "--local"]).arg(archive)).with_context(|| format!("cannot import {}", archive.display()))?;
+        host::run(command.args(["images", "import", "--local"]).arg(archive))
+            .with_context(|| format!("cannot import {}", archive.display()))?;
     }
     Ok(())
 }
@@ -193,7 +205,11 @@ fn home() -> PathBuf {
 fn lock(name: &str) -> Result<File> {
     fs::create_dir_all(home())?;
     let path = home().join(format!("{name}.lock"));
-    let file = File::options().create(true).append(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
     if file.try_lock().is_err() {
         eprintln!("  waiting for another task that holds {}", path.display());
         file.lock()?;
@@ -203,7 +219,11 @@ fn lock(name: &str) -> Result<File> {
 
 /// The clusters that have state on this machine.
 fn existing() -> Vec<Cluster> {
-    let clusters: Vec<Cluster> = [Kind::Node, Kind::ControlPlane].map(Cluster::of).into_iter().filter(|cluster| cluster.run.exists()).collect();
+    let clusters: Vec<Cluster> = [Kind::Node, Kind::ControlPlane]
+        .map(Cluster::of)
+        .into_iter()
+        .filter(|cluster| cluster.run.exists())
+        .collect();
     if clusters.is_empty() {
         eprintln!("no cluster: `cargo xtask cluster up` starts one");
     }
@@ -222,7 +242,10 @@ impl Cluster {
             Kind::Node => "run",
             Kind::ControlPlane => "control-plane",
         };
-        Self { kind, run: home().join(folder) }
+        Self {
+            kind,
+            run: home().join(folder),
+        }
     }
 
     fn supervisor(&self) -> Supervisor {
@@ -250,7 +273,12 @@ impl Cluster {
             return Ok(self.kubeconfig());
         }
         let is_first = !all.iter().any(|component| supervisor.was_started(component.name));
-        if is_first {
+        if is_first
+            && ![Kind::Node, Kind::ControlPlane]
+                .map(Self::of)
+                .iter()
+                .any(|other| other.kind != self.kind && other.run.exists())
+        {
             builds::prune()?;
         }
         if self.kind == Kind::Node {
@@ -266,18 +294,32 @@ impl Cluster {
             for stage in 0..=1 {
                 self.start(&all, stage)?;
             }
-            host::run(self.kubectl()?.args(["wait", "namespace/kube-system", "--for=create", "--timeout=60s"]))?;
-            if self.kind == Kind::ControlPlane { self.start(&all, 2) } else { Ok(()) }
+            host::run(
+                self.kubectl()?
+                    .args(["wait", "namespace/kube-system", "--for=create", "--timeout=60s"]),
+            )?;
+            if self.kind == Kind::ControlPlane {
+                self.start(&all, 2)
+            } else {
+                Ok(())
+            }
         })?;
         if self.kind == Kind::Node {
             phase("starting the node", |_| {
                 self.import_own_images()?;
-                host::run(self.kubectl()?.args(["apply", "--filename"]).arg(self.run.join("config/addons.json")))?;
+                host::run(
+                    self.kubectl()?
+                        .args(["apply", "--filename"])
+                        .arg(self.run.join("config/addons.json")),
+                )?;
                 self.start(&all, 2)?;
                 self.wait_for_node()
             })?;
         }
-        host::run(self.kubectl()?.args(["wait", "serviceaccount/default", "--for=create", "--timeout=60s"]))?;
+        host::run(
+            self.kubectl()?
+                .args(["wait", "serviceaccount/default", "--for=create", "--timeout=60s"]),
+        )?;
         Ok(self.kubeconfig())
     }
 
@@ -320,7 +362,9 @@ impl Cluster {
     fn prepare(&self, network: &Network) -> Result<()> {
         let hosts = format!("127.0.0.1,{},{}", network.node, network.api_service());
         let mut pki = cluster_program("pki")?;
-        pki.arg("--out").arg(self.run.join("pki")).args(["--server", &components::api_url(self.kind, network)]);
+        pki.arg("--out")
+            .arg(self.run.join("pki"))
+            .args(["--server", &components::api_url(self.kind, network)]);
         pki.args(["--hosts", &hosts, "--node", NODE, "--node-address", &network.node.to_string()]);
         host::run(&mut pki)?;
         if !self.kubeconfig().exists() {
@@ -348,25 +392,46 @@ impl Cluster {
         let supervisor = self.supervisor();
         let all: Vec<&Component> = all.into_iter().collect();
         let mut probe = cluster_program("health")?;
-        probe.arg(format!("--wait={}s", timeout.as_secs())).args(all.iter().filter_map(|component| component.probe()));
-        let mut probe = probe.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().context("cannot start the health check")?;
+        probe
+            .arg(format!("--wait={}s", timeout.as_secs()))
+            .args(all.iter().filter_map(|component| component.probe()));
+        let mut probe = probe
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start the health check")?;
         let deadline = Instant::now() + timeout;
         loop {
             if let Some(dead) = all.iter().find(|component| supervisor.find(component.name).is_none()) {
                 // It may have ended by itself already.
                 let _ = probe.kill();
                 let _ = probe.wait();
-                bail!("{} died; the end of {}:\n{}", dead.name, supervisor.log(dead.name).display(), supervisor.tail(dead.name, 15));
+                bail!(
+                    "{} died; the end of {}:\n{}",
+                    dead.name,
+                    supervisor.log(dead.name).display(),
+                    supervisor.tail(dead.name, 15)
+                );
             }
-            let deaf = all.iter().find(|component| matches!(&component.health, Health::Socket(path) if UnixStream::connect(path).is_err()));
+            let deaf = all
+                .iter()
+                .find(|component| matches!(&component.health, Health::Socket(path) if UnixStream::connect(path).is_err()));
             if probe.try_wait()?.is_some() && (deaf.is_none() || Instant::now() > deadline) {
                 let output = probe.wait_with_output()?;
                 let text = String::from_utf8_lossy(&output.stdout);
-                let unhealthy: Vec<&str> = text.lines().filter(|line| !line.ends_with(" ok")).chain(deaf.map(|component| component.name)).collect();
+                let unhealthy: Vec<&str> = text
+                    .lines()
+                    .filter(|line| !line.ends_with(" ok"))
+                    .chain(deaf.map(|component| component.name))
+                    .collect();
                 if unhealthy.is_empty() {
                     return Ok(());
                 }
-                bail!("not healthy after {} s: {} (see `cargo xtask cluster logs`)", timeout.as_secs(), unhealthy.join(", "));
+                bail!(
+                    "not healthy after {} s: {} (see `cargo xtask cluster logs`)",
+                    timeout.as_secs(),
+                    unhealthy.join(", ")
+                );
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -374,7 +439,10 @@ impl Cluster {
 
     fn wait_for_node(&self) -> Result<()> {
         let node = format!("node/{NODE}");
-        let gpus = format!("--for=jsonpath={{.status.allocatable.{}}}={GPU_COUNT}", GPU_RESOURCE.replace('.', "\\."));
+        let gpus = format!(
+            "--for=jsonpath={{.status.allocatable.{}}}={GPU_COUNT}",
+            GPU_RESOURCE.replace('.', "\\.")
+        );
         for condition in ["--for=create", "--for=condition=Ready", &gpus] {
             host::run(self.kubectl()?.args(["wait", &node, condition, "--timeout=120s"]))?;
         }
@@ -389,7 +457,14 @@ impl Cluster {
                 continue;
             }
             let archive = self.run.join(format!("{program}.tar"));
-            host::run(cluster_program("image")?.arg("--program").arg(tool(program)?).args(["--name", reference]).arg("--out").arg(&archive))?;
+            host::run(
+                cluster_program("image")?
+                    .arg("--program")
+                    .arg(tool(program)?)
+                    .args(["--name", reference])
+                    .arg("--out")
+                    .arg(&archive),
+            )?;
             import_images(std::slice::from_ref(&archive))?;
             fs::remove_file(&archive)?;
         }
@@ -404,7 +479,10 @@ impl Cluster {
 
     fn ctr(&self) -> Result<Command> {
         let mut command = Command::new(tool("ctr")?);
-        command.arg("--address").arg(self.run.join("containerd.sock")).args(["--namespace", "k8s.io"]);
+        command
+            .arg("--address")
+            .arg(self.run.join("containerd.sock"))
+            .args(["--namespace", "k8s.io"]);
         Ok(command)
     }
 
@@ -437,7 +515,9 @@ impl Cluster {
         let probed = probe.args(all.iter().filter_map(Component::probe)).output()?;
         let answers = String::from_utf8_lossy(&probed.stdout);
         let mut table = comfy_table::Table::new();
-        table.load_style(comfy_table::presets::NOTHING).set_header(["COMPONENT", "PID", "MEMORY", "HEALTH"]);
+        table
+            .load_style(comfy_table::presets::NOTHING)
+            .set_header(["COMPONENT", "PID", "MEMORY", "HEALTH"]);
         let mut memory_bytes = 0;
         for component in &all {
             let process = supervisor.find(component.name);
@@ -449,7 +529,9 @@ impl Cluster {
                 (Some(_), Health::Process) => "ok".to_owned(),
                 (Some(_), Health::Socket(path)) => UnixStream::connect(path).map_or_else(|error| error.to_string(), |_| "ok".to_owned()),
                 (Some(_), Health::Url(_)) => {
-                    let answer = answers.lines().find_map(|line| line.strip_prefix(component.name)?.strip_prefix(' '));
+                    let answer = answers
+                        .lines()
+                        .find_map(|line| line.strip_prefix(component.name)?.strip_prefix(' '));
                     answer.unwrap_or("no answer").to_owned()
                 }
             };
@@ -457,7 +539,13 @@ impl Cluster {
             table.add_row([component.name.to_owned(), pid, format!("{} MiB", memory >> 20), health]);
         }
         println!("{table}");
-        println!("{} MiB in all; pods {}, services {}; state in {}", memory_bytes >> 20, network.pod_subnet(), network.service_subnet(), self.run.display());
+        println!(
+            "{} MiB in all; pods {}, services {}; state in {}",
+            memory_bytes >> 20,
+            network.pod_subnet(),
+            network.service_subnet(),
+            self.run.display()
+        );
         if self.kind == Kind::Node {
             println!("NetworkPolicies are accepted but not enforced: the bridge that connects the pods knows none.");
         }
@@ -471,10 +559,19 @@ impl Cluster {
             command.arg("--follow=name");
         }
         let folder = self.run.join("log");
-        let mut logs: Vec<PathBuf> = fs::read_dir(&folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
+        let mut logs: Vec<PathBuf> = fs::read_dir(&folder)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .collect();
         logs.retain(|path| path.extension().is_some_and(|extension| extension == "log"));
         logs.sort();
-        let names = logs.iter().filter_map(|path| path.file_stem()).map(|name| name.to_string_lossy().into_owned()).collect::<Vec<_>>().join(", ");
+        let names = logs
+            .iter()
+            .filter_map(|path| path.file_stem())
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect::<Vec<_>>()
+            .join(", ");
         match component {
             Some(name) => {
                 logs.retain(|path| path.file_stem().is_some_and(|stem| stem == name));

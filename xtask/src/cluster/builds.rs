@@ -28,7 +28,13 @@ struct Build {
 
 /// Every program of the cluster, the slowest to build first.
 const BUILDS: &[Build] = &[
-    Build { name: "kubernetes", module: ".", packages: &["."], sources: Some("."), binaries: &["cluster", "kubectl"] },
+    Build {
+        name: "kubernetes",
+        module: ".",
+        packages: &["."],
+        sources: Some("."),
+        binaries: &["cluster", "kubectl"],
+    },
     Build {
         name: "containerd",
         module: "tools",
@@ -40,8 +46,20 @@ const BUILDS: &[Build] = &[
         sources: None,
         binaries: &["containerd", "containerd-shim-runc-v2", "ctr"],
     },
-    Build { name: "coredns", module: "tools", packages: &["./coredns"], sources: Some("coredns"), binaries: &["coredns"] },
-    Build { name: "pause", module: ".", packages: &["./pause"], sources: Some("pause"), binaries: &["pause"] },
+    Build {
+        name: "coredns",
+        module: "tools",
+        packages: &["./coredns"],
+        sources: Some("coredns"),
+        binaries: &["coredns"],
+    },
+    Build {
+        name: "pause",
+        module: ".",
+        packages: &["./pause"],
+        sources: Some("pause"),
+        binaries: &["pause"],
+    },
     Build {
         name: "fixture-server",
         module: ".",
@@ -49,8 +67,20 @@ const BUILDS: &[Build] = &[
         sources: Some("fixture-server"),
         binaries: &["fixture-server"],
     },
-    Build { name: "registry", module: "tools", packages: &["./registry"], sources: Some("registry"), binaries: &["registry"] },
-    Build { name: "helm", module: "tools", packages: &["helm.sh/helm/v4/cmd/helm"], sources: None, binaries: &["helm"] },
+    Build {
+        name: "registry",
+        module: "tools",
+        packages: &["./registry"],
+        sources: Some("registry"),
+        binaries: &["registry"],
+    },
+    Build {
+        name: "helm",
+        module: "tools",
+        packages: &["helm.sh/helm/v4/cmd/helm"],
+        sources: None,
+        binaries: &["helm"],
+    },
     Build {
         name: "crane",
         module: "tools",
@@ -58,7 +88,13 @@ const BUILDS: &[Build] = &[
         sources: None,
         binaries: &["crane"],
     },
-    Build { name: "kwok", module: "tools", packages: &["sigs.k8s.io/kwok/cmd/kwok"], sources: None, binaries: &["kwok"] },
+    Build {
+        name: "kwok",
+        module: "tools",
+        packages: &["sigs.k8s.io/kwok/cmd/kwok"],
+        sources: None,
+        binaries: &["kwok"],
+    },
 ];
 
 /// The file beside kwok that says how its nodes and pods go through their lives.
@@ -77,7 +113,9 @@ pub(super) fn program(binary: &str) -> Result<PathBuf> {
     if !folder.is_dir() {
         let _lock = super::lock("build")?;
         if !folder.is_dir() {
-            phase(&format!("building {} (kept in {})", build.name, super::home().display()), |bar| build.make(&folder, bar))?;
+            phase(&format!("building {} (kept in {})", build.name, super::home().display()), |bar| {
+                build.make(&folder, bar)
+            })?;
         }
     }
     Ok(folder.join(binary))
@@ -94,7 +132,11 @@ pub(super) fn prune() -> Result<()> {
     for build in BUILDS {
         let current = build.folder()?;
         for entry in fs::read_dir(super::home())?.filter_map(Result::ok) {
-            let is_of_build = entry.file_name().to_string_lossy().strip_prefix(build.name).is_some_and(|rest| rest.starts_with('-') && rest.len() == 17);
+            let is_of_build = entry
+                .file_name()
+                .to_string_lossy()
+                .strip_prefix(build.name)
+                .is_some_and(|rest| rest.starts_with('-') && rest.len() == 17);
             if is_of_build && entry.path() != current {
                 fs::remove_dir_all(entry.path())?;
             }
@@ -119,7 +161,10 @@ impl Build {
         add("flags", linker_flags().as_bytes());
         let module = self.module();
         for name in ["go.mod", "go.sum"] {
-            add(name, &fs::read(module.join(name)).with_context(|| format!("cannot read {}", module.join(name).display()))?);
+            add(
+                name,
+                &fs::read(module.join(name)).with_context(|| format!("cannot read {}", module.join(name).display()))?,
+            );
         }
         if let Some(sources) = self.sources {
             for file in go_files(&module.join(sources))? {
@@ -148,13 +193,19 @@ impl Build {
         let mut command = Command::new("go");
         command.current_dir(self.module()).args(arguments);
         // No C compiler is needed, go.mod and go.sum decide, and nothing of the checkout's state enters the binary.
-        command.env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=readonly -buildvcs=false").env("GOWORK", "off");
+        command
+            .env("CGO_ENABLED", "0")
+            .env("GOFLAGS", "-mod=readonly -buildvcs=false")
+            .env("GOWORK", "off");
         command
     }
 
     /// The stages that kwok's own release gives to its users: nodes become ready at once, pods run at once.
     fn kwok_stages(&self) -> Result<String> {
-        let output = self.go(["list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok"]).output().context("cannot start `go`")?;
+        let output = self
+            .go(["list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok"])
+            .output()
+            .context("cannot start `go`")?;
         let stages = PathBuf::from(String::from_utf8(output.stdout)?.trim()).join("kustomize/stage");
         let mut documents = Vec::new();
         for folder in ["node/fast", "node/heartbeat-with-lease", "pod/fast"] {
@@ -175,7 +226,9 @@ impl Build {
 fn linker_flags() -> String {
     let (version, major, minor) = KUBERNETES;
     let package = "k8s.io/component-base/version";
-    format!("-s -w -X {package}.gitVersion={version} -X {package}.gitMajor={major} -X {package}.gitMinor={minor} -X {package}.gitTreeState=clean")
+    format!(
+        "-s -w -X {package}.gitVersion={version} -X {package}.gitMajor={major} -X {package}.gitMinor={minor} -X {package}.gitTreeState=clean"
+    )
 }
 
 fn go_files(folder: &Path) -> Result<Vec<PathBuf>> {
@@ -190,5 +243,8 @@ fn go_files(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// Whether Go is there to build with.
 pub(super) fn has_go() -> bool {
-    Command::new("go").arg("version").output().is_ok_and(|output| output.status.success())
+    Command::new("go")
+        .arg("version")
+        .output()
+        .is_ok_and(|output| output.status.success())
 }

@@ -83,7 +83,12 @@ pub(super) fn listeners(kind: Kind, network: &Network) -> Vec<(Ipv4Addr, u16, &'
         (local, network.port(10259), "kube-scheduler"),
     ];
     if kind == Kind::Node {
-        all.extend([(network.node, 10250, "kubelet"), (local, 10248, "kubelet"), (local, 10256, "kube-proxy"), (local, 10249, "kube-proxy")]);
+        all.extend([
+            (network.node, 10250, "kubelet"),
+            (local, 10248, "kubelet"),
+            (local, 10256, "kube-proxy"),
+            (local, 10249, "kube-proxy"),
+        ]);
     }
     all
 }
@@ -98,7 +103,10 @@ pub(super) fn cluster_program(name: &str) -> Result<Command> {
 fn control_plane(kind: Kind, run: &Path, network: &Network) -> Result<Vec<Component>> {
     let pki = |file: &str| run.join("pki").join(file).display().to_string();
     let port = |well_known| network.port(well_known);
-    let (etcd, etcd_peer) = (format!("http://127.0.0.1:{}", port(2379)), format!("http://127.0.0.1:{}", port(2380)));
+    let (etcd, etcd_peer) = (
+        format!("http://127.0.0.1:{}", port(2379)),
+        format!("http://127.0.0.1:{}", port(2380)),
+    );
     let api = api_url(kind, network);
     Ok(vec![
         Component {
@@ -204,11 +212,19 @@ fn node(run: &Path, network: &Network) -> Result<Vec<Component>> {
     search.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
     search.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
     let mut runtime = Command::new(&containerd);
-    runtime.arg("--config").arg(config("containerd.toml")).env("PATH", std::env::join_paths(search)?);
+    runtime
+        .arg("--config")
+        .arg(config("containerd.toml"))
+        .env("PATH", std::env::join_paths(search)?);
     let mut dns = Command::new(builds::program("coredns")?);
     dns.arg("-conf").arg(config("Corefile"));
     Ok(vec![
-        Component { name: "containerd", stage: 0, command: runtime, health: Health::Socket(run.join("containerd.sock")) },
+        Component {
+            name: "containerd",
+            stage: 0,
+            command: runtime,
+            health: Health::Socket(run.join("containerd.sock")),
+        },
         Component {
             name: "kubelet",
             stage: 2,
@@ -232,11 +248,19 @@ fn node(run: &Path, network: &Network) -> Result<Vec<Component>> {
             command: flags("kube-proxy", [("config", config("kube-proxy.yaml"))])?,
             health: Health::Url("http://127.0.0.1:10256/healthz".into()),
         },
-        Component { name: "coredns", stage: 2, command: dns, health: Health::Url(format!("http://{DNS_HEALTH}/health")) },
+        Component {
+            name: "coredns",
+            stage: 2,
+            command: dns,
+            health: Health::Url(format!("http://{DNS_HEALTH}/health")),
+        },
         Component {
             name: "device-plugin",
             stage: 2,
-            command: flags("device-plugin", [("resource", GPU_RESOURCE.into()), ("count", GPU_COUNT.to_string())])?,
+            command: flags(
+                "device-plugin",
+                [("resource", GPU_RESOURCE.into()), ("count", GPU_COUNT.to_string())],
+            )?,
             health: Health::Socket(DEVICE_PLUGIN_SOCKET.into()),
         },
         Component {
@@ -261,8 +285,16 @@ pub(super) fn kwok(run: &Path) -> Result<Component> {
     let stages = program.with_file_name(KWOK_STAGES);
     let mut command = Command::new(program);
     command.arg("--kubeconfig").arg(run.join("admin.conf")).arg("--config").arg(stages);
-    command.args(["--manage-all-nodes=false", "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake"]);
-    Ok(Component { name: KWOK, stage: 3, command, health: Health::Process })
+    command.args([
+        "--manage-all-nodes=false",
+        "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+    ]);
+    Ok(Component {
+        name: KWOK,
+        stage: 3,
+        command,
+        health: Health::Process,
+    })
 }
 
 fn flags<const N: usize>(program: &str, flags: [(&str, String); N]) -> Result<Command> {

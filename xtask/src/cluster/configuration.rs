@@ -15,7 +15,7 @@ pub(super) const NODE: &str = "node1";
 /// Reference of the image that holds a pod's namespaces.
 pub(super) const PAUSE_IMAGE: &str = "plimsoll.local/pause:1";
 /// Reference of the tests' file server, for pods with `imagePullPolicy: Never`.
-pub(super) const FIXTURE_SERVER_IMAGE: &str = "plimsoll.local/fixture-server:1";
+pub(crate) const FIXTURE_SERVER_IMAGE: &str = "plimsoll.local/fixture-server:1";
 /// Port of CoreDNS on the node's address; 53 may be taken by the machine's own.
 const DNS_PORT: u16 = 10053;
 /// Address at which CoreDNS tells its health.
@@ -154,7 +154,11 @@ fn kube_proxy(run: &Path, network: &Network) -> Value {
 
 /// kubeadm's settings, on the node instead of in pods: names resolve as soon as the node is ready.
 fn corefile(run: &Path, network: &Network) -> String {
-    let forward = if resolver().is_file() { format!("    forward . {}\n", resolver().display()) } else { String::new() };
+    let forward = if resolver().is_file() {
+        format!("    forward . {}\n", resolver().display())
+    } else {
+        String::new()
+    };
     format!(
         ".:{DNS_PORT} {{
     bind {node}
@@ -180,7 +184,11 @@ fn corefile(run: &Path, network: &Network) -> String {
 /// The file that names real name servers: systemd's stub is a loopback address, which means nothing in a pod.
 fn resolver() -> PathBuf {
     let behind_stub = PathBuf::from("/run/systemd/resolve/resolv.conf");
-    if behind_stub.is_file() { behind_stub } else { PathBuf::from("/etc/resolv.conf") }
+    if behind_stub.is_file() {
+        behind_stub
+    } else {
+        PathBuf::from("/etc/resolv.conf")
+    }
 }
 
 /// Objects that every cluster has: DNS, and a default StorageClass.

@@ -16,8 +16,13 @@ const CAP_SYS_ADMIN: u32 = 21;
 const CAP_SYS_RESOURCE: u32 = 24;
 
 /// Programs that come from Debian, with their packages. A self-built runc lacks seccomp, which needs C.
-const PROGRAMS: [(&str, &str); 5] =
-    [("runc", "runc"), ("iptables", "iptables"), ("conntrack", "conntrack"), ("ip", "iproute2"), ("setsid", "util-linux")];
+const PROGRAMS: [(&str, &str); 5] = [
+    ("runc", "runc"),
+    ("iptables", "iptables"),
+    ("conntrack", "conntrack"),
+    ("ip", "iproute2"),
+    ("setsid", "util-linux"),
+];
 const CNI_PACKAGE: &str = "containernetworking-plugins";
 /// Where Debian and where everybody else puts CNI plugins.
 const CNI_FOLDERS: [&str; 2] = ["/usr/lib/cni", "/opt/cni/bin"];
@@ -73,7 +78,10 @@ pub(super) fn obstacles() -> Vec<String> {
     }
     let missing = missing_packages();
     if !missing.is_empty() && !is_debian() {
-        reasons.push(format!("these are missing, and only on Debian are they installed for you: {}", missing.join(", ")));
+        reasons.push(format!(
+            "these are missing, and only on Debian are they installed for you: {}",
+            missing.join(", ")
+        ));
     }
     reasons
 }
@@ -93,7 +101,12 @@ pub(super) fn cgroup_roots() -> Vec<PathBuf> {
     let root = PathBuf::from("/sys/fs/cgroup");
     match cgroups() {
         Some(Cgroups::V2) => vec![root],
-        Some(Cgroups::V1) => fs::read_dir(root).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect(),
+        Some(Cgroups::V1) => fs::read_dir(root)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.is_dir())
+            .collect(),
         None => Vec::new(),
     }
 }
@@ -105,7 +118,9 @@ pub(super) fn can_lower_oom_score() -> bool {
 
 fn has_capability(number: u32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    let effective = status
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
     effective.is_some_and(|bits| bits >> number & 1 == 1)
 }
 
@@ -122,11 +137,17 @@ pub(super) fn find_program(name: &str) -> Option<PathBuf> {
 
 /// The folder of the CNI plugins, where all that are needed are there.
 pub(super) fn cni_folder() -> Option<&'static Path> {
-    CNI_FOLDERS.iter().map(Path::new).find(|folder| CNI_PLUGINS.iter().all(|plugin| folder.join(plugin).is_file()))
+    CNI_FOLDERS
+        .iter()
+        .map(Path::new)
+        .find(|folder| CNI_PLUGINS.iter().all(|plugin| folder.join(plugin).is_file()))
 }
 
 fn missing_packages() -> Vec<&'static str> {
-    let programs = PROGRAMS.iter().filter(|(program, _)| find_program(program).is_none()).map(|(_, package)| *package);
+    let programs = PROGRAMS
+        .iter()
+        .filter(|(program, _)| find_program(program).is_none())
+        .map(|(_, package)| *package);
     programs.chain(cni_folder().is_none().then_some(CNI_PACKAGE)).collect()
 }
 
@@ -167,7 +188,10 @@ impl Before {
     /// # Errors
     /// Where another kubelet keeps its pods on this machine: two would fight over cgroups and rules.
     pub(super) fn observe() -> Result<Self> {
-        if cgroup_roots().iter().any(|root| root.join("kubepods").exists() || root.join("kubepods.slice").exists()) {
+        if cgroup_roots()
+            .iter()
+            .any(|root| root.join("kubepods").exists() || root.join("kubepods.slice").exists())
+        {
             bail!("another kubelet runs pods on this machine (there is a `kubepods` cgroup): use its cluster through KUBECONFIG instead");
         }
         let rules = super::removal::saved_rules("iptables");
@@ -176,8 +200,15 @@ impl Before {
         }
         Ok(Self {
             boot: boot()?,
-            sysctls: SYSCTLS.iter().filter_map(|name| Some(((*name).to_owned(), read_sysctl(name)?))).collect(),
-            absent_folders: FOLDERS.iter().filter(|folder| !Path::new(folder).exists()).map(|folder| (*folder).to_owned()).collect(),
+            sysctls: SYSCTLS
+                .iter()
+                .filter_map(|name| Some(((*name).to_owned(), read_sysctl(name)?)))
+                .collect(),
+            absent_folders: FOLDERS
+                .iter()
+                .filter(|folder| !Path::new(folder).exists())
+                .map(|folder| (*folder).to_owned())
+                .collect(),
             had_cni_chains: rules.contains(":CNI-"),
         })
     }
@@ -187,7 +218,12 @@ impl Before {
     /// # Errors
     /// Where the kernel does not tell its boot id.
     pub(super) fn untouched() -> Result<Self> {
-        Ok(Self { boot: boot()?, sysctls: BTreeMap::new(), absent_folders: Vec::new(), had_cni_chains: true })
+        Ok(Self {
+            boot: boot()?,
+            sysctls: BTreeMap::new(),
+            absent_folders: Vec::new(),
+            had_cni_chains: true,
+        })
     }
 
     /// Puts the settings back and removes the folders that were not there.
@@ -212,7 +248,10 @@ impl Before {
 /// # Errors
 /// Where the kernel does not tell.
 pub(super) fn boot() -> Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read the boot id")?.trim().to_owned())
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .context("cannot read the boot id")?
+        .trim()
+        .to_owned())
 }
 
 fn read_sysctl(name: &str) -> Option<String> {

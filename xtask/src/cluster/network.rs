@@ -25,11 +25,18 @@ pub(super) struct Network {
 }
 
 impl Network {
-    pub(super) const DEFAULT: Self =
-        Self { node: Ipv4Addr::new(10, 200, 0, 1), pods: Ipv4Addr::new(10, 244, 0, 0), services: Ipv4Addr::new(10, 96, 0, 0), port_offset: 0 };
+    pub(super) const DEFAULT: Self = Self {
+        node: Ipv4Addr::new(10, 200, 0, 1),
+        pods: Ipv4Addr::new(10, 244, 0, 0),
+        services: Ipv4Addr::new(10, 96, 0, 0),
+        port_offset: 0,
+    };
 
     /// Without a node nothing is routed, and another cluster's ports must stay free.
-    pub(super) const CONTROL_PLANE: Self = Self { port_offset: 10_000, ..Self::DEFAULT };
+    pub(super) const CONTROL_PLANE: Self = Self {
+        port_offset: 10_000,
+        ..Self::DEFAULT
+    };
 
     /// The first of some usual choices that overlaps with no route of the machine.
     ///
@@ -101,7 +108,10 @@ fn overlap(one: (Ipv4Addr, u8), other: (Ipv4Addr, u8)) -> bool {
 
 /// What the machine routes anywhere but to its default gateway.
 fn routes() -> Result<Vec<(Ipv4Addr, u8)>> {
-    let output = Command::new("ip").args(["-4", "route", "show", "table", "all"]).output().context("cannot start `ip` (iproute2)")?;
+    let output = Command::new("ip")
+        .args(["-4", "route", "show", "table", "all"])
+        .output()
+        .context("cannot start `ip` (iproute2)")?;
     Ok(parse_routes(&String::from_utf8_lossy(&output.stdout)))
 }
 
@@ -161,7 +171,8 @@ mod tests {
 
     #[test]
     fn routes_are_read_but_for_the_default_ones() {
-        let expected = [("10.244.0.0", 16), ("192.0.2.0", 24), ("10.200.0.1", 32)].map(|(address, length)| (address.parse().unwrap(), length));
+        let expected =
+            [("10.244.0.0", 16), ("192.0.2.0", 24), ("10.200.0.1", 32)].map(|(address, length)| (address.parse().unwrap(), length));
         assert_eq!(parse_routes(ROUTES), expected);
     }
 
@@ -169,7 +180,17 @@ mod tests {
     fn a_network_that_overlaps_with_a_route_is_not_free() {
         let taken = parse_routes(ROUTES);
         assert!(!Network::DEFAULT.is_free(&taken));
-        assert!(Network { node: Ipv4Addr::new(10, 201, 0, 1), pods: Ipv4Addr::new(10, 245, 0, 0), ..Network::DEFAULT }.is_free(&taken));
-        assert!(!Network::DEFAULT.is_free(&[(Ipv4Addr::new(10, 0, 0, 0), 8)]), "a wide route covers all");
+        assert!(
+            Network {
+                node: Ipv4Addr::new(10, 201, 0, 1),
+                pods: Ipv4Addr::new(10, 245, 0, 0),
+                ..Network::DEFAULT
+            }
+            .is_free(&taken)
+        );
+        assert!(
+            !Network::DEFAULT.is_free(&[(Ipv4Addr::new(10, 0, 0, 0), 8)]),
+            "a wide route covers all"
+        );
     }
 }

@@ -44,11 +44,11 @@ impl Process {
     }
 
     fn signal(self, signal: Signal) {
-        if self.is_alive() {
-            if let Some(pid) = Pid::from_raw(self.pid) {
-                // The process may end between the check and the signal; that is what was wanted.
-                let _ = kill_process(pid, signal);
-            }
+        if self.is_alive()
+            && let Some(pid) = Pid::from_raw(self.pid)
+        {
+            // The process may end between the check and the signal; that is what was wanted.
+            let _ = kill_process(pid, signal);
         }
     }
 
@@ -105,7 +105,10 @@ impl Supervisor {
     pub(super) fn find(&self, name: &str) -> Option<Process> {
         let text = fs::read_to_string(self.pid_file(name)).ok()?;
         let (pid, started) = text.split_once(' ')?;
-        let process = Process { pid: pid.parse().ok()?, started: started.trim().parse().ok()? };
+        let process = Process {
+            pid: pid.parse().ok()?,
+            started: started.trim().parse().ok()?,
+        };
         process.is_alive().then_some(process)
     }
 
@@ -123,7 +126,12 @@ impl Supervisor {
         let log = File::options().create(true).append(true).open(self.log(name))?;
         // setsid: the end of the terminal's session must not end the cluster.
         let mut detached = Command::new("setsid");
-        detached.arg(command.get_program()).args(command.get_args()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        detached
+            .arg(command.get_program())
+            .args(command.get_args())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         for (key, value) in command.get_envs() {
             match value {
                 Some(value) => detached.env(key, value),
@@ -133,7 +141,9 @@ impl Supervisor {
         if let Some(folder) = command.get_current_dir() {
             detached.current_dir(folder);
         }
-        let child = detached.spawn().with_context(|| format!("cannot start {name}: is `setsid` (util-linux) installed?"))?;
+        let child = detached
+            .spawn()
+            .with_context(|| format!("cannot start {name}: is `setsid` (util-linux) installed?"))?;
         let pid = i32::try_from(child.id())?;
         let started = Process::of(pid).map_or(0, |process| process.started);
         fs::write(self.pid_file(name), format!("{pid} {started}\n"))?;
@@ -171,7 +181,11 @@ mod tests {
         supervisor.start("sleeper", &command).unwrap();
         let first = supervisor.find("sleeper").expect("it runs").pid;
         supervisor.start("sleeper", &command).unwrap();
-        assert_eq!(supervisor.find("sleeper").map(|process| process.pid), Some(first), "a second start leaves the first process alone");
+        assert_eq!(
+            supervisor.find("sleeper").map(|process| process.pid),
+            Some(first),
+            "a second start leaves the first process alone"
+        );
         while supervisor.tail("sleeper", 1) != "begun" {
             std::thread::sleep(Duration::from_millis(5));
         }

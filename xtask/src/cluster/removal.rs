@@ -28,25 +28,38 @@ pub(super) fn kill_containers(run: &Path) -> Result<()> {
             return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("these processes do not end: {}", processes.iter().map(|process| process.pid.to_string()).collect::<Vec<_>>().join(", "));
+            bail!(
+                "these processes do not end: {}",
+                processes
+                    .iter()
+                    .map(|process| process.pid.to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            );
         }
         Process::kill(&processes);
     }
 }
 
-/// Processes in the pods' cgroups, and processes (shims, and anything a lost pid file would hide) whose arguments name the state folder.
+/// Processes in the pods' cgroups, and the cluster's programs (shims, and what an interrupted start left without a pid file) that work
+/// on the state folder.
 fn leftovers(run: &Path) -> Vec<Process> {
     let mut pids = BTreeSet::new();
     for root in host::cgroup_roots() {
         collect_pids(&root.join("kubepods"), &mut pids);
     }
+    let programs = super::home();
     let marker = format!("{}/", run.display());
     for entry in fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok) {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
+            continue;
+        };
         let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let mut arguments = arguments.split(|byte| *byte == 0).map(String::from_utf8_lossy);
-        let is_shim = arguments.next().is_some_and(|program| program.ends_with("containerd-shim-runc-v2"));
-        if is_shim && arguments.any(|argument| argument.starts_with(&marker)) {
+        let is_ours = arguments
+            .next()
+            .is_some_and(|program| program.ends_with("containerd-shim-runc-v2") || Path::new(&*program).starts_with(&programs));
+        if is_ours && arguments.any(|argument| argument.contains(&marker)) {
             pids.insert(pid);
         }
     }
@@ -63,7 +76,10 @@ fn collect_pids(cgroup: &Path, pids: &mut BTreeSet<i32>) {
 
 fn child_folders(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
-    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
 }
 
 /// Removes everything that the cluster with the state folder `run` left on the machine, and the folder itself.
@@ -95,8 +111,10 @@ fn unmount_below(folders: &[&Path]) -> Result<()> {
     let mut points: Vec<&str> = table.lines().filter_map(|line| line.split(' ').nth(4)).collect();
     // The last mounted goes first: it may lie in, or over, an earlier one.
     points.reverse();
-    for point in points.into_iter().map(Path::new).filter(|point| folders.iter().any(|folder| point.starts_with(folder))) {
-        host::run(Command::new("umount").arg("--lazy").arg(point))?;
+    // The kernel writes a blank as \\040.
+    let points = points.into_iter().map(|point| PathBuf::from(point.replace("\\040", " ")));
+    for point in points.filter(|point| folders.iter().any(|folder| point.starts_with(folder))) {
+        host::run(Command::new("umount").arg("--lazy").arg(&point))?;
     }
     Ok(())
 }
@@ -121,7 +139,9 @@ fn remove_cgroup(cgroup: &Path) -> Result<()> {
 
 /// The rules of `iptables` or `ip6tables` as its -save program prints them; nothing where there are none to save.
 pub(super) fn saved_rules(family: &str) -> String {
-    let Some(program) = host::find_program(&format!("{family}-save")) else { return String::new() };
+    let Some(program) = host::find_program(&format!("{family}-save")) else {
+        return String::new();
+    };
     host::output(&mut Command::new(program)).unwrap_or_default()
 }
 
@@ -136,7 +156,10 @@ fn remove_rules(family: &str, keep_foreign_cni: bool) -> Result<()> {
     child.stdin.take().expect("a pipe").write_all(kept.as_bytes())?;
     let output = child.wait_with_output()?;
     if !output.status.success() {
-        bail!("{family}-restore refused the rules without the cluster's: {}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "{family}-restore refused the rules without the cluster's: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(())
 }
@@ -155,7 +178,11 @@ fn without_ours(saved: &str, keep_foreign_cni: bool) -> String {
         words().any(|word| word.starts_with("KUBE-") || chains.contains(word) || (!keep_foreign_cni && word.starts_with("CNI-")))
             || line.contains(&ours_in_comments)
     };
-    saved.lines().filter(|line| !is_ours(line)).map(|line| format!("{line}\n")).collect()
+    saved
+        .lines()
+        .filter(|line| !is_ours(line))
+        .map(|line| format!("{line}\n"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -171,7 +198,10 @@ mod tests {
     #[test]
     fn rules_of_others_stay() {
         let kept = without_ours(RULES, true);
-        assert!(!kept.contains("KUBE-") && !kept.contains("CNI-aaa") && !kept.contains("plimsoll"), "{kept}");
+        assert!(
+            !kept.contains("KUBE-") && !kept.contains("CNI-aaa") && !kept.contains("plimsoll"),
+            "{kept}"
+        );
         assert_eq!(kept.matches("CNI-bbb").count(), 3);
         assert!(kept.contains("-o eth0 -j MASQUERADE") && kept.ends_with("COMMIT\n"));
     }

@@ -68,14 +68,32 @@ impl Writer<'_> {
     /// The first write that fails; what was written before it stays, and the next pass goes on from there.
     pub async fn apply(&self, plan: &Plan) -> Result<(), Error> {
         // Destructured without `..`, so that a new part of a plan cannot be forgotten.
-        let Plan { revision, lookup: _, job, delete_jobs, replicas, artifacts, delete_revisions, revision_status, status, events, requeue_after: _ } = plan;
+        let Plan {
+            revision,
+            lookup: _,
+            job,
+            delete_jobs,
+            replicas,
+            artifacts,
+            delete_revisions,
+            revision_status,
+            status,
+            events,
+            requeue_after: _,
+        } = plan;
         let written = match revision {
             Some(revision) => Some(self.write_revision(revision).await?),
             None => None,
         };
         let revision_named = |name: &str| {
             let written = written.as_ref().filter(|written| written.name_any() == name).cloned();
-            written.or_else(|| self.observed.revisions.iter().find(|revision| revision.name_any() == name).map(|revision| ModelRevision::clone(revision)))
+            written.or_else(|| {
+                self.observed
+                    .revisions
+                    .iter()
+                    .find(|revision| revision.name_any() == name)
+                    .map(|revision| ModelRevision::clone(revision))
+            })
         };
         if let Some(job) = job
             && let Some(revision) = revision_named(&job.revision.name_any())
@@ -92,7 +110,11 @@ impl Writer<'_> {
             self.write_deployment(&revision, artifact, *replicas).await?;
         }
         self.write(&build::service::service(self.model), &self.observed.services).await?;
-        self.write(&build::disruption_budget::disruption_budget(self.model), &self.observed.disruption_budgets).await?;
+        self.write(
+            &build::disruption_budget::disruption_budget(self.model),
+            &self.observed.disruption_budgets,
+        )
+        .await?;
         for policy in build::network_policy::network_policies(self.model, self.settings) {
             self.write(&policy, &self.observed.network_policies).await?;
         }
@@ -153,10 +175,23 @@ impl Writer<'_> {
             Some(asked) if asked == Some(replicas) => Ok(()),
             Some(_) => {
                 let patch = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
-                let patched = self.api::<Deployment>().patch(&name, &PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() }, &patch).await;
+                let patched = self
+                    .api::<Deployment>()
+                    .patch(
+                        &name,
+                        &PatchParams {
+                            field_manager: Some(FIELD_MANAGER.into()),
+                            ..PatchParams::default()
+                        },
+                        &patch,
+                    )
+                    .await;
                 patched.map(drop).map_err(failed::<Deployment>("scale", &name))
             }
-            None => self.create(&build::deployment::deployment(revision, artifact, replicas, self.settings)).await,
+            None => {
+                self.create(&build::deployment::deployment(revision, artifact, replicas, self.settings))
+                    .await
+            }
         }
     }
 
@@ -166,7 +201,10 @@ impl Writer<'_> {
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug,
     {
         let name = object.name_any();
-        let parameters = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
+        let parameters = PostParams {
+            field_manager: Some(FIELD_MANAGER.into()),
+            ..PostParams::default()
+        };
         match self.api::<K>().create(&parameters, object).await {
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
             created => created.map(drop).map_err(failed::<K>("create", &name)),
@@ -185,9 +223,17 @@ impl Writer<'_> {
             Some(_) => {}
             None => {
                 let found = self.api::<K>().get_opt(&name).await.map_err(failed::<K>("read", &name))?;
-                let ours = |found: &K| found.owner_references().iter().any(|owner| Some(&owner.uid) == self.model.uid().as_ref());
+                let ours = |found: &K| {
+                    found
+                        .owner_references()
+                        .iter()
+                        .any(|owner| Some(&owner.uid) == self.model.uid().as_ref())
+                };
                 if found.is_some_and(|found| !ours(&found)) {
-                    return Err(Error::NameTaken { kind: K::kind(&()).into_owned(), name });
+                    return Err(Error::NameTaken {
+                        kind: K::kind(&()).into_owned(),
+                        name,
+                    });
                 }
             }
         }
@@ -202,7 +248,10 @@ impl Writer<'_> {
         desired["apiVersion"] = K::api_version(&()).into();
         desired["kind"] = K::kind(&()).into();
         let parameters = PatchParams::apply(FIELD_MANAGER).force();
-        self.api::<K>().patch(name, &parameters, &Patch::Apply(&desired)).await.map_err(failed::<K>("apply", name))
+        self.api::<K>()
+            .patch(name, &parameters, &Patch::Apply(&desired))
+            .await
+            .map_err(failed::<K>("apply", name))
     }
 
     async fn write_status<K>(&self, name: &str, status: &impl Serialize) -> Result<(), Error>
@@ -231,16 +280,23 @@ impl Writer<'_> {
 
 fn failed<K: Resource<DynamicType = ()>>(verb: &'static str, name: &str) -> impl FnOnce(kube::Error) -> Error {
     let (kind, name) = (K::kind(&()).into_owned(), name.to_owned());
-    move |source| Error::Write { verb, kind, name, source: Box::new(source) }
+    move |source| Error::Write {
+        verb,
+        kind,
+        name,
+        source: Box::new(source),
+    }
 }
 
 /// Whether `live` holds everything that `desired` says; what the server or others added does not count.
 fn covers(live: &Value, desired: &Value) -> bool {
     match (live, desired) {
-        (Value::Object(live), Value::Object(desired)) => {
-            desired.iter().all(|(key, value)| live.get(key).map_or_else(|| value.is_null(), |live| covers(live, value)))
+        (Value::Object(live), Value::Object(desired)) => desired
+            .iter()
+            .all(|(key, value)| live.get(key).map_or_else(|| value.is_null(), |live| covers(live, value))),
+        (Value::Array(live), Value::Array(desired)) => {
+            live.len() == desired.len() && live.iter().zip(desired).all(|(live, desired)| covers(live, desired))
         }
-        (Value::Array(live), Value::Array(desired)) => live.len() == desired.len() && live.iter().zip(desired).all(|(live, desired)| covers(live, desired)),
         (live, desired) => live == desired,
     }
 }
@@ -254,7 +310,10 @@ mod tests {
         let desired = json!({ "spec": { "ports": [{ "port": 80 }], "selector": { "a": "b" } } });
         let live = json!({ "spec": { "ports": [{ "port": 80, "protocol": "TCP" }], "selector": { "a": "b" }, "clusterIP": "10.0.0.1" }, "status": {} });
         assert!(covers(&live, &desired));
-        assert!(!covers(&json!({ "spec": { "ports": [{ "port": 81 }], "selector": { "a": "b" } } }), &desired));
+        assert!(!covers(
+            &json!({ "spec": { "ports": [{ "port": 81 }], "selector": { "a": "b" } } }),
+            &desired
+        ));
         assert!(!covers(&json!({ "spec": { "selector": { "a": "b" } } }), &desired));
     }
 }

@@ -7,3 +7,6 @@ pub mod metadata;
 pub mod network_policy;
 pub mod security;
 pub mod service;
+
+#[cfg(test)]
+mod golden;

@@ -52,10 +52,16 @@ pub enum Error {
 /// Works on the models of `namespace`, or of all, until `stop` resolves; a pass that is under way then is finished.
 pub async fn run(context: Arc<Context>, namespace: Option<String>, stop: impl Future<Output = ()> + Send + Sync + 'static) {
     let (stores, models, children) = Stores::watch(&context.client, namespace.as_deref());
-    let scope = Arc::new(Scope { context, stores: stores.clone(), lookups: Lookups::default() });
+    let scope = Arc::new(Scope {
+        context,
+        stores: stores.clone(),
+        lookups: Lookups::default(),
+    });
     Controller::for_stream(models, stores.models())
         .with_config(kube::runtime::controller::Config::default().concurrency(CONCURRENCY))
-        .reconcile_on(children.filter_map(|change| async move { change.inspect_err(|error| tracing::warn!(%error, "a watch was interrupted")).ok() }))
+        .reconcile_on(
+            children.filter_map(|change| async move { change.inspect_err(|error| tracing::warn!(%error, "a watch was interrupted")).ok() }),
+        )
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, scope)
         .map_err(|error| tracing::debug!(%error, "a pass did not run"))
@@ -73,7 +79,10 @@ async fn reconcile(model: Arc<ModelDeployment>, scope: Arc<Scope>) -> Result<Act
         generation = model.metadata.generation
     );
     let result = pass(&model, &scope).instrument(span).await;
-    scope.context.metrics.reconciled(started.elapsed(), result.as_ref().err().map(|Error::Apply(error)| error.into()));
+    scope
+        .context
+        .metrics
+        .reconciled(started.elapsed(), result.as_ref().err().map(|Error::Apply(error)| error.into()));
     result
 }
 
@@ -100,7 +109,13 @@ async fn pass(model: &ModelDeployment, scope: &Scope) -> Result<Action, Error> {
         }
     };
     report(model, &plan, &context.metrics);
-    let writer = Writer { client: &context.client, settings: &context.settings, recorder: &context.recorder, model, observed: &observed };
+    let writer = Writer {
+        client: &context.client,
+        settings: &context.settings,
+        recorder: &context.recorder,
+        model,
+        observed: &observed,
+    };
     writer.apply(&plan).await?;
     Ok(plan.requeue_after.map_or_else(Action::await_change, Action::requeue))
 }
@@ -124,7 +139,11 @@ async fn look_up(context: &Context, tag: &str) -> Lookup {
 fn report(model: &ModelDeployment, plan: &Plan, metrics: &Metrics) {
     let (namespace, name) = (model.namespace().unwrap_or_default(), model.name_any());
     let reason = |status: &ModelDeploymentStatus| {
-        status.conditions.iter().find(|condition| condition.type_ == ConditionType::Ready.to_string()).map(|condition| condition.reason.clone())
+        status
+            .conditions
+            .iter()
+            .find(|condition| condition.type_ == ConditionType::Ready.to_string())
+            .map(|condition| condition.reason.clone())
     };
     let old = model.status.as_ref().and_then(reason);
     match reason(&plan.status) {
@@ -142,7 +161,9 @@ fn report(model: &ModelDeployment, plan: &Plan, metrics: &Metrics) {
 
 fn retry(model: Arc<ModelDeployment>, error: &Error, scope: Arc<Scope>) -> Action {
     use std::error::Error as _;
-    let cause = error.source().map(|cause| format!("{cause}: {}", cause.source().map(ToString::to_string).unwrap_or_default()));
+    let cause = error
+        .source()
+        .map(|cause| format!("{cause}: {}", cause.source().map(ToString::to_string).unwrap_or_default()));
     let Error::Apply(failed) = error;
     tracing::warn!(namespace = model.namespace(), name = %model.name_any(), cause, "a pass failed");
     if let apply::Error::NameTaken { .. } = failed {
@@ -156,7 +177,10 @@ fn retry(model: Arc<ModelDeployment>, error: &Error, scope: Arc<Scope>) -> Actio
                 action: "Reconcile".into(),
                 secondary: None,
             };
-            let _ = context.recorder.publish(&event, &kube::Resource::object_ref(model.as_ref(), &())).await;
+            let _ = context
+                .recorder
+                .publish(&event, &kube::Resource::object_ref(model.as_ref(), &()))
+                .await;
         });
     }
     // Spread by name, so that many models do not come back at once.

@@ -80,20 +80,37 @@ pub fn decide(model: &ModelDeployment, observed: &Observed, settings: &Settings,
     }
     let refusal = refusal::refuse(&model.spec);
     let held = refusal.is_some() || model.spec.paused == Some(true);
-    let (desired, numbered) = if held { (revision::newest(observed), None) } else { revision::desired(model, observed, settings) };
+    let (desired, numbered) = if held {
+        (revision::newest(observed), None)
+    } else {
+        revision::desired(model, observed, settings)
+    };
 
-    let mut plan = Plan { revision: numbered, ..Plan::default() };
-    let optimization = desired.as_ref().map(|desired| optimization::optimization(desired, observed, settings, now));
+    let mut plan = Plan {
+        revision: numbered,
+        ..Plan::default()
+    };
+    let optimization = desired
+        .as_ref()
+        .map(|desired| optimization::optimization(desired, observed, settings, now));
     if let (Some(desired), Some(optimization)) = (&desired, &optimization) {
         plan.delete_jobs = optimization::superseded(desired, observed);
         match optimization {
             Optimization::Lookup { tag } => plan.lookup = Some(tag.clone()),
             Optimization::Start { attempt } if !held => {
                 let name = optimization::job_name(desired, *attempt);
-                plan.job = Some(JobPlan { name, revision: desired.clone(), attempt: *attempt });
+                plan.job = Some(JobPlan {
+                    name,
+                    revision: desired.clone(),
+                    attempt: *attempt,
+                });
             }
             Optimization::Waiting { until, .. } => {
-                plan.requeue_after = Some(Duration::try_from(until.duration_since(now)).unwrap_or_default().max(Duration::from_millis(100)));
+                plan.requeue_after = Some(
+                    Duration::try_from(until.duration_since(now))
+                        .unwrap_or_default()
+                        .max(Duration::from_millis(100)),
+                );
             }
             _ => {}
         }
@@ -101,8 +118,16 @@ pub fn decide(model: &ModelDeployment, observed: &Observed, settings: &Settings,
 
     let revisions: Vec<Revision> = revision::all(desired.as_ref(), optimization.as_ref(), observed);
     let replicas = scaling::desired_replicas(&model.spec);
-    plan.replicas = rollout::replicas(&revisions, desired.as_ref().map(|desired| desired.name_any()).as_deref(), replicas, model.spec.rollout.as_ref());
-    plan.artifacts = revisions.iter().filter_map(|revision| Some((revision.name.clone(), revision.artifact.clone()?))).collect();
+    plan.replicas = rollout::replicas(
+        &revisions,
+        desired.as_ref().map(|desired| desired.name_any()).as_deref(),
+        replicas,
+        model.spec.rollout.as_ref(),
+    );
+    plan.artifacts = revisions
+        .iter()
+        .filter_map(|revision| Some((revision.name.clone(), revision.artifact.clone()?)))
+        .collect();
     plan.delete_revisions = revision::beyond_history(&revisions, &plan.replicas, &model.spec);
 
     let situation = status::Situation {

@@ -18,7 +18,13 @@ use crate::metrics::Metrics;
 pub async fn serve_health(address: SocketAddr, ready: Arc<AtomicBool>) -> std::io::Result<()> {
     let router = Router::new().route("/healthz", get(|| async { "ok" })).route(
         "/readyz",
-        get(move || async move { if ready.load(Ordering::Relaxed) { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting") } }),
+        get(move || async move {
+            if ready.load(Ordering::Relaxed) {
+                (StatusCode::OK, "ok")
+            } else {
+                (StatusCode::SERVICE_UNAVAILABLE, "starting")
+            }
+        }),
     );
     axum::serve(tokio::net::TcpListener::bind(address).await?, router).await
 }
@@ -29,6 +35,9 @@ pub async fn serve_health(address: SocketAddr, ready: Arc<AtomicBool>) -> std::i
 /// Where the address cannot be bound.
 pub async fn serve_metrics(address: SocketAddr, metrics: Arc<Metrics>) -> std::io::Result<()> {
     const TEXT: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    let router = Router::new().route("/metrics", get(move || async move { ([(header::CONTENT_TYPE, TEXT)], metrics.encode()) }));
+    let router = Router::new().route(
+        "/metrics",
+        get(move || async move { ([(header::CONTENT_TYPE, TEXT)], metrics.encode()) }),
+    );
     axum::serve(tokio::net::TcpListener::bind(address).await?, router).await
 }

@@ -32,7 +32,10 @@ impl Election {
     /// A candidate named `identity` for the Lease in `namespace`.
     #[must_use]
     pub fn new(client: Client, namespace: &str, identity: String) -> Self {
-        Self { api: Api::namespaced(client, namespace), identity }
+        Self {
+            api: Api::namespaced(client, namespace),
+            identity,
+        }
     }
 
     /// Waits until this process leads.
@@ -68,7 +71,10 @@ impl Election {
     /// Gives the Lease up, so that another takes over at once.
     pub async fn release(&self) {
         if let Ok(Some(mut lease)) = self.api.get_opt(NAME).await
-            && let Some(spec) = lease.spec.as_mut().filter(|spec| spec.holder_identity.as_deref() == Some(&self.identity))
+            && let Some(spec) = lease
+                .spec
+                .as_mut()
+                .filter(|spec| spec.holder_identity.as_deref() == Some(&self.identity))
         {
             spec.holder_identity = None;
             let _ = self.api.replace(NAME, &PostParams::default(), &lease).await;
@@ -78,7 +84,13 @@ impl Election {
     async fn attempt(&self) -> Result<Outcome, kube::Error> {
         let now = Timestamp::now();
         let Some(mut lease) = self.api.get_opt(NAME).await? else {
-            let lease = Lease { metadata: ObjectMeta { name: Some(NAME.into()), ..ObjectMeta::default() }, spec: Some(self.held(now, now, 0)) };
+            let lease = Lease {
+                metadata: ObjectMeta {
+                    name: Some(NAME.into()),
+                    ..ObjectMeta::default()
+                },
+                spec: Some(self.held(now, now, 0)),
+            };
             return outcome(self.api.create(&PostParams::default(), &lease).await);
         };
         let spec = lease.spec.clone().unwrap_or_default();

@@ -102,7 +102,10 @@ fn main() -> ExitCode {
         LogFormat::Text => log.init(),
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build();
-    match runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(run(flags))) {
+    match runtime
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(run(flags)))
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = format!("{error:#}"), "the operator stops");
@@ -113,7 +116,9 @@ fn main() -> ExitCode {
 
 async fn run(flags: Flags) -> anyhow::Result<()> {
     plimsoll_package::registry::install_crypto_provider();
-    let client = Client::try_default().await.context("cannot find the cluster; run inside of one or set KUBECONFIG")?;
+    let client = Client::try_default()
+        .await
+        .context("cannot find the cluster; run inside of one or set KUBECONFIG")?;
     let (stop, stopped) = watch::channel(false);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -137,9 +142,14 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         }
         tracing::info!(identity = flags.pod_name, "leading");
         metrics.set_leader(true);
-        let namespaces: Vec<Option<String>> =
-            if flags.watch_namespaces.is_empty() { vec![None] } else { flags.watch_namespaces.iter().cloned().map(Some).collect() };
-        let controllers = namespaces.into_iter().map(|namespace| controller::run(context.clone(), namespace, wait(stopped.clone())));
+        let namespaces: Vec<Option<String>> = if flags.watch_namespaces.is_empty() {
+            vec![None]
+        } else {
+            flags.watch_namespaces.iter().cloned().map(Some).collect()
+        };
+        let controllers = namespaces
+            .into_iter()
+            .map(|namespace| controller::run(context.clone(), namespace, wait(stopped.clone())));
         tokio::select! {
             _ = futures::future::join_all(controllers) => {
                 election.release().await;
@@ -178,8 +188,18 @@ async fn context(flags: &Flags, client: &Client, metrics: Arc<metrics::Metrics>)
         Some(folder) => Credentials::read(folder).with_context(|| format!("cannot read {}", folder.display()))?,
         None => Credentials::default(),
     };
-    let registry = Registry::new(Access { credentials, plain_http_hosts: plain_http_hosts.clone(), extra_ca: None })?;
-    let recorder = Recorder::new(client.clone(), Reporter { controller: "plimsoll-operator".into(), instance: Some(flags.pod_name.clone()) });
+    let registry = Registry::new(Access {
+        credentials,
+        plain_http_hosts: plain_http_hosts.clone(),
+        extra_ca: None,
+    })?;
+    let recorder = Recorder::new(
+        client.clone(),
+        Reporter {
+            controller: "plimsoll-operator".into(),
+            instance: Some(flags.pod_name.clone()),
+        },
+    );
     let settings = Settings {
         registry_pull: flags.registry_pull.clone().unwrap_or_else(|| flags.registry_push.clone()),
         registry_push: flags.registry_push.clone(),
@@ -194,5 +214,11 @@ async fn context(flags: &Flags, client: &Client, metrics: Arc<metrics::Metrics>)
         max_fetch_size: flags.max_fetch_size.clone(),
         toolchain: env!("CARGO_PKG_VERSION").into(),
     };
-    Ok(controller::Context { client: client.clone(), settings, registry, recorder, metrics })
+    Ok(controller::Context {
+        client: client.clone(),
+        settings,
+        registry,
+        recorder,
+        metrics,
+    })
 }

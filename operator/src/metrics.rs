@@ -43,9 +43,18 @@ impl Default for Metrics {
             registry: Registry::default(),
         };
         registry.register("reconciles", "Passes over a ModelDeployment, by result", metrics.reconciles.clone());
-        registry.register_with_unit("reconcile_duration", "Time of a pass over a ModelDeployment", Unit::Seconds, metrics.duration.clone());
+        registry.register_with_unit(
+            "reconcile_duration",
+            "Time of a pass over a ModelDeployment",
+            Unit::Seconds,
+            metrics.duration.clone(),
+        );
         registry.register("leader", "1 where this process leads", metrics.leader.clone());
-        registry.register("model", "1 for each ModelDeployment, with the reason of its Ready condition", metrics.models.clone());
+        registry.register(
+            "model",
+            "1 for each ModelDeployment, with the reason of its Ready condition",
+            metrics.models.clone(),
+        );
         registry.register("optimization_jobs", "Optimisation Jobs that were started", metrics.jobs.clone());
         Self { registry, ..metrics }
     }
@@ -54,7 +63,11 @@ impl Default for Metrics {
 impl Metrics {
     /// Counts a pass; `error` is the name of the error's variant.
     pub fn reconciled(&self, took: Duration, error: Option<&'static str>) {
-        self.reconciles.get_or_create(&ResultLabel { result: error.unwrap_or("ok").to_owned() }).inc();
+        self.reconciles
+            .get_or_create(&ResultLabel {
+                result: error.unwrap_or("ok").to_owned(),
+            })
+            .inc();
         self.duration.observe(took.as_secs_f64());
     }
 
@@ -70,7 +83,11 @@ impl Metrics {
 
     /// Says where a model stands; an earlier reason of it is forgotten.
     pub fn set_model(&self, namespace: &str, name: &str, old: Option<&str>, reason: &str) {
-        let labels = |reason: &str| ModelLabels { namespace: namespace.into(), name: name.into(), reason: reason.into() };
+        let labels = |reason: &str| ModelLabels {
+            namespace: namespace.into(),
+            name: name.into(),
+            reason: reason.into(),
+        };
         if let Some(old) = old.filter(|old| *old != reason) {
             self.models.remove(&labels(old));
         }
@@ -79,7 +96,11 @@ impl Metrics {
 
     /// Forgets a model that is going, whose last reason was `reason`.
     pub fn forget_model(&self, namespace: &str, name: &str, reason: &str) {
-        self.models.remove(&ModelLabels { namespace: namespace.into(), name: name.into(), reason: reason.into() });
+        self.models.remove(&ModelLabels {
+            namespace: namespace.into(),
+            name: name.into(),
+            reason: reason.into(),
+        });
     }
 
     /// All of it as text.

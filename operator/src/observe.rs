@@ -102,7 +102,16 @@ impl Stores {
         let (services, service_changes) = children(client, namespace);
         let (disruption_budgets, disruption_budget_changes) = children(client, namespace);
         let (network_policies, network_policy_changes) = children(client, namespace);
-        let stores = Self { models, revisions, jobs, deployments, pods, services, disruption_budgets, network_policies };
+        let stores = Self {
+            models,
+            revisions,
+            jobs,
+            deployments,
+            pods,
+            services,
+            disruption_budgets,
+            network_policies,
+        };
         let changes = futures::stream::select_all([
             revision_changes,
             job_changes,
@@ -152,14 +161,22 @@ impl Stores {
     }
 }
 
-fn store<K>(client: &Client, namespace: Option<&str>, config: watcher::Config) -> (Store<K>, impl Stream<Item = Result<K, watcher::Error>> + Send + use<K>)
+fn store<K>(
+    client: &Client,
+    namespace: Option<&str>,
+    config: watcher::Config,
+) -> (Store<K>, impl Stream<Item = Result<K, watcher::Error>> + Send + use<K>)
 where
     K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
     K::DynamicType: Default + Clone + Eq + std::hash::Hash,
 {
     let api: Api<K> = namespace.map_or_else(|| Api::all(client.clone()), |namespace| Api::namespaced(client.clone(), namespace));
     let (reader, writer) = reflector::store();
-    let stream = watcher(api, config).default_backoff().modify(|object| object.managed_fields_mut().clear()).reflect(writer).touched_objects();
+    let stream = watcher(api, config)
+        .default_backoff()
+        .modify(|object| object.managed_fields_mut().clear())
+        .reflect(writer)
+        .touched_objects();
     (reader, stream)
 }
 

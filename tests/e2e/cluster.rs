@@ -79,8 +79,20 @@ impl Namespace {
     /// Waits for a condition of a ModelDeployment, as a user's pipeline does.
     pub(crate) fn wait_for(&self, model: &str, condition: &str) {
         let timeout = format!("--timeout={}s", PATIENCE.as_secs());
-        let output = run(program("PLIMSOLL_KUBECTL").args(["-n", &self.name, "wait", &format!("--for=condition={condition}"), &timeout, &format!("md/{model}")]));
-        assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), self.story(model));
+        let output = run(program("PLIMSOLL_KUBECTL").args([
+            "-n",
+            &self.name,
+            "wait",
+            &format!("--for=condition={condition}"),
+            &timeout,
+            &format!("md/{model}"),
+        ]));
+        assert!(
+            output.status.success(),
+            "{}\n{}",
+            String::from_utf8_lossy(&output.stderr),
+            self.story(model)
+        );
     }
 
     /// Waits until this generation is ready: `Ready` of an older one does not count.
@@ -104,7 +116,9 @@ impl Namespace {
 
     /// Waits for the reason of `Ready`, and returns the object.
     pub(crate) fn wait_reason(&self, model: &str, reason: &str) -> Value {
-        self.wait_until(model, &format!("Ready's reason is {reason}"), |md| condition(md, "Ready")["reason"] == reason)
+        self.wait_until(model, &format!("Ready's reason is {reason}"), |md| {
+            condition(md, "Ready")["reason"] == reason
+        })
     }
 
     /// The ClusterIP of a model's Service.
@@ -117,13 +131,30 @@ impl Namespace {
     pub(crate) fn story(&self, model: &str) -> String {
         let show = |arguments: &[&str]| {
             let output = run(program("PLIMSOLL_KUBECTL").args(["-n", &self.name]).args(arguments));
-            format!("$ kubectl {}\n{}{}", arguments.join(" "), String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+            format!(
+                "$ kubectl {}\n{}{}",
+                arguments.join(" "),
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr)
+            )
         };
         [
             show(&["get", "md,mr,jobs,deploy,pods", "-o", "wide"]),
-            show(&["get", "md", model, "-o", "jsonpath={range .status.conditions[*]}{.type}={.status} {.reason}: {.message}{\"\\n\"}{end}"]),
+            show(&[
+                "get",
+                "md",
+                model,
+                "-o",
+                "jsonpath={range .status.conditions[*]}{.type}={.status} {.reason}: {.message}{\"\\n\"}{end}",
+            ]),
             show(&["get", "events", "--sort-by=.lastTimestamp"]),
-            show(&["logs", "-l", "app.kubernetes.io/component=optimizer", "--all-containers", "--tail=10"]),
+            show(&[
+                "logs",
+                "-l",
+                "app.kubernetes.io/component=optimizer",
+                "--all-containers",
+                "--tail=10",
+            ]),
             show(&["logs", "-l", "app.kubernetes.io/component=runtime", "--tail=10"]),
             show(&["logs", "-n", SYSTEM, "-l", "app.kubernetes.io/component=operator", "--tail=15"]),
         ]
@@ -142,7 +173,10 @@ impl Drop for Namespace {
 /// A condition of an object; null where it is missing.
 pub(crate) fn condition(object: &Value, kind: &str) -> Value {
     let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
-    conditions.into_iter().find(|condition| condition["type"] == kind).unwrap_or(Value::Null)
+    conditions
+        .into_iter()
+        .find(|condition| condition["type"] == kind)
+        .unwrap_or(Value::Null)
 }
 
 fn program(variable: &str) -> Command {
@@ -150,7 +184,10 @@ fn program(variable: &str) -> Command {
 }
 
 fn run(command: &mut Command) -> Output {
-    command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"))
+    command
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"))
 }
 
 /// Runs kubectl and returns what it printed; panics where it fails.
@@ -164,7 +201,11 @@ pub(crate) fn helm(arguments: &[&str]) -> String {
 }
 
 fn succeed(output: Output, arguments: &[&str]) -> String {
-    assert!(output.status.success(), "{arguments:?} failed: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{arguments:?} failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
@@ -182,10 +223,19 @@ pub(crate) fn try_apply(manifest: &str) -> Result<String, String> {
         .stderr(Stdio::piped())
         .spawn()
         .expect("kubectl starts");
-    child.stdin.take().expect("piped").write_all(manifest.as_bytes()).expect("kubectl reads");
+    child
+        .stdin
+        .take()
+        .expect("piped")
+        .write_all(manifest.as_bytes())
+        .expect("kubectl reads");
     let output = child.wait_with_output().expect("kubectl ends");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+    if output.status.success() {
+        Ok(text(&output.stdout))
+    } else {
+        Err(text(&output.stderr))
+    }
 }
 
 /// A file of `tests/`.
@@ -196,7 +246,10 @@ pub(crate) fn fixture(path: &str) -> PathBuf {
 /// `sha256:...` of a file.
 pub(crate) fn digest(path: &Path) -> String {
     use sha2::Digest as _;
-    format!("sha256:{}", hex::encode(sha2::Sha256::digest(std::fs::read(path).expect("a fixture"))))
+    format!(
+        "sha256:{}",
+        hex::encode(sha2::Sha256::digest(std::fs::read(path).expect("a fixture")))
+    )
 }
 
 /// Pushes `file` as the only file of `repository:tag` and returns the address that pods pull it by.
@@ -211,16 +264,27 @@ pub(crate) fn push(file: &Path, reference: &str) -> String {
     let tar = std::env::temp_dir().join(format!("plimsoll-e2e-{}-{number}.tar", std::process::id()));
     let folder = file.parent().expect("a folder");
     let name = file.file_name().expect("a name");
-    succeed(run(Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(folder).arg(name)), &["tar"]);
+    succeed(
+        run(Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(folder).arg(name)),
+        &["tar"],
+    );
     let outside = format!("{REGISTRY_OUTSIDE}/{reference}");
-    succeed(run(program("PLIMSOLL_CRANE").args(["append", "--insecure", "--oci-empty-base", "-t", &outside, "-f"]).arg(&tar)), &["crane", "append"]);
+    succeed(
+        run(program("PLIMSOLL_CRANE")
+            .args(["append", "--insecure", "--oci-empty-base", "-t", &outside, "-f"])
+            .arg(&tar)),
+        &["crane", "append"],
+    );
     std::fs::remove_file(&tar).expect("the tar was written");
     format!("oci://{REGISTRY}/{reference}")
 }
 
 /// The digits model of `version` (`v1`, `v2`) in the registry.
 pub(crate) fn digits(version: &str) -> String {
-    push(&fixture(&format!("models/digits/digits-{version}.onnx")), &format!("e2e/digits:{version}"))
+    push(
+        &fixture(&format!("models/digits/digits-{version}.onnx")),
+        &format!("e2e/digits:{version}"),
+    )
 }
 
 /// The held-out digits in the registry.

@@ -6,9 +6,25 @@ use crate::cluster::{Namespace, SYSTEM, condition, digits_spec, kubectl};
 use crate::traffic::infer;
 
 fn operators() -> Vec<String> {
-    let list: Value = serde_json::from_str(&kubectl(&["-n", SYSTEM, "get", "pods", "-l", "app.kubernetes.io/component=operator", "-o", "json"])).unwrap();
+    let list: Value = serde_json::from_str(&kubectl(&[
+        "-n",
+        SYSTEM,
+        "get",
+        "pods",
+        "-l",
+        "app.kubernetes.io/component=operator",
+        "-o",
+        "json",
+    ]))
+    .unwrap();
     let running = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null() && pod["status"]["phase"] == "Running";
-    list["items"].as_array().unwrap().iter().filter(running).map(|pod| pod["metadata"]["name"].as_str().unwrap().to_owned()).collect()
+    list["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(running)
+        .map(|pod| pod["metadata"]["name"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 fn leader() -> String {
@@ -24,7 +40,11 @@ fn kill_leader() -> String {
 }
 
 fn jobs(namespace: &Namespace) -> Vec<String> {
-    namespace.items(&["jobs"]).iter().map(|job| job["metadata"]["uid"].as_str().unwrap().to_owned()).collect()
+    namespace
+        .items(&["jobs"])
+        .iter()
+        .map(|job| job["metadata"]["uid"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 #[test]
@@ -36,7 +56,9 @@ fn an_operator_killed_in_any_phase_goes_on_without_a_second_job() {
         spec["optimize"]["recipe"][0]["prune"]["amount"] = json!(format!("1{}%", name.len()));
         namespace.apply_model(name, &spec);
         if let Some(phase) = phase {
-            namespace.wait_until(name, &format!("it is {phase}"), |md| condition(md, "Ready")["reason"] == phase || condition(md, "Ready")["status"] == "True");
+            namespace.wait_until(name, &format!("it is {phase}"), |md| {
+                condition(md, "Ready")["reason"] == phase || condition(md, "Ready")["status"] == "True"
+            });
         }
         let seen = jobs(&namespace);
         kill_leader();
@@ -60,7 +82,10 @@ fn of_two_operators_only_the_leader_writes_and_the_other_takes_over() {
     assert!(all.contains(&first), "{first} is none of {all:?}");
     for other in all.iter().filter(|pod| **pod != first) {
         let log = kubectl(&["-n", SYSTEM, "logs", other]);
-        assert!(!log.contains("\"standing\"") && !log.contains("leading"), "{other} works without leading:\n{log}");
+        assert!(
+            !log.contains("\"standing\"") && !log.contains("leading"),
+            "{other} works without leading:\n{log}"
+        );
     }
     kill_leader();
     namespace.apply_model("two", &digits_spec("v2"));
@@ -73,14 +98,32 @@ struct RegistryDown;
 
 impl RegistryDown {
     fn cut() -> Self {
-        kubectl(&["-n", SYSTEM, "patch", "service", "plimsoll-registry", "--type=merge", "-p", r#"{"spec":{"selector":{"plimsoll.dev/cut":"true"}}}"#]);
+        kubectl(&[
+            "-n",
+            SYSTEM,
+            "patch",
+            "service",
+            "plimsoll-registry",
+            "--type=merge",
+            "-p",
+            r#"{"spec":{"selector":{"plimsoll.dev/cut":"true"}}}"#,
+        ]);
         Self
     }
 }
 
 impl Drop for RegistryDown {
     fn drop(&mut self) {
-        kubectl(&["-n", SYSTEM, "patch", "service", "plimsoll-registry", "--type=merge", "-p", r#"{"spec":{"selector":{"plimsoll.dev/cut":null}}}"#]);
+        kubectl(&[
+            "-n",
+            SYSTEM,
+            "patch",
+            "service",
+            "plimsoll-registry",
+            "--type=merge",
+            "-p",
+            r#"{"spec":{"selector":{"plimsoll.dev/cut":null}}}"#,
+        ]);
     }
 }
 
@@ -88,9 +131,16 @@ impl Drop for RegistryDown {
 fn a_registry_that_is_away_while_a_job_publishes_is_waited_for() {
     let namespace = Namespace::alone("registry-publish");
     // The source must not lie in the registry that goes away.
-    let host = crate::cluster::file_server(&namespace, &[("digits.onnx", &crate::cluster::fixture("models/digits/digits-v1.onnx"))], 1);
+    let host = crate::cluster::file_server(
+        &namespace,
+        &[("digits.onnx", &crate::cluster::fixture("models/digits/digits-v1.onnx"))],
+        1,
+    );
     let down = RegistryDown::cut();
-    namespace.apply_model("m", &json!({ "source": { "uri": format!("{host}/digits.onnx") }, "optimize": { "recipe": [{ "prune": { "amount": "7%" } }] } }));
+    namespace.apply_model(
+        "m",
+        &json!({ "source": { "uri": format!("{host}/digits.onnx") }, "optimize": { "recipe": [{ "prune": { "amount": "7%" } }] } }),
+    );
     let md = namespace.wait_reason("m", "RegistryUnavailable");
     assert_eq!(condition(&md, "Stalled")["status"], "False", "it may pass");
     drop(down);
@@ -117,16 +167,30 @@ fn a_registry_that_is_away_while_a_pod_starts_is_named_and_waited_for() {
 #[test]
 fn a_model_deleted_while_its_job_runs_leaves_nothing_behind() {
     let namespace = Namespace::new("deleted");
-    let host = crate::cluster::file_server(&namespace, &[("digits.onnx", &crate::cluster::fixture("models/digits/digits-v1.onnx"))], 1);
-    namespace.apply_model("m", &json!({ "source": { "uri": format!("{host}/slow?seconds=60&path=digits.onnx") } }));
+    let host = crate::cluster::file_server(
+        &namespace,
+        &[("digits.onnx", &crate::cluster::fixture("models/digits/digits-v1.onnx"))],
+        1,
+    );
+    namespace.apply_model(
+        "m",
+        &json!({ "source": { "uri": format!("{host}/slow?seconds=60&path=digits.onnx") } }),
+    );
     namespace.wait_until("m", "its Job's pod runs", |_| {
-        namespace.items(&["pods", "-l", "app.kubernetes.io/component=optimizer"]).iter().any(|pod| pod["status"]["phase"] == "Running")
+        namespace
+            .items(&["pods", "-l", "app.kubernetes.io/component=optimizer"])
+            .iter()
+            .any(|pod| pod["status"]["phase"] == "Running")
     });
     namespace.kubectl(&["delete", "md", "m"]);
     let kinds = "md,mr,jobs,deployments,pods,services,poddisruptionbudgets,networkpolicies";
     let started = std::time::Instant::now();
     while !namespace.items(&[kinds, "-l", "plimsoll.dev/model=m"]).is_empty() {
-        assert!(started.elapsed() < crate::cluster::PATIENCE, "still there:\n{}", namespace.kubectl(&["get", kinds, "-l", "plimsoll.dev/model=m"]));
+        assert!(
+            started.elapsed() < crate::cluster::PATIENCE,
+            "still there:\n{}",
+            namespace.kubectl(&["get", kinds, "-l", "plimsoll.dev/model=m"])
+        );
         std::thread::sleep(std::time::Duration::from_millis(500));
     }
 }

@@ -13,7 +13,10 @@ fn a_second_revision_and_its_undo_lose_no_request() {
     namespace.apply_model("digits", &spec);
     namespace.wait_ready("digits");
     let first = namespace.get(&["md", "digits"]);
-    assert_eq!((&first["status"]["revision"], &first["status"]["readiness"]), (&json!(1), &json!("2/2")));
+    assert_eq!(
+        (&first["status"]["revision"], &first["status"]["readiness"]),
+        (&json!(1), &json!("2/2"))
+    );
 
     let load = Load::start(&namespace.address("digits"), "digits");
     let mut next = digits_spec("v2");
@@ -35,7 +38,11 @@ fn a_second_revision_and_its_undo_lose_no_request() {
     assert_eq!(namespace.items(&["jobs"]).len(), jobs_before, "an undo needs no Job");
     load.expect_no_failure();
 
-    let mut numbers: Vec<String> = namespace.items(&["mr"]).iter().map(|mr| mr["metadata"]["labels"]["plimsoll.dev/revision"].as_str().unwrap().to_owned()).collect();
+    let mut numbers: Vec<String> = namespace
+        .items(&["mr"])
+        .iter()
+        .map(|mr| mr["metadata"]["labels"]["plimsoll.dev/revision"].as_str().unwrap().to_owned())
+        .collect();
     numbers.sort();
     assert_eq!(numbers, ["2", "3"]);
 }
@@ -51,7 +58,9 @@ fn revisions_beyond_the_history_limit_go_with_all_that_they_own() {
         namespace.wait_ready("digits");
     }
     namespace.wait_until("digits", "only two revisions are left", |_| namespace.items(&["mr"]).len() == 2);
-    namespace.wait_until("digits", "only two Deployments are left", |_| namespace.items(&["deployments"]).len() == 2);
+    namespace.wait_until("digits", "only two Deployments are left", |_| {
+        namespace.items(&["deployments"]).len() == 2
+    });
 }
 
 #[test]
@@ -63,5 +72,8 @@ fn a_revisions_spec_cannot_be_edited() {
     revision["spec"]["source"]["uri"] = json!("oci://elsewhere.example/m:v1");
     revision["metadata"]["managedFields"] = json!(null);
     let refused = crate::cluster::try_apply(&revision.to_string()).expect_err("an edit of a revision");
-    assert!(refused.contains("a ModelRevision's spec never changes; change the ModelDeployment, which makes a new revision"), "{refused}");
+    assert!(
+        refused.contains("a ModelRevision's spec never changes; change the ModelDeployment, which makes a new revision"),
+        "{refused}"
+    );
 }

@@ -11,18 +11,42 @@ fn one_namespace_without_image_volumes_and_with_an_own_registry_serves_too() {
     let namespace = Namespace::alone("namespaced");
     let chart = fixture("../charts/plimsoll");
     let chart = chart.to_str().unwrap();
-    let scale = |replicas: &str| crate::cluster::kubectl(&["-n", crate::cluster::SYSTEM, "scale", "deployment/plimsoll-operator", "--replicas", replicas]);
+    let scale = |replicas: &str| {
+        crate::cluster::kubectl(&[
+            "-n",
+            crate::cluster::SYSTEM,
+            "scale",
+            "deployment/plimsoll-operator",
+            "--replicas",
+            replicas,
+        ])
+    };
     scale("0");
     let repository = format!("{REGISTRY}/plimsoll/namespaced");
     let arguments = [
-        "upgrade", "--install", "narrow", chart, "-n", &namespace.name, "--wait", "--timeout", "120s",
-        "--set", "crds.install=false",
-        "--set", &format!("watchNamespaces={{{}}}", namespace.name),
-        "--set", "models.imageVolumes=never",
-        "--set", "registry.internal.enabled=false",
-        "--set", &format!("registry.external.repository={repository}"),
-        "--set", "registry.external.plainHttp=true",
-        "--set", "operator.replicas=1",
+        "upgrade",
+        "--install",
+        "narrow",
+        chart,
+        "-n",
+        &namespace.name,
+        "--wait",
+        "--timeout",
+        "120s",
+        "--set",
+        "crds.install=false",
+        "--set",
+        &format!("watchNamespaces={{{}}}", namespace.name),
+        "--set",
+        "models.imageVolumes=never",
+        "--set",
+        "registry.internal.enabled=false",
+        "--set",
+        &format!("registry.external.repository={repository}"),
+        "--set",
+        "registry.external.plainHttp=true",
+        "--set",
+        "operator.replicas=1",
     ];
     helm(&arguments);
     namespace.apply_model("digits", &digits_spec("v1"));
@@ -32,8 +56,18 @@ fn one_namespace_without_image_volumes_and_with_an_own_registry_serves_too() {
     assert_eq!(pod["spec"]["volumes"][0]["emptyDir"], json!({}));
     infer(&namespace.address("digits"), "digits").unwrap();
     let roles = crate::cluster::kubectl(&["get", "clusterroles", "-o", "name"]);
-    assert!(!roles.contains("narrow"), "an operator of one namespace needs no ClusterRole: {roles}");
+    assert!(
+        !roles.contains("narrow"),
+        "an operator of one namespace needs no ClusterRole: {roles}"
+    );
     helm(&["uninstall", "narrow", "-n", &namespace.name, "--wait"]);
     scale("2");
-    crate::cluster::kubectl(&["-n", crate::cluster::SYSTEM, "rollout", "status", "deployment/plimsoll-operator", "--timeout=120s"]);
+    crate::cluster::kubectl(&[
+        "-n",
+        crate::cluster::SYSTEM,
+        "rollout",
+        "status",
+        "deployment/plimsoll-operator",
+        "--timeout=120s",
+    ]);
 }

@@ -31,5 +31,9 @@ fn more_devices_than_there_are_leave_the_rest_pending() {
     spec["accelerator"] = json!({ "resource": "nvidia.com/gpu", "count": 16 });
     namespace.apply_model("digits", &spec);
     let md = namespace.wait_reason("digits", "Unschedulable");
-    assert!(condition(&md, "Ready")["message"].as_str().unwrap().contains("nvidia.com/gpu"), "{}", condition(&md, "Ready"));
+    assert!(
+        condition(&md, "Ready")["message"].as_str().unwrap().contains("nvidia.com/gpu"),
+        "{}",
+        condition(&md, "Ready")
+    );
 }

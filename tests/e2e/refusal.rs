@@ -13,9 +13,17 @@ fn every_rule_of_the_api_says_what_to_write_instead() {
     for entry in std::fs::read_dir(fixture("fixtures/invalid")).unwrap() {
         let path = entry.unwrap().path();
         let manifest = std::fs::read_to_string(&path).unwrap();
-        let expected = manifest.lines().next().and_then(|line| line.strip_prefix("# expect: ")).expect("the first line names the message");
+        let expected = manifest
+            .lines()
+            .next()
+            .and_then(|line| line.strip_prefix("# expect: "))
+            .expect("the first line names the message");
         let refused = try_apply(&manifest).expect_err(&format!("{} was accepted", path.display()));
-        assert!(refused.contains(expected), "{}: expected `{expected}` in\n{refused}", path.display());
+        assert!(
+            refused.contains(expected),
+            "{}: expected `{expected}` in\n{refused}",
+            path.display()
+        );
         checked += 1;
     }
     assert!(checked > 20, "only {checked} fixtures");
@@ -39,7 +47,10 @@ fn a_field_whose_machinery_is_not_there_is_refused_in_words() {
     let md = namespace.wait_reason("digits", "Unsupported");
     assert_eq!(condition(&md, "Stalled")["status"], "True");
     let message = condition(&md, "Stalled")["message"].as_str().unwrap().to_owned();
-    assert!(message.contains("spec.autoscaling is not supported by this version; set spec.replicas"), "{message}");
+    assert!(
+        message.contains("spec.autoscaling is not supported by this version; set spec.replicas"),
+        "{message}"
+    );
     assert!(namespace.items(&["jobs"]).is_empty());
 }
 
@@ -55,12 +66,19 @@ fn a_result_outside_of_the_budget_is_never_served() {
     namespace.apply_model("digits", &greedy);
     let md = namespace.wait_reason("digits", "BudgetExceeded");
     let message = condition(&md, "Stalled")["message"].as_str().unwrap().to_owned();
-    assert!(message.contains("maxAccuracyDrop") && message.contains('%') && message.contains("98.4"), "{message}");
+    assert!(
+        message.contains("maxAccuracyDrop") && message.contains('%') && message.contains("98.4"),
+        "{message}"
+    );
     assert_eq!(condition(&md, "Stalled")["status"], "True");
     assert_eq!(condition(&md, "Available")["status"], "True");
     assert_eq!((&md["status"]["artifact"], &md["status"]["revision"]), (&serving, &json!(1)));
     infer(&namespace.address("digits"), "digits").unwrap();
-    let failed = namespace.items(&["mr"]).into_iter().find(|mr| mr["status"]["phase"] == "Failed").expect("a failed revision");
+    let failed = namespace
+        .items(&["mr"])
+        .into_iter()
+        .find(|mr| mr["status"]["phase"] == "Failed")
+        .expect("a failed revision");
     assert_eq!(failed["metadata"]["labels"]["plimsoll.dev/revision"], "2");
 
     // And the way out is an ordinary one: the spec that was good.
@@ -85,13 +103,23 @@ fn stalls(name: &str, spec: &Value, reason: &str, says: &[&str]) {
 #[test]
 fn a_model_with_an_operator_that_no_engine_runs_names_it() {
     let file = fixture("models/unsupported/custom-operator.onnx");
-    stalls("operator", &json!({ "source": { "uri": push(&file, "e2e/unsupported:v1") } }), "UnsupportedOperator", &["HoughTransform", "example.vision"]);
+    stalls(
+        "operator",
+        &json!({ "source": { "uri": push(&file, "e2e/unsupported:v1") } }),
+        "UnsupportedOperator",
+        &["HoughTransform", "example.vision"],
+    );
 }
 
 #[test]
 fn a_file_that_is_no_model_is_named_for_what_it_is() {
     let file = fixture("models/unsupported/not-a-model.onnx");
-    stalls("no-model", &json!({ "source": { "uri": push(&file, "e2e/html:v1") } }), "UnreadableModel", &["HTML"]);
+    stalls(
+        "no-model",
+        &json!({ "source": { "uri": push(&file, "e2e/html:v1") } }),
+        "UnreadableModel",
+        &["HTML"],
+    );
 }
 
 #[test]

@@ -15,13 +15,27 @@ fn one_manifest_serves_a_compressed_model_on_the_node_with_the_gpu() {
 
     let md = namespace.get(&["md", "digits"]);
     let revision = &namespace.items(&["mr"])[0];
-    let (before, after) = (revision["status"]["sizeBefore"].as_f64().unwrap(), revision["status"]["sizeAfter"].as_f64().unwrap());
-    assert!(before / after >= 3.5, "{before} -> {after} is only {:.2} times smaller", before / after);
+    let (before, after) = (
+        revision["status"]["sizeBefore"].as_f64().unwrap(),
+        revision["status"]["sizeAfter"].as_f64().unwrap(),
+    );
+    assert!(
+        before / after >= 3.5,
+        "{before} -> {after} is only {:.2} times smaller",
+        before / after
+    );
     assert!(revision["status"]["artifact"].as_str().unwrap().starts_with("sha256:"));
     assert_eq!(revision["status"]["phase"], "Serving");
     assert_eq!(md["status"]["artifact"], revision["status"]["artifact"]);
     assert_eq!(md["status"]["observedGeneration"], md["metadata"]["generation"]);
-    for (kind, status) in [("Ready", "True"), ("Reconciling", "False"), ("Stalled", "False"), ("Optimized", "True"), ("Available", "True"), ("RolledOut", "True")] {
+    for (kind, status) in [
+        ("Ready", "True"),
+        ("Reconciling", "False"),
+        ("Stalled", "False"),
+        ("Optimized", "True"),
+        ("Available", "True"),
+        ("RolledOut", "True"),
+    ] {
         assert_eq!(condition(&md, kind)["status"], status, "{kind}\n{}", namespace.story("digits"));
     }
 
@@ -30,7 +44,10 @@ fn one_manifest_serves_a_compressed_model_on_the_node_with_the_gpu() {
     assert_eq!(pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"], "1");
     assert_eq!(pod["spec"]["automountServiceAccountToken"], false);
     let reference = pod["spec"]["volumes"][0]["image"]["reference"].as_str().expect("an image volume");
-    assert!(reference.ends_with(md["status"]["artifact"].as_str().unwrap()), "{reference} is not the artifact in status");
+    assert!(
+        reference.ends_with(md["status"]["artifact"].as_str().unwrap()),
+        "{reference} is not the artifact in status"
+    );
 
     let logits = infer(&namespace.address("digits"), "digits").unwrap();
     let answer = (0..10).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
@@ -50,7 +67,12 @@ fn every_child_of_a_model_is_there_and_owned() {
             assert_eq!(item["metadata"]["ownerReferences"][0]["uid"], md["metadata"]["uid"], "{kind}");
         }
     }
-    let reasons: Vec<String> = namespace.items(&["events.events.k8s.io"]).iter().filter(|event| event["regarding"]["kind"] == "ModelDeployment").map(|event| event["reason"].as_str().unwrap().to_owned()).collect();
+    let reasons: Vec<String> = namespace
+        .items(&["events.events.k8s.io"])
+        .iter()
+        .filter(|event| event["regarding"]["kind"] == "ModelDeployment")
+        .map(|event| event["reason"].as_str().unwrap().to_owned())
+        .collect();
     for reason in ["Optimizing", "RollingOut", "Serving"] {
         assert!(reasons.iter().any(|seen| seen == reason), "no Event {reason} among {reasons:?}");
     }
@@ -64,7 +86,10 @@ fn the_runtime_speaks_the_open_inference_protocol_and_names_what_is_wrong() {
     let address = namespace.address("digits");
     assert_eq!(get(&format!("{address}/v2/health/ready")).0, 200);
     let (status, metadata) = get(&format!("{address}/v2/models/digits"));
-    assert_eq!((status, &metadata["inputs"][0]["name"], &metadata["inputs"][0]["datatype"]), (200, &json!("image"), &json!("FP32")));
+    assert_eq!(
+        (status, &metadata["inputs"][0]["name"], &metadata["inputs"][0]["datatype"]),
+        (200, &json!("image"), &json!("FP32"))
+    );
     assert_eq!(metadata["inputs"][0]["shape"], json!([-1, 1, 8, 8]));
     let (status, error) = get(&format!("{address}/v2/models/letters"));
     assert_eq!(status, 404);

@@ -14,7 +14,14 @@ fn a_source_that_is_away_is_waited_for_and_served_once_it_is_back() {
     let md = namespace.wait_reason("m", "SourceUnreachable");
     assert_eq!(condition(&md, "Stalled")["status"], "False", "it may pass");
     assert_eq!(condition(&md, "Reconciling")["status"], "True");
-    assert!(condition(&md, "Ready")["message"].as_str().unwrap().contains("fixtures.e2e-unreachable"), "{}", condition(&md, "Ready"));
+    assert!(
+        condition(&md, "Ready")["message"]
+            .as_str()
+            .unwrap()
+            .contains("fixtures.e2e-unreachable"),
+        "{}",
+        condition(&md, "Ready")
+    );
     namespace.kubectl(&["scale", "deployment/fixtures", "--replicas=1"]);
     namespace.wait_ready("m");
 }
@@ -46,7 +53,10 @@ fn a_connection_that_breaks_is_resumed() {
     let namespace = Namespace::new("resumed");
     let model = fixture("models/digits/digits-v1.onnx");
     let host = file_server(&namespace, &[("digits.onnx", &model)], 1);
-    namespace.apply_model("m", &json!({ "source": { "uri": format!("{host}/fail?path=digits.onnx&times=2"), "digest": crate::cluster::digest(&model) } }));
+    namespace.apply_model(
+        "m",
+        &json!({ "source": { "uri": format!("{host}/fail?path=digits.onnx&times=2"), "digest": crate::cluster::digest(&model) } }),
+    );
     namespace.wait_ready("m");
     let log = namespace.kubectl(&["logs", "deployment/fixtures"]);
     assert!(log.matches("/fail").count() >= 3, "{log}");
@@ -56,8 +66,19 @@ fn a_connection_that_breaks_is_resumed() {
 fn plain_http_to_a_host_that_is_not_allowed_is_refused() {
     let namespace = Namespace::new("plain-http");
     namespace.apply_model("m", &json!({ "source": { "uri": "http://elsewhere.example/model.onnx" } }));
-    let refused = crate::cluster::try_apply(&namespace.model("m", &json!({ "source": { "uri": "ftp://elsewhere.example/model.onnx" } })).to_string());
-    assert!(refused.unwrap_err().contains("uri must start with https://"), "the apiserver refuses other schemes");
+    let refused = crate::cluster::try_apply(
+        &namespace
+            .model("m", &json!({ "source": { "uri": "ftp://elsewhere.example/model.onnx" } }))
+            .to_string(),
+    );
+    assert!(
+        refused.unwrap_err().contains("uri must start with https://"),
+        "the apiserver refuses other schemes"
+    );
     let md = namespace.wait_until("m", "it is stalled", |md| condition(md, "Stalled")["status"] == "True");
-    assert!(condition(&md, "Stalled")["message"].as_str().unwrap().contains("plain"), "{}", condition(&md, "Stalled"));
+    assert!(
+        condition(&md, "Stalled")["message"].as_str().unwrap().contains("plain"),
+        "{}",
+        condition(&md, "Stalled")
+    );
 }

@@ -9,13 +9,22 @@ use serde_json::{Value, json};
 
 /// A connection that is new for each request, as most clients of a Service have, or kept.
 fn agent() -> ureq::Agent {
-    ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(10))).http_status_as_error(false).build().into()
+    ureq::Agent::config_builder()
+        .timeout_global(Some(Duration::from_secs(10)))
+        .http_status_as_error(false)
+        .build()
+        .into()
 }
 
 /// A digit that looks like a seven to the model: a bar on top and a diagonal.
 fn picture() -> Vec<f32> {
-    let rows = ["00000000", "06666660", "00000060", "00000600", "00006000", "00060000", "00600000", "00000000"];
-    rows.iter().flat_map(|row| row.bytes()).map(|ink| f32::from(ink - b'0') / 6.0).collect()
+    let rows = [
+        "00000000", "06666660", "00000060", "00000600", "00006000", "00060000", "00600000", "00000000",
+    ];
+    rows.iter()
+        .flat_map(|row| row.bytes())
+        .map(|ink| f32::from(ink - b'0') / 6.0)
+        .collect()
 }
 
 /// Asks the model at `address` about one picture and returns the logits.
@@ -25,14 +34,26 @@ pub(crate) fn infer(address: &str, model: &str) -> Result<Vec<f64>, String> {
 
 fn infer_with(agent: &ureq::Agent, address: &str, model: &str) -> Result<Vec<f64>, String> {
     let body = json!({ "inputs": [{ "name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": picture() }] });
-    let mut response = agent.post(format!("{address}/v2/models/{model}/infer")).send_json(&body).map_err(|error| error.to_string())?;
+    let mut response = agent
+        .post(format!("{address}/v2/models/{model}/infer"))
+        .send_json(&body)
+        .map_err(|error| error.to_string())?;
     let status = response.status();
     let answer: Value = response.body_mut().read_json().map_err(|error| error.to_string())?;
     if status != 200 {
         return Err(format!("{status}: {answer}"));
     }
-    let logits: Vec<f64> = answer["outputs"][0]["data"].as_array().ok_or("no data")?.iter().filter_map(Value::as_f64).collect();
-    if logits.len() == 10 && answer["outputs"][0]["shape"] == json!([1, 10]) { Ok(logits) } else { Err(format!("not ten logits: {answer}")) }
+    let logits: Vec<f64> = answer["outputs"][0]["data"]
+        .as_array()
+        .ok_or("no data")?
+        .iter()
+        .filter_map(Value::as_f64)
+        .collect();
+    if logits.len() == 10 && answer["outputs"][0]["shape"] == json!([1, 10]) {
+        Ok(logits)
+    } else {
+        Err(format!("not ten logits: {answer}"))
+    }
 }
 
 /// GET of a path, as status and JSON.
@@ -60,7 +81,11 @@ impl Load {
                     let kept = agent();
                     let mut failures = vec![];
                     while !stop.load(Ordering::Relaxed) {
-                        let answer = if client % 2 == 0 { infer_with(&kept, &address, &model) } else { infer(&address, &model) };
+                        let answer = if client % 2 == 0 {
+                            infer_with(&kept, &address, &model)
+                        } else {
+                            infer(&address, &model)
+                        };
                         match answer {
                             Ok(_) => drop(answered.fetch_add(1, Ordering::Relaxed)),
                             Err(error) => failures.push(error),
@@ -77,9 +102,19 @@ impl Load {
     /// Stops the clients; panics where any request failed or none was answered.
     pub(crate) fn expect_no_failure(self) {
         self.stop.store(true, Ordering::Relaxed);
-        let failures: Vec<String> = self.clients.into_iter().flat_map(|client| client.join().expect("a client")).collect();
+        let failures: Vec<String> = self
+            .clients
+            .into_iter()
+            .flat_map(|client| client.join().expect("a client"))
+            .collect();
         let answered = self.answered.load(Ordering::Relaxed);
-        assert!(failures.is_empty(), "{} of {} requests failed, the first with: {}", failures.len(), answered + failures.len() as u64, failures[0]);
+        assert!(
+            failures.is_empty(),
+            "{} of {} requests failed, the first with: {}",
+            failures.len(),
+            answered + failures.len() as u64,
+            failures[0]
+        );
         assert!(answered > 100, "only {answered} requests were answered");
     }
 }

@@ -15,7 +15,7 @@ pub(crate) use program::Profile;
 mod archive;
 mod filesystem;
 mod layer;
-mod program;
+pub(crate) mod program;
 mod revision;
 
 /// Where the images are published.

@@ -1,4 +1,169 @@
-//! x
+//! `cargo xtask test`: every check and test there is, and one line that sums them up.
+
+mod end_to_end;
+mod tally;
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result};
+
+use crate::progress::{phase, run_logged};
+use crate::{chart, cluster, images, onnxruntime, workspace};
+use tally::Tally;
+
+/// Options of `cargo xtask test`.
 #[derive(clap::Args)]
-pub(crate) struct Arguments {}
-pub(crate) fn run(_arguments: &Arguments) -> std::process::ExitCode { std::process::ExitCode::FAILURE }
+pub(crate) struct Arguments {
+    /// Runs only these parts; may be repeated.
+    #[arg(long, value_enum)]
+    only: Vec<Part>,
+    /// Runs only the tests whose name contains this.
+    #[arg(long, value_name = "NAME")]
+    filter: Option<String>,
+    /// Leaves the embedded cluster running, with the chart installed.
+    #[arg(long)]
+    keep: bool,
+}
+
+/// A part of the whole, in the order in which they run: the quick ones first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Formatting of Rust and Go.
+    Format,
+    /// Generated files are fresh.
+    Generated,
+    /// The Helm chart: lint and the manifests that it renders.
+    Chart,
+    /// Clippy, with warnings denied.
+    Clippy,
+    /// Licences, bans, sources and advisories of dependencies.
+    Dependencies,
+    /// Unit, property and integration tests.
+    Unit,
+    /// The embedded cluster's own Go tests.
+    Go,
+    /// The end-to-end tests on the cluster.
+    EndToEnd,
+}
+
+const PARTS: [Part; 8] =
+    [Part::Format, Part::Generated, Part::Chart, Part::Clippy, Part::Dependencies, Part::Unit, Part::Go, Part::EndToEnd];
+
+/// Sets of packages that are compiled together, so that tests and images share what is compiled (see `images`).
+const TEST_GROUPS: [&[&str]; 3] = [&["plimsoll-operator", "plimsoll-crds"], &["plimsoll-package", "plimsoll-runtime", "plimsoll-optimizer"], &["xtask"]];
+
+/// Version of cargo-deny, installed into the user's cache.
+const CARGO_DENY: &str = "0.20.2";
+
+pub(crate) fn run(arguments: &Arguments) -> ExitCode {
+    let mut tally = Tally::default();
+    for part in PARTS {
+        if !arguments.only.is_empty() && !arguments.only.contains(&part) {
+            continue;
+        }
+        let result = match part {
+            Part::Format => format(&mut tally),
+            Part::Generated => generated(&mut tally),
+            Part::Chart => phase("the Helm chart", |_| chart::check()).map(|checks| tally.passed += checks),
+            Part::Clippy => clippy(&mut tally),
+            Part::Dependencies => dependencies(&mut tally),
+            Part::Unit => unit(arguments, &mut tally),
+            Part::Go => go(&mut tally),
+            Part::EndToEnd => end_to_end::run(arguments.filter.as_deref(), arguments.keep, &mut tally),
+        };
+        if let Err(error) = result {
+            tally.fail(format!("{part:?}: {error:#}"));
+        }
+    }
+    tally.print();
+    if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn log(name: &str) -> PathBuf {
+    workspace::target().join("test").join(format!("{name}.log"))
+}
+
+fn check(what: &str, command: &mut Command, tally: &mut Tally) -> Result<()> {
+    let name: String = what.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    phase(what, |bar| run_logged(command, &log(&name), bar))?;
+    tally.passed += 1;
+    Ok(())
+}
+
+fn format(tally: &mut Tally) -> Result<()> {
+    check("rustfmt", workspace::cargo().args(["fmt", "--all", "--check"]), tally)?;
+    let folder = workspace::root().join("tests/cluster");
+    let output = Command::new("gofmt").arg("-l").arg(&folder).output().context("cannot start gofmt")?;
+    let unformatted = String::from_utf8_lossy(&output.stdout).into_owned();
+    anyhow::ensure!(output.status.success() && unformatted.is_empty(), "gofmt would change:\n{unformatted}");
+    tally.passed += 1;
+    Ok(())
+}
+
+fn generated(tally: &mut Tally) -> Result<()> {
+    phase("generated files are fresh", |_| crate::crds::check())?;
+    tally.passed += 1;
+    Ok(())
+}
+
+fn clippy(tally: &mut Tally) -> Result<()> {
+    let mut command = workspace::cargo();
+    command.args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]);
+    check("clippy", &mut command, tally)
+}
+
+fn dependencies(tally: &mut Tally) -> Result<()> {
+    let folder = workspace::cache().join(format!("cargo-deny-{CARGO_DENY}"));
+    let program = folder.join("bin/cargo-deny");
+    if !program.is_file() {
+        let mut install = workspace::cargo();
+        install.args(["install", "cargo-deny", "--locked", "--version", CARGO_DENY, "--no-default-features", "--root"]).arg(&folder);
+        install.arg("--target-dir").arg(workspace::cache().join("cargo-deny-build"));
+        phase("building cargo-deny", |bar| run_logged(&mut install, &log("cargo-deny-build"), bar))?;
+        let _ = std::fs::remove_dir_all(workspace::cache().join("cargo-deny-build"));
+    }
+    let deny = |arguments: &[&str]| {
+        let mut command = Command::new(&program);
+        command.current_dir(workspace::root()).args(["--all-features", "check"]).args(arguments);
+        command
+    };
+    for what in ["licenses", "bans", "sources"] {
+        check(&format!("cargo deny {what}"), &mut deny(&[what]), tally)?;
+    }
+    let advisories = phase("cargo deny advisories", |bar| run_logged(&mut deny(&["advisories"]), &log("advisories"), bar));
+    match advisories {
+        Ok(()) => tally.passed += 1,
+        Err(error) => {
+            let text = std::fs::read_to_string(log("advisories")).unwrap_or_default();
+            // Without the database nothing can be said; with it, what it says counts.
+            if text.contains("failed to fetch advisory database") || text.contains("unable to fetch") || text.contains("failed to load advisory") {
+                tally.skip("cargo deny advisories: the advisory database cannot be reached".to_owned());
+            } else {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
+    let library = onnxruntime::library()?;
+    let registry = cluster::tool("registry")?;
+    for group in TEST_GROUPS {
+        let mut command = images::program::release("test")?;
+        command.args(["--locked", "--no-fail-fast"]).env("ORT_DYLIB_PATH", &library).env("PLIMSOLL_REGISTRY_BINARY", &registry);
+        for package in group {
+            command.args(["--package", package]);
+        }
+        command.args(arguments.filter.as_deref());
+        tally.cargo_test(&format!("tests of {}", group.join(", ")), &mut command, &log(group[0]))?;
+    }
+    Ok(())
+}
+
+fn go(tally: &mut Tally) -> Result<()> {
+    let mut command = Command::new("go");
+    command.current_dir(workspace::root().join("tests/cluster/fixture-server")).env("CGO_ENABLED", "0").args(["test", "./..."]);
+    check("tests of the fixture server", &mut command, tally)
+}

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment};
 use k8s_openapi::api::core::v1::{
-    Container, ContainerPort, EmptyDirVolumeSource, EnvVar, HTTPGetAction, ImageVolumeSource, LocalObjectReference, PodSpec, PodTemplateSpec, Probe,
-    ResourceRequirements, SecretVolumeSource, Toleration, Volume, VolumeMount,
+    Container, ContainerPort, EmptyDirVolumeSource, EnvVar, HTTPGetAction, ImageVolumeSource, LocalObjectReference, PodSpec,
+    PodTemplateSpec, Probe, ResourceRequirements, SecretVolumeSource, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -46,8 +46,15 @@ pub fn deployment(revision: &ModelRevision, artifact: &str, replicas: i32, setti
     if !settings.image_volumes {
         init_containers = Some(vec![pull(revision, &reference, settings)]);
         if let Some(secret) = &settings.registry_pull_secret {
-            let secret = Some(SecretVolumeSource { secret_name: Some(secret.clone()), ..SecretVolumeSource::default() });
-            volumes.push(Volume { name: "registry".into(), secret, ..Volume::default() });
+            let secret = Some(SecretVolumeSource {
+                secret_name: Some(secret.clone()),
+                ..SecretVolumeSource::default()
+            });
+            volumes.push(Volume {
+                name: "registry".into(),
+                secret,
+                ..Volume::default()
+            });
         }
     }
     let spec = PodSpec {
@@ -55,7 +62,10 @@ pub fn deployment(revision: &ModelRevision, artifact: &str, replicas: i32, setti
         enable_service_links: Some(false),
         security_context: Some(security::pod()),
         termination_grace_period_seconds: Some(40),
-        image_pull_secrets: settings.registry_pull_secret.as_ref().map(|name| vec![LocalObjectReference { name: name.clone() }]),
+        image_pull_secrets: settings
+            .registry_pull_secret
+            .as_ref()
+            .map(|name| vec![LocalObjectReference { name: name.clone() }]),
         node_selector: accelerator.map(node_labels).filter(|labels| !labels.is_empty()),
         tolerations: Some(tolerations).filter(|tolerations| !tolerations.is_empty()),
         affinity: overlay.affinity.clone(),
@@ -75,9 +85,18 @@ pub fn deployment(revision: &ModelRevision, artifact: &str, replicas: i32, setti
             // The pods of one revision are all alike; a replaced pod of it must not cost a device that is not there.
             strategy: Some(DeploymentStrategy {
                 type_: Some("RollingUpdate".into()),
-                rolling_update: Some(RollingUpdateDeployment { max_surge: Some(IntOrString::Int(0)), max_unavailable: Some(IntOrString::Int(1)) }),
+                rolling_update: Some(RollingUpdateDeployment {
+                    max_surge: Some(IntOrString::Int(0)),
+                    max_unavailable: Some(IntOrString::Int(1)),
+                }),
             }),
-            template: PodTemplateSpec { metadata: Some(ObjectMeta { labels: Some(pod_labels), ..ObjectMeta::default() }), spec: Some(spec) },
+            template: PodTemplateSpec {
+                metadata: Some(ObjectMeta {
+                    labels: Some(pod_labels),
+                    ..ObjectMeta::default()
+                }),
+                spec: Some(spec),
+            },
             ..DeploymentSpec::default()
         }),
         status: None,
@@ -107,11 +126,24 @@ fn server(revision: &ModelRevision, runtime: &Runtime, accelerator: Option<&Acce
         .pod
         .iter()
         .flat_map(|pod| &pod.env)
-        .map(|variable| EnvVar { name: variable.name.clone(), value: Some(variable.value.clone()), ..EnvVar::default() })
+        .map(|variable| EnvVar {
+            name: variable.name.clone(),
+            value: Some(variable.value.clone()),
+            ..EnvVar::default()
+        })
         .collect();
-    let port = |name: &str, port| ContainerPort { name: Some(name.into()), container_port: port, protocol: Some("TCP".into()), ..ContainerPort::default() };
+    let port = |name: &str, port| ContainerPort {
+        name: Some(name.into()),
+        container_port: port,
+        protocol: Some("TCP".into()),
+        ..ContainerPort::default()
+    };
     let probe = |path: String, period, failures| Probe {
-        http_get: Some(HTTPGetAction { path: Some(path), port: IntOrString::String("http".into()), ..HTTPGetAction::default() }),
+        http_get: Some(HTTPGetAction {
+            path: Some(path),
+            port: IntOrString::String("http".into()),
+            ..HTTPGetAction::default()
+        }),
         period_seconds: Some(period),
         timeout_seconds: Some(2),
         failure_threshold: Some(failures),
@@ -129,7 +161,12 @@ fn server(revision: &ModelRevision, runtime: &Runtime, accelerator: Option<&Acce
         resources: Some(resources(runtime, accelerator)),
         security_context: Some(security::container()),
         termination_message_policy: Some("FallbackToLogsOnError".into()),
-        volume_mounts: Some(vec![VolumeMount { name: "artifact".into(), mount_path: ARTIFACT.into(), read_only: Some(true), ..VolumeMount::default() }]),
+        volume_mounts: Some(vec![VolumeMount {
+            name: "artifact".into(),
+            mount_path: ARTIFACT.into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        }]),
         ..Container::default()
     }
 }
@@ -142,7 +179,12 @@ fn resources(runtime: &Runtime, accelerator: Option<&Accelerator>) -> ResourceRe
         requests.insert("cpu".into(), Quantity("100m".into()));
         requests.insert("memory".into(), Quantity("128Mi".into()));
     }
-    if let Some(Accelerator { resource: Some(resource), count, .. }) = accelerator {
+    if let Some(Accelerator {
+        resource: Some(resource),
+        count,
+        ..
+    }) = accelerator
+    {
         limits.insert(resource.clone(), Quantity(count.unwrap_or(1).to_string()));
     }
     ResourceRequirements {
@@ -155,7 +197,11 @@ fn resources(runtime: &Runtime, accelerator: Option<&Accelerator>) -> ResourceRe
 /// The labels that a node must carry: those of the spec, or the one that NVIDIA's feature discovery sets.
 fn node_labels(accelerator: &Accelerator) -> BTreeMap<String, String> {
     if !accelerator.node_labels.is_empty() {
-        return accelerator.node_labels.iter().map(|(key, value)| (key.clone(), value.0.clone())).collect();
+        return accelerator
+            .node_labels
+            .iter()
+            .map(|(key, value)| (key.clone(), value.0.clone()))
+            .collect();
     }
     match accelerator.resource.as_deref() {
         Some(resource) if resource.starts_with("nvidia.com/") => [("nvidia.com/gpu.present".to_owned(), "true".to_owned())].into(),
@@ -166,14 +212,29 @@ fn node_labels(accelerator: &Accelerator) -> BTreeMap<String, String> {
 /// Nodes with devices are commonly tainted by the device's vendor, so that nothing else lands there.
 fn toleration(accelerator: &Accelerator) -> Option<Toleration> {
     let resource = accelerator.resource.as_deref()?;
-    let key = if resource.starts_with("nvidia.com/") { "nvidia.com/gpu" } else { resource };
-    Some(Toleration { key: Some(key.into()), operator: Some("Exists".into()), effect: Some("NoSchedule".into()), ..Toleration::default() })
+    let key = if resource.starts_with("nvidia.com/") {
+        "nvidia.com/gpu"
+    } else {
+        resource
+    };
+    Some(Toleration {
+        key: Some(key.into()),
+        operator: Some("Exists".into()),
+        effect: Some("NoSchedule".into()),
+        ..Toleration::default()
+    })
 }
 
 fn artifact_volume(reference: &str, settings: &Settings) -> Volume {
-    let mut volume = Volume { name: "artifact".into(), ..Volume::default() };
+    let mut volume = Volume {
+        name: "artifact".into(),
+        ..Volume::default()
+    };
     if settings.image_volumes {
-        volume.image = Some(ImageVolumeSource { reference: Some(reference.into()), pull_policy: Some("IfNotPresent".into()) });
+        volume.image = Some(ImageVolumeSource {
+            reference: Some(reference.into()),
+            pull_policy: Some("IfNotPresent".into()),
+        });
     } else {
         volume.empty_dir = Some(EmptyDirVolumeSource::default());
     }
@@ -188,10 +249,19 @@ fn pull(revision: &ModelRevision, reference: &str, settings: &Settings) -> Conta
     if settings.plain_http_hosts.iter().any(|plain| plain == host) {
         args.push("--plain-http".into());
     }
-    let mut mounts = vec![VolumeMount { name: "artifact".into(), mount_path: ARTIFACT.into(), ..VolumeMount::default() }];
+    let mut mounts = vec![VolumeMount {
+        name: "artifact".into(),
+        mount_path: ARTIFACT.into(),
+        ..VolumeMount::default()
+    }];
     if settings.registry_pull_secret.is_some() {
         args.extend(["--credentials".into(), "/secrets/registry".into()]);
-        mounts.push(VolumeMount { name: "registry".into(), mount_path: "/secrets/registry".into(), read_only: Some(true), ..VolumeMount::default() });
+        mounts.push(VolumeMount {
+            name: "registry".into(),
+            mount_path: "/secrets/registry".into(),
+            read_only: Some(true),
+            ..VolumeMount::default()
+        });
     }
     Container {
         name: "pull".into(),

@@ -19,7 +19,13 @@ pub fn disruption_budget(model: &ModelDeployment) -> PodDisruptionBudget {
             // A pod that is not ready protects nobody, and must not hold up a drain.
             unhealthy_pod_eviction_policy: Some("AlwaysAllow".into()),
             selector: Some(LabelSelector {
-                match_labels: Some([(MODEL_LABEL.to_owned(), name), ("app.kubernetes.io/component".to_owned(), "runtime".to_owned())].into()),
+                match_labels: Some(
+                    [
+                        (MODEL_LABEL.to_owned(), name),
+                        ("app.kubernetes.io/component".to_owned(), "runtime".to_owned()),
+                    ]
+                    .into(),
+                ),
                 ..LabelSelector::default()
             }),
             ..PodDisruptionBudgetSpec::default()

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::batch::v1::{Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule};
+use k8s_openapi::api::batch::v1::{
+    Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement, PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
+};
 use k8s_openapi::api::core::v1::{
-    ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, PersistentVolumeClaimVolumeSource, PodSpec, PodTemplateSpec, ResourceRequirements,
-    SecretVolumeSource, Volume, VolumeMount,
+    ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, PersistentVolumeClaimVolumeSource, PodSpec, PodTemplateSpec,
+    ResourceRequirements, SecretVolumeSource, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -33,7 +35,13 @@ const BACKOFF_LIMIT: i32 = 3;
 #[must_use]
 pub fn job(plan: &JobPlan, settings: &Settings) -> Job {
     let revision = &plan.revision;
-    let job_settings = revision.spec.template.optimize.as_ref().and_then(|optimize| optimize.job.clone()).unwrap_or_default();
+    let job_settings = revision
+        .spec
+        .template
+        .optimize
+        .as_ref()
+        .and_then(|optimize| optimize.job.clone())
+        .unwrap_or_default();
     let labels = revision_labels(revision, Component::Optimizer);
     let mut job_labels = labels.clone();
     job_labels.insert(ATTEMPT_LABEL.into(), plan.attempt.to_string());
@@ -42,20 +50,28 @@ pub fn job(plan: &JobPlan, settings: &Settings) -> Job {
     Job {
         metadata: metadata(plan.name.clone(), revision, job_labels),
         spec: Some(JobSpec {
-            active_deadline_seconds: Some(deadline.map_or(DEADLINE_S, |deadline| i64::try_from(deadline.as_secs()).unwrap_or(i64::MAX).max(1))),
+            active_deadline_seconds: Some(
+                deadline.map_or(DEADLINE_S, |deadline| i64::try_from(deadline.as_secs()).unwrap_or(i64::MAX).max(1)),
+            ),
             backoff_limit: Some(job_settings.backoff_limit.unwrap_or(BACKOFF_LIMIT)),
             ttl_seconds_after_finished: Some(KEPT_S),
             pod_replacement_policy: Some("Failed".into()),
             pod_failure_policy: Some(failure_policy()),
             template: PodTemplateSpec {
-                metadata: Some(ObjectMeta { labels: Some(labels), ..ObjectMeta::default() }),
+                metadata: Some(ObjectMeta {
+                    labels: Some(labels),
+                    ..ObjectMeta::default()
+                }),
                 spec: Some(PodSpec {
                     restart_policy: Some("Never".into()),
                     automount_service_account_token: Some(false),
                     enable_service_links: Some(false),
                     security_context: Some(security::pod()),
                     termination_grace_period_seconds: Some(5),
-                    containers: STEPS.iter().map(|step| container(step, revision, &job_settings, &mounts, settings)).collect(),
+                    containers: STEPS
+                        .iter()
+                        .map(|step| container(step, revision, &job_settings, &mounts, settings))
+                        .collect(),
                     volumes: Some(mounts.volumes),
                     ..PodSpec::default()
                 }),
@@ -72,13 +88,20 @@ fn failure_policy() -> PodFailurePolicy {
         rules: vec![
             PodFailurePolicyRule {
                 action: "FailJob".into(),
-                on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement { operator: "In".into(), values: codes.to_vec(), ..Default::default() }),
+                on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+                    operator: "In".into(),
+                    values: codes.to_vec(),
+                    ..Default::default()
+                }),
                 ..PodFailurePolicyRule::default()
             },
             // An eviction or a drained node is nobody's fault and counts as no try.
             PodFailurePolicyRule {
                 action: "Ignore".into(),
-                on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern { type_: "DisruptionTarget".into(), status: Some("True".into()) }]),
+                on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
+                    type_: "DisruptionTarget".into(),
+                    status: Some("True".into()),
+                }]),
                 ..PodFailurePolicyRule::default()
             },
         ],
@@ -92,7 +115,11 @@ fn container(step: &str, revision: &ModelRevision, job: &JobSettings, mounts: &M
         ..EnvVar::default()
     }];
     if settings.extra_ca_config_map.is_some() {
-        env.push(EnvVar { name: "PLIMSOLL_EXTRA_CA".into(), value: Some("/extra-ca/ca.crt".into()), ..EnvVar::default() });
+        env.push(EnvVar {
+            name: "PLIMSOLL_EXTRA_CA".into(),
+            value: Some("/extra-ca/ca.crt".into()),
+            ..EnvVar::default()
+        });
     }
     Container {
         name: step.into(),
@@ -111,15 +138,27 @@ fn container(step: &str, revision: &ModelRevision, job: &JobSettings, mounts: &M
 /// The steps run one after the other, so what compressing requests is enough for the pod; the others ask for next to nothing and share
 /// its limits.
 fn resources(step: &str, asked: Option<&Resources>) -> ResourceRequirements {
-    let quantities = |amounts: &BTreeMap<String, plimsoll_crds::Amount>| amounts.iter().map(|(name, amount)| (name.clone(), amount.into())).collect();
-    let plain = |amounts: &[(&str, &str)]| amounts.iter().map(|(name, amount)| ((*name).to_owned(), Quantity((*amount).to_owned()))).collect();
+    let quantities =
+        |amounts: &BTreeMap<String, plimsoll_crds::Amount>| amounts.iter().map(|(name, amount)| (name.clone(), amount.into())).collect();
+    let plain = |amounts: &[(&str, &str)]| {
+        amounts
+            .iter()
+            .map(|(name, amount)| ((*name).to_owned(), Quantity((*amount).to_owned())))
+            .collect()
+    };
     let requests = match asked.map(|asked| &asked.requests).filter(|requests| !requests.is_empty()) {
         _ if step != "compress" => plain(&[("cpu", "10m"), ("memory", "32Mi")]),
         Some(requests) => quantities(requests),
         None => plain(&[("cpu", "250m"), ("memory", "256Mi")]),
     };
-    let limits = asked.map(|asked| quantities(&asked.limits)).filter(|limits: &BTreeMap<_, _>| !limits.is_empty());
-    ResourceRequirements { requests: Some(requests), limits, ..ResourceRequirements::default() }
+    let limits = asked
+        .map(|asked| quantities(&asked.limits))
+        .filter(|limits: &BTreeMap<_, _>| !limits.is_empty());
+    ResourceRequirements {
+        requests: Some(requests),
+        limits,
+        ..ResourceRequirements::default()
+    }
 }
 
 /// The volumes of the pod, and which step mounts which of them where: credentials only where they are used.
@@ -135,14 +174,32 @@ impl Mounts {
         let template = &revision.spec.template;
         let optimization = template.optimize.as_ref().map(|optimize| &optimize.optimization);
         let calibration = optimization.and_then(|optimize| optimize.calibration.as_ref());
-        let evaluation = optimization.and_then(|optimize| optimize.evaluation.as_ref()).map(|evaluation| &evaluation.dataset);
-        let mut mounts = Self { volumes: vec![], of_fetch: vec![], of_publish: vec![], of_all: vec![] };
+        let evaluation = optimization
+            .and_then(|optimize| optimize.evaluation.as_ref())
+            .map(|evaluation| &evaluation.dataset);
+        let mut mounts = Self {
+            volumes: vec![],
+            of_fetch: vec![],
+            of_publish: vec![],
+            of_all: vec![],
+        };
 
-        mounts.volumes.push(Volume { name: "work".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() });
+        mounts.volumes.push(Volume {
+            name: "work".into(),
+            empty_dir: Some(EmptyDirVolumeSource::default()),
+            ..Volume::default()
+        });
         mounts.of_all.push(mount("work", "/work", false));
         if let Some(name) = &settings.extra_ca_config_map {
-            let config_map = Some(ConfigMapVolumeSource { name: name.clone(), ..ConfigMapVolumeSource::default() });
-            mounts.volumes.push(Volume { name: "extra-ca".into(), config_map, ..Volume::default() });
+            let config_map = Some(ConfigMapVolumeSource {
+                name: name.clone(),
+                ..ConfigMapVolumeSource::default()
+            });
+            mounts.volumes.push(Volume {
+                name: "extra-ca".into(),
+                config_map,
+                ..Volume::default()
+            });
             mounts.of_all.push(mount("extra-ca", "/extra-ca", true));
         }
         if let Some(secret) = &settings.registry_push_secret {
@@ -167,8 +224,15 @@ impl Mounts {
         claims.dedup();
         for (index, claim) in claims.into_iter().enumerate() {
             let name = format!("claim-{index}");
-            let source = PersistentVolumeClaimVolumeSource { claim_name: claim.into(), read_only: Some(true) };
-            mounts.volumes.push(Volume { name: name.clone(), persistent_volume_claim: Some(source), ..Volume::default() });
+            let source = PersistentVolumeClaimVolumeSource {
+                claim_name: claim.into(),
+                read_only: Some(true),
+            };
+            mounts.volumes.push(Volume {
+                name: name.clone(),
+                persistent_volume_claim: Some(source),
+                ..Volume::default()
+            });
             mounts.of_fetch.push(mount(&name, &format!("/pvc/{claim}"), true));
         }
         mounts
@@ -193,10 +257,22 @@ fn claim(uri: &str) -> Option<&str> {
 }
 
 fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
-    VolumeMount { name: name.into(), mount_path: path.into(), read_only: read_only.then_some(true), ..VolumeMount::default() }
+    VolumeMount {
+        name: name.into(),
+        mount_path: path.into(),
+        read_only: read_only.then_some(true),
+        ..VolumeMount::default()
+    }
 }
 
 fn secret_volume(name: &str, secret: &str) -> Volume {
-    let secret = Some(SecretVolumeSource { secret_name: Some(secret.into()), ..SecretVolumeSource::default() });
-    Volume { name: name.into(), secret, ..Volume::default() }
+    let secret = Some(SecretVolumeSource {
+        secret_name: Some(secret.into()),
+        ..SecretVolumeSource::default()
+    });
+    Volume {
+        name: name.into(),
+        secret,
+        ..Volume::default()
+    }
 }

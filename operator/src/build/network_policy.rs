@@ -13,11 +13,25 @@ use crate::settings::Settings;
 /// The NetworkPolicies of `model`.
 #[must_use]
 pub fn network_policies(model: &ModelDeployment, settings: &Settings) -> [NetworkPolicy; 2] {
-    let ports = [HTTP_PORT, METRICS_PORT].map(|port| NetworkPolicyPort { port: Some(IntOrString::Int(port)), protocol: Some("TCP".into()), end_port: None });
-    let ingress = vec![NetworkPolicyIngressRule { ports: Some(ports.to_vec()), from: None }];
+    let ports = [HTTP_PORT, METRICS_PORT].map(|port| NetworkPolicyPort {
+        port: Some(IntOrString::Int(port)),
+        protocol: Some("TCP".into()),
+        end_port: None,
+    });
+    let ingress = vec![NetworkPolicyIngressRule {
+        ports: Some(ports.to_vec()),
+        from: None,
+    }];
     // With image volumes the kubelet pulls, and a serving pod has nobody to talk to.
-    let serving = if settings.image_volumes { vec!["Ingress", "Egress"] } else { vec!["Ingress"] };
-    [policy(model, Component::Runtime, Some(ingress), &serving), policy(model, Component::Optimizer, None, &["Ingress"])]
+    let serving = if settings.image_volumes {
+        vec!["Ingress", "Egress"]
+    } else {
+        vec!["Ingress"]
+    };
+    [
+        policy(model, Component::Runtime, Some(ingress), &serving),
+        policy(model, Component::Optimizer, None, &["Ingress"]),
+    ]
 }
 
 fn policy(model: &ModelDeployment, component: Component, ingress: Option<Vec<NetworkPolicyIngressRule>>, types: &[&str]) -> NetworkPolicy {
@@ -27,7 +41,13 @@ fn policy(model: &ModelDeployment, component: Component, ingress: Option<Vec<Net
         metadata: metadata(format!("{name}-{role}"), model, labels(&name, component)),
         spec: Some(NetworkPolicySpec {
             pod_selector: Some(LabelSelector {
-                match_labels: Some([(MODEL_LABEL.to_owned(), name), ("app.kubernetes.io/component".to_owned(), role.to_owned())].into()),
+                match_labels: Some(
+                    [
+                        (MODEL_LABEL.to_owned(), name),
+                        ("app.kubernetes.io/component".to_owned(), role.to_owned()),
+                    ]
+                    .into(),
+                ),
                 ..LabelSelector::default()
             }),
             ingress,

@@ -14,7 +14,13 @@ pub fn service(model: &ModelDeployment) -> Service {
     Service {
         metadata: metadata(name.clone(), model, labels(&name, Component::Runtime)),
         spec: Some(ServiceSpec {
-            selector: Some([(MODEL_LABEL.to_owned(), name), ("app.kubernetes.io/component".to_owned(), "runtime".to_owned())].into()),
+            selector: Some(
+                [
+                    (MODEL_LABEL.to_owned(), name),
+                    ("app.kubernetes.io/component".to_owned(), "runtime".to_owned()),
+                ]
+                .into(),
+            ),
             ports: Some(vec![ServicePort {
                 name: Some("http".into()),
                 port: 80,

@@ -71,7 +71,11 @@ pub struct Trouble {
 #[must_use]
 pub fn job_name(revision: &ModelRevision, attempt: u32) -> String {
     let name = revision.name_any();
-    if attempt == 0 { format!("{name}-optimize") } else { format!("{name}-optimize-{attempt}") }
+    if attempt == 0 {
+        format!("{name}-optimize")
+    } else {
+        format!("{name}-optimize-{attempt}")
+    }
 }
 
 /// The Jobs of a revision, the latest last.
@@ -91,16 +95,28 @@ pub fn superseded(revision: &ModelRevision, observed: &Observed) -> Vec<String> 
 }
 
 fn attempt(job: &Job) -> u32 {
-    job.labels().get(ATTEMPT_LABEL).and_then(|attempt| attempt.parse().ok()).unwrap_or(0)
+    job.labels()
+        .get(ATTEMPT_LABEL)
+        .and_then(|attempt| attempt.parse().ok())
+        .unwrap_or(0)
 }
 
 /// What the steps of a revision's Job are told.
 #[must_use]
 pub fn inputs(revision: &ModelRevision, settings: &Settings) -> Inputs {
     let template = &revision.spec.template;
-    let mut optimize = template.optimize.as_ref().map_or_else(Recipe::default, |optimize| optimize.optimization.clone());
+    let mut optimize = template
+        .optimize
+        .as_ref()
+        .map_or_else(Recipe::default, |optimize| optimize.optimization.clone());
     // Names of secrets mean nothing inside of the Job, where the credentials are mounted.
-    for dataset in [optimize.calibration.as_mut(), optimize.evaluation.as_mut().map(|evaluation| &mut evaluation.dataset)].into_iter().flatten() {
+    for dataset in [
+        optimize.calibration.as_mut(),
+        optimize.evaluation.as_mut().map(|evaluation| &mut evaluation.dataset),
+    ]
+    .into_iter()
+    .flatten()
+    {
         dataset.credentials_secret = None;
     }
     Inputs {
@@ -110,7 +126,11 @@ pub fn inputs(revision: &ModelRevision, settings: &Settings) -> Inputs {
         repository: settings.registry_push.clone(),
         max_fetch_size: settings.max_fetch_size.clone(),
         plain_http_hosts: settings.plain_http_hosts.clone(),
-        annotations: [("dev.plimsoll.model".to_owned(), revision.labels().get(MODEL_LABEL).cloned().unwrap_or_default())].into(),
+        annotations: [(
+            "dev.plimsoll.model".to_owned(),
+            revision.labels().get(MODEL_LABEL).cloned().unwrap_or_default(),
+        )]
+        .into(),
         run_tag: revision.uid().map(|uid| format!("run-{uid}")),
     }
 }
@@ -135,18 +155,31 @@ pub fn optimization(revision: &ModelRevision, observed: &Observed, settings: &Se
 fn recorded(revision: &ModelRevision) -> Option<Optimization> {
     let status = revision.status.as_ref()?;
     if let Some(artifact) = &status.artifact {
-        return Some(Optimization::Done { artifact: artifact.clone(), summary: None });
+        return Some(Optimization::Done {
+            artifact: artifact.clone(),
+            summary: None,
+        });
     }
-    let stalled = status.conditions.iter().find(|condition| condition.type_ == ConditionType::Stalled.to_string() && condition.status == "True")?;
-    (status.phase == Some(RevisionPhase::Failed))
-        .then(|| Optimization::Failed(Trouble { reason: stalled.reason.clone(), message: stalled.message.clone() }))
+    let stalled = status
+        .conditions
+        .iter()
+        .find(|condition| condition.type_ == ConditionType::Stalled.to_string() && condition.status == "True")?;
+    (status.phase == Some(RevisionPhase::Failed)).then(|| {
+        Optimization::Failed(Trouble {
+            reason: stalled.reason.clone(),
+            message: stalled.message.clone(),
+        })
+    })
 }
 
 fn looked_up(tag: &str, observed: &Observed, absent: Optimization) -> Optimization {
     match observed.lookups.get(tag) {
         None => Optimization::Lookup { tag: tag.to_owned() },
         Some(Lookup::Absent) => absent,
-        Some(Lookup::Found(digest, summary)) => Optimization::Done { artifact: digest.to_string(), summary: Some(reused(summary.clone())) },
+        Some(Lookup::Found(digest, summary)) => Optimization::Done {
+            artifact: digest.to_string(),
+            summary: Some(reused(summary.clone())),
+        },
     }
 }
 
@@ -165,7 +198,10 @@ fn of_job(job: &Job, observed: &Observed, run_tag: Option<&str>, now: Timestamp)
         .map(AsRef::as_ref)
         .collect();
     if let Some((artifact, summary)) = pods.iter().rev().find_map(|pod| published(pod)) {
-        return Optimization::Done { artifact, summary: Some(summary) };
+        return Optimization::Done {
+            artifact,
+            summary: Some(summary),
+        };
     }
     let trouble = pods.iter().rev().find_map(|pod| failure(pod));
     if let Some(failed) = condition(job, "Failed") {
@@ -177,38 +213,61 @@ fn of_job(job: &Job, observed: &Observed, run_tag: Option<&str>, now: Timestamp)
         }
         let (trouble, transient) = trouble.unwrap_or_else(|| {
             let message = failed.message.clone().unwrap_or_else(|| "it does not say why".into());
-            (Trouble { reason: FailureReason::Interrupted.to_string(), message: format!("the Job {name} failed: {message}") }, true)
+            (
+                Trouble {
+                    reason: FailureReason::Interrupted.to_string(),
+                    message: format!("the Job {name} failed: {message}"),
+                },
+                true,
+            )
         });
         if !transient {
             return Optimization::Failed(trouble);
         }
         let since = failed.last_transition_time.as_ref().map_or(now, |time| time.0);
         let until = since + backoff(&name, attempt);
-        return if until > now { Optimization::Waiting { trouble, until } } else { Optimization::Start { attempt: attempt + 1 } };
+        return if until > now {
+            Optimization::Waiting { trouble, until }
+        } else {
+            Optimization::Start { attempt: attempt + 1 }
+        };
     }
     if condition(job, "Complete").is_some() {
         // The pod is gone and its message with it; what it published is found by the tag of this very run.
         let again = Optimization::Start { attempt: attempt + 1 };
         return run_tag.map_or(again.clone(), |tag| match looked_up(tag, observed, again) {
-            Optimization::Done { artifact, summary } => Optimization::Done { artifact, summary: summary.map(|mut summary| {
-                summary.reused = false;
-                summary
-            }) },
+            Optimization::Done { artifact, summary } => Optimization::Done {
+                artifact,
+                summary: summary.map(|mut summary| {
+                    summary.reused = false;
+                    summary
+                }),
+            },
             other => other,
         });
     }
-    let trouble = trouble.map(|(trouble, _)| trouble).or_else(|| pods.last().and_then(|pod| waiting(pod)));
+    let trouble = trouble
+        .map(|(trouble, _)| trouble)
+        .or_else(|| pods.last().and_then(|pod| waiting(pod)));
     Optimization::Running { job: name, trouble }
 }
 
 fn condition<'a>(job: &'a Job, kind: &str) -> Option<&'a k8s_openapi::api::batch::v1::JobCondition> {
-    job.status.as_ref()?.conditions.as_ref()?.iter().find(|condition| condition.type_ == kind && condition.status == "True")
+    job.status
+        .as_ref()?
+        .conditions
+        .as_ref()?
+        .iter()
+        .find(|condition| condition.type_ == kind && condition.status == "True")
 }
 
 /// Grows with each attempt, is capped, and differs between Jobs so that many do not come back at once.
 fn backoff(name: &str, attempt: u32) -> SignedDuration {
     let grown = BACKOFF_MIN.checked_mul(1 << attempt.min(8)).unwrap_or(BACKOFF_MAX).min(BACKOFF_MAX);
-    let spread: u32 = name.bytes().fold(attempt, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into())) % 40;
+    let spread: u32 = name
+        .bytes()
+        .fold(attempt, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()))
+        % 40;
     grown * (80 + i32::try_from(spread).unwrap_or(0)) / 100
 }
 
@@ -219,23 +278,43 @@ fn terminated(pod: &Pod) -> impl Iterator<Item = (&str, &ContainerStateTerminate
 
 fn published(pod: &Pod) -> Option<(String, Box<Summary>)> {
     terminated(pod).find_map(|(_, state)| match serde_json::from_str(state.message.as_deref()?).ok()? {
-        Termination::Succeeded(summary) if state.exit_code == i32::from(exit_code::DONE) => Some((summary.artifact.clone()?.to_string(), summary)),
+        Termination::Succeeded(summary) if state.exit_code == i32::from(exit_code::DONE) => {
+            Some((summary.artifact.clone()?.to_string(), summary))
+        }
         _ => None,
     })
 }
 
 /// The failure of a pod, and whether it may pass.
 fn failure(pod: &Pod) -> Option<(Trouble, bool)> {
-    terminated(pod).filter(|(_, state)| state.exit_code != 0 && state.exit_code != i32::from(exit_code::EARLIER_STEP_FAILED)).find_map(|(step, state)| {
-        if let Some(Ok(Termination::Failed(failure))) = state.message.as_deref().map(serde_json::from_str) {
-            return Some((Trouble { reason: failure.reason.to_string(), message: failure.message }, failure.reason.is_transient()));
-        }
-        let end = match state.reason.as_deref() {
-            Some("OOMKilled") => "ran out of memory; raise spec.optimize.job.resources.limits.memory".to_owned(),
-            _ => format!("ended with exit code {}; see kubectl logs {} -c {step}", state.exit_code, pod.name_any()),
-        };
-        Some((Trouble { reason: FailureReason::Interrupted.to_string(), message: format!("step {step} {end}") }, true))
-    })
+    terminated(pod)
+        .filter(|(_, state)| state.exit_code != 0 && state.exit_code != i32::from(exit_code::EARLIER_STEP_FAILED))
+        .find_map(|(step, state)| {
+            if let Some(Ok(Termination::Failed(failure))) = state.message.as_deref().map(serde_json::from_str) {
+                return Some((
+                    Trouble {
+                        reason: failure.reason.to_string(),
+                        message: failure.message,
+                    },
+                    failure.reason.is_transient(),
+                ));
+            }
+            let end = match state.reason.as_deref() {
+                Some("OOMKilled") => "ran out of memory; raise spec.optimize.job.resources.limits.memory".to_owned(),
+                _ => format!(
+                    "ended with exit code {}; see kubectl logs {} -c {step}",
+                    state.exit_code,
+                    pod.name_any()
+                ),
+            };
+            Some((
+                Trouble {
+                    reason: FailureReason::Interrupted.to_string(),
+                    message: format!("step {step} {end}"),
+                },
+                true,
+            ))
+        })
 }
 
 /// Why a pod does not start.
@@ -247,20 +326,35 @@ pub fn waiting(pod: &Pod) -> Option<Trouble> {
     });
     if let Some(condition) = unschedulable {
         let message = condition.message.clone().unwrap_or_default();
-        return Some(Trouble { reason: "Unschedulable".into(), message: format!("pod {}: {message}", pod.name_any()) });
+        return Some(Trouble {
+            reason: "Unschedulable".into(),
+            message: format!("pod {}: {message}", pod.name_any()),
+        });
     }
-    let containers = status.init_container_statuses.iter().flatten().chain(status.container_statuses.iter().flatten());
-    containers.filter_map(|container| Some((&container.name, container.state.as_ref()?.waiting.as_ref()?))).find_map(|(name, waiting)| {
-        let reason = waiting.reason.as_deref()?;
-        let reason = match reason {
-            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" | "RegistryUnavailable" => "ImageUnavailable",
-            "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => "ContainerNotCreated",
-            "CrashLoopBackOff" => "RuntimeFailed",
-            _ => return None,
-        };
-        Some(Trouble {
-            reason: reason.into(),
-            message: format!("pod {}, container {name}: {}", pod.name_any(), waiting.message.as_deref().unwrap_or("no message")),
+    let containers = status
+        .init_container_statuses
+        .iter()
+        .flatten()
+        .chain(status.container_statuses.iter().flatten());
+    containers
+        .filter_map(|container| Some((&container.name, container.state.as_ref()?.waiting.as_ref()?)))
+        .find_map(|(name, waiting)| {
+            let reason = waiting.reason.as_deref()?;
+            let reason = match reason {
+                "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" | "RegistryUnavailable" => {
+                    "ImageUnavailable"
+                }
+                "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => "ContainerNotCreated",
+                "CrashLoopBackOff" => "RuntimeFailed",
+                _ => return None,
+            };
+            Some(Trouble {
+                reason: reason.into(),
+                message: format!(
+                    "pod {}, container {name}: {}",
+                    pod.name_any(),
+                    waiting.message.as_deref().unwrap_or("no message")
+                ),
+            })
         })
-    })
 }

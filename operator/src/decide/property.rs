@@ -89,7 +89,14 @@ impl World {
         .unwrap();
         model.spec.rollout = rollout;
         let now = "2026-01-01T12:00:00Z".parse().unwrap();
-        Self { model, observed: Observed::default(), now, settings: Settings::fixture(), uids: 0, jobs_made: vec![] }
+        Self {
+            model,
+            observed: Observed::default(),
+            now,
+            settings: Settings::fixture(),
+            uids: 0,
+            jobs_made: vec![],
+        }
     }
 
     fn plan(&mut self) -> Plan {
@@ -119,7 +126,12 @@ impl World {
             self.observed.revisions.push(Arc::new(revision));
         }
         self.observed.jobs.retain(|job| !plan.delete_jobs.contains(&job.name_any()));
-        self.observed.pods.retain(|pod| !plan.delete_jobs.iter().any(|job| pod.labels().get("batch.kubernetes.io/job-name") == Some(job)));
+        self.observed.pods.retain(|pod| {
+            !plan
+                .delete_jobs
+                .iter()
+                .any(|job| pod.labels().get("batch.kubernetes.io/job-name") == Some(job))
+        });
         if let Some(job_plan) = &plan.job {
             let job = build::job::job(job_plan, &self.settings);
             self.jobs_made.push(job.name_any());
@@ -127,12 +139,24 @@ impl World {
         }
         for (name, replicas) in &plan.replicas {
             let Some(artifact) = plan.artifacts.get(name) else { continue };
-            let revision = self.observed.revisions.iter().find(|revision| revision.name_any() == *name).unwrap().clone();
+            let revision = self
+                .observed
+                .revisions
+                .iter()
+                .find(|revision| revision.name_any() == *name)
+                .unwrap()
+                .clone();
             match self.deployment(name) {
-                Some(index) => edit(&mut self.observed.deployments[index], |deployment| deployment.spec.as_mut().unwrap().replicas = Some(*replicas)),
+                Some(index) => edit(&mut self.observed.deployments[index], |deployment| {
+                    deployment.spec.as_mut().unwrap().replicas = Some(*replicas)
+                }),
                 None => {
                     let mut deployment = build::deployment::deployment(&revision, artifact, *replicas, &self.settings);
-                    deployment.status = Some(DeploymentStatus { replicas: Some(*replicas), ready_replicas: Some(0), ..DeploymentStatus::default() });
+                    deployment.status = Some(DeploymentStatus {
+                        replicas: Some(*replicas),
+                        ready_replicas: Some(0),
+                        ..DeploymentStatus::default()
+                    });
                     self.observed.deployments.push(Arc::new(deployment));
                 }
             }
@@ -149,14 +173,21 @@ impl World {
                 edit(revision, |revision| revision.status = Some(status.clone()));
             }
         }
-        self.observed.revisions.retain(|revision| !plan.delete_revisions.contains(&revision.name_any()));
-        self.observed.deployments.retain(|deployment| !plan.delete_revisions.contains(&deployment.name_any()));
+        self.observed
+            .revisions
+            .retain(|revision| !plan.delete_revisions.contains(&revision.name_any()));
+        self.observed
+            .deployments
+            .retain(|deployment| !plan.delete_revisions.contains(&deployment.name_any()));
         self.model.status = Some(plan.status.clone());
         plan
     }
 
     fn deployment(&self, name: &str) -> Option<usize> {
-        self.observed.deployments.iter().position(|deployment| deployment.name_any() == name)
+        self.observed
+            .deployments
+            .iter()
+            .position(|deployment| deployment.name_any() == name)
     }
 
     fn happen(&mut self, happening: Happening) {
@@ -185,15 +216,33 @@ impl World {
     fn end_job(&mut self, failure: Option<FailureReason>) {
         let running = |job: &&mut Arc<Job>| job.status.as_ref().is_none_or(|status| status.conditions.is_none());
         let now = self.now;
-        let Some(job) = self.observed.jobs.iter_mut().find(running) else { return };
+        let Some(job) = self.observed.jobs.iter_mut().find(running) else {
+            return;
+        };
         let name = job.name_any();
         let (condition, code, message) = match failure {
             None => ("Complete", 0, Termination::Succeeded(Box::new(summary(&name)))),
-            Some(reason) => ("Failed", reason.exit_code(), Termination::Failed(Failure { reason, message: "it went wrong".into(), measured: None })),
+            Some(reason) => (
+                "Failed",
+                reason.exit_code(),
+                Termination::Failed(Failure {
+                    reason,
+                    message: "it went wrong".into(),
+                    measured: None,
+                }),
+            ),
         };
         edit(job, |job| {
-            let condition = JobCondition { type_: condition.into(), status: "True".into(), last_transition_time: Some(Time(now)), ..JobCondition::default() };
-            job.status = Some(JobStatus { conditions: Some(vec![condition]), ..JobStatus::default() });
+            let condition = JobCondition {
+                type_: condition.into(),
+                status: "True".into(),
+                last_transition_time: Some(Time(now)),
+                ..JobCondition::default()
+            };
+            job.status = Some(JobStatus {
+                conditions: Some(vec![condition]),
+                ..JobStatus::default()
+            });
         });
         let pod: Pod = serde_json::from_value(json!({
             "metadata": { "name": format!("{name}-pod"), "labels": { "batch.kubernetes.io/job-name": name } },
@@ -205,7 +254,9 @@ impl World {
     }
 
     fn pods(&mut self, index: usize, change: impl FnOnce(i32, &mut i32, &mut i32)) {
-        let Some(deployment) = self.observed.deployments.get_mut(index) else { return };
+        let Some(deployment) = self.observed.deployments.get_mut(index) else {
+            return;
+        };
         edit(deployment, |deployment| {
             let asked = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(0);
             let status = deployment.status.as_mut().unwrap();
@@ -217,11 +268,19 @@ impl World {
     }
 
     fn ready(&self) -> i32 {
-        self.observed.deployments.iter().filter_map(|deployment| deployment.status.as_ref()?.ready_replicas).sum()
+        self.observed
+            .deployments
+            .iter()
+            .filter_map(|deployment| deployment.status.as_ref()?.ready_replicas)
+            .sum()
     }
 
     fn asked(&self) -> i32 {
-        self.observed.deployments.iter().filter_map(|deployment| deployment.spec.as_ref()?.replicas).sum()
+        self.observed
+            .deployments
+            .iter()
+            .filter_map(|deployment| deployment.spec.as_ref()?.replicas)
+            .sum()
     }
 }
 
@@ -235,7 +294,11 @@ fn rollout() -> impl Strategy<Value = Option<Rollout>> {
         Just(None),
         (0..3_i32, 0..3_i32)
             .prop_filter("both must not be 0", |(surge, unavailable)| surge + unavailable > 0)
-            .prop_map(move |(surge, unavailable)| Some(Rollout { max_surge: number(surge), max_unavailable: number(unavailable), ..Rollout::default() })),
+            .prop_map(move |(surge, unavailable)| Some(Rollout {
+                max_surge: number(surge),
+                max_unavailable: number(unavailable),
+                ..Rollout::default()
+            })),
     ]
 }
 
@@ -244,7 +307,10 @@ fn limits(rollout: Option<&Rollout>) -> (i32, i32) {
         Some(IntOrString::Int(amount)) => *amount,
         _ => default,
     };
-    (number(rollout.and_then(|rollout| rollout.max_surge.as_ref()), 1), number(rollout.and_then(|rollout| rollout.max_unavailable.as_ref()), 0))
+    (
+        number(rollout.and_then(|rollout| rollout.max_surge.as_ref()), 1),
+        number(rollout.and_then(|rollout| rollout.max_unavailable.as_ref()), 0),
+    )
 }
 
 proptest! {
@@ -346,7 +412,12 @@ fn an_undo_brings_the_older_revision_back_under_the_next_number() {
     assert_eq!(undone.revision, Some(3));
     assert_eq!(undone.serving_revision, first.serving_revision);
     assert_eq!(world.jobs_made.len(), 2, "an undo needs no Job");
-    let revision: &ModelRevision = world.observed.revisions.iter().find(|revision| Some(revision.name_any()) == undone.serving_revision).unwrap();
+    let revision: &ModelRevision = world
+        .observed
+        .revisions
+        .iter()
+        .find(|revision| Some(revision.name_any()) == undone.serving_revision)
+        .unwrap();
     assert_eq!(revision.labels()["plimsoll.dev/revision"], "3");
 }
 
@@ -363,7 +434,10 @@ fn a_failed_successor_leaves_the_revision_in_service_alone_and_says_why() {
     world.happen(Happening::JobEnds(Some(FailureReason::BudgetExceeded)));
     let plan = world.pass();
     let condition = |kind: &str| plan.status.conditions.iter().find(|condition| condition.type_ == kind).unwrap();
-    assert_eq!((condition("Stalled").status.as_str(), condition("Stalled").reason.as_str()), ("True", "BudgetExceeded"));
+    assert_eq!(
+        (condition("Stalled").status.as_str(), condition("Stalled").reason.as_str()),
+        ("True", "BudgetExceeded")
+    );
     assert_eq!(condition("Ready").status, "False");
     assert_eq!(condition("Available").status, "True");
     assert_eq!(plan.status.readiness.as_deref(), Some("2/2"));

@@ -24,7 +24,10 @@ fn source(spec: &ModelDeploymentSpec) -> Option<Refused> {
     if source.verify.is_some() {
         return Some(("spec.source.verify", "remove it and pin the content with spec.source.digest"));
     }
-    source.poll_interval.as_ref().map(|_| ("spec.source.pollInterval", "remove it and change spec.source.uri for each version"))
+    source
+        .poll_interval
+        .as_ref()
+        .map(|_| ("spec.source.pollInterval", "remove it and change spec.source.uri for each version"))
 }
 
 fn techniques(optimize: &Optimization) -> Option<Refused> {
@@ -35,15 +38,20 @@ fn techniques(optimize: &Optimization) -> Option<Refused> {
         if technique.distill.is_some() {
             return Some(("spec.optimize.recipe[].distill", "remove it; prune and quantize need no training"));
         }
-        if technique.prune.as_ref().is_some_and(|prune| prune.structure != PruneStructure::Unstructured) {
+        if technique
+            .prune
+            .as_ref()
+            .is_some_and(|prune| prune.structure != PruneStructure::Unstructured)
+        {
             return Some(("spec.optimize.recipe[].prune.structure other than Unstructured", "remove the field"));
         }
         let scheme = technique.quantize.as_ref()?.scheme;
         match scheme {
             QuantizeScheme::Int8 | QuantizeScheme::Int8Dynamic | QuantizeScheme::Int8Weights => None,
-            QuantizeScheme::Int8Static | QuantizeScheme::Int4 | QuantizeScheme::Float16 => {
-                Some(("this spec.optimize.recipe[].quantize.scheme", "use Int8, Int8Dynamic or Int8Weights"))
-            }
+            QuantizeScheme::Int8Static | QuantizeScheme::Int4 | QuantizeScheme::Float16 => Some((
+                "this spec.optimize.recipe[].quantize.scheme",
+                "use Int8, Int8Dynamic or Int8Weights",
+            )),
         }
     })
 }
@@ -55,7 +63,12 @@ fn judgement(optimize: &Optimization) -> Option<Refused> {
         return Some(("this spec.optimize.evaluation.metric", "use Accuracy or Fidelity"));
     }
     let budget = optimize.budget.as_ref()?;
-    budget.max_latency.as_ref().map(|_| ("spec.optimize.budget.maxLatency", "remove it; the report and the status show the latency"))
+    budget.max_latency.as_ref().map(|_| {
+        (
+            "spec.optimize.budget.maxLatency",
+            "remove it; the report and the status show the latency",
+        )
+    })
 }
 
 fn serving(spec: &ModelDeploymentSpec) -> Option<Refused> {
@@ -64,14 +77,20 @@ fn serving(spec: &ModelDeploymentSpec) -> Option<Refused> {
     }
     if let Some(accelerator) = &spec.accelerator {
         if accelerator.device_class.is_some() {
-            return Some(("spec.accelerator.deviceClass", "name the extended resource in spec.accelerator.resource"));
+            return Some((
+                "spec.accelerator.deviceClass",
+                "name the extended resource in spec.accelerator.resource",
+            ));
         }
         if accelerator.fallback == Some(Fallback::Cpu) {
             return Some(("spec.accelerator.fallback: CPU", "remove spec.accelerator to serve on CPUs"));
         }
     }
     if spec.autoscaling.is_some() {
-        return Some(("spec.autoscaling", "set spec.replicas, or point a HorizontalPodAutoscaler at this object's scale subresource"));
+        return Some((
+            "spec.autoscaling",
+            "set spec.replicas, or point a HorizontalPodAutoscaler at this object's scale subresource",
+        ));
     }
     if spec.route.is_some() {
         return Some(("spec.route", "write an HTTPRoute to the Service that carries the model's name"));
@@ -83,5 +102,6 @@ fn serving(spec: &ModelDeploymentSpec) -> Option<Refused> {
     if rollout.analysis.is_some() {
         return Some(("spec.rollout.analysis", "remove it"));
     }
-    (rollout.automatic_rollback == Some(true)).then_some(("spec.rollout.automaticRollback", "remove it; apply the older manifest to go back"))
+    (rollout.automatic_rollback == Some(true))
+        .then_some(("spec.rollout.automaticRollback", "remove it; apply the older manifest to go back"))
 }

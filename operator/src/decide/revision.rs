@@ -37,12 +37,19 @@ pub fn desired(model: &ModelDeployment, observed: &Observed, settings: &Settings
     let template = model.spec.revision_template();
     let name = format!("{}-{}", model.name_any(), template.hash());
     let existing = observed.revisions.iter().find(|revision| revision.name_any() == name);
-    let highest_of_others = observed.revisions.iter().filter(|revision| revision.name_any() != name).map(|revision| number(revision)).max();
+    let highest_of_others = observed
+        .revisions
+        .iter()
+        .filter(|revision| revision.name_any() != name)
+        .map(|revision| number(revision))
+        .max();
     match existing {
         Some(existing) if number(existing) > highest_of_others.unwrap_or(0) => (Some(ModelRevision::clone(existing)), None),
         Some(existing) => {
             let mut renumbered = ModelRevision::clone(existing);
-            renumbered.labels_mut().insert(REVISION_LABEL.into(), (highest_of_others.unwrap_or(0) + 1).to_string());
+            renumbered
+                .labels_mut()
+                .insert(REVISION_LABEL.into(), (highest_of_others.unwrap_or(0) + 1).to_string());
             (Some(renumbered.clone()), Some(renumbered))
         }
         None => {
@@ -57,8 +64,12 @@ pub fn desired(model: &ModelDeployment, observed: &Observed, settings: &Settings
             revision.metadata.namespace = model.namespace();
             revision.metadata.owner_references = Some(model.controller_owner_ref(&()).into_iter().collect());
             revision.labels_mut().insert(MODEL_LABEL.into(), model.name_any());
-            revision.labels_mut().insert(REVISION_LABEL.into(), (highest_of_others.unwrap_or(0) + 1).to_string());
-            revision.labels_mut().insert("app.kubernetes.io/managed-by".into(), "plimsoll".into());
+            revision
+                .labels_mut()
+                .insert(REVISION_LABEL.into(), (highest_of_others.unwrap_or(0) + 1).to_string());
+            revision
+                .labels_mut()
+                .insert("app.kubernetes.io/managed-by".into(), "plimsoll".into());
             (Some(revision.clone()), Some(revision))
         }
     }
@@ -67,13 +78,21 @@ pub fn desired(model: &ModelDeployment, observed: &Observed, settings: &Settings
 /// The revision of the highest number: the one that was asked for last.
 #[must_use]
 pub fn newest(observed: &Observed) -> Option<ModelRevision> {
-    observed.revisions.iter().max_by_key(|revision| number(revision)).map(|revision| ModelRevision::clone(revision))
+    observed
+        .revisions
+        .iter()
+        .max_by_key(|revision| number(revision))
+        .map(|revision| ModelRevision::clone(revision))
 }
 
 /// A revision's number; 0 where its label is missing.
 #[must_use]
 pub fn number(revision: &ModelRevision) -> i64 {
-    revision.labels().get(REVISION_LABEL).and_then(|number| number.parse().ok()).unwrap_or(0)
+    revision
+        .labels()
+        .get(REVISION_LABEL)
+        .and_then(|number| number.parse().ok())
+        .unwrap_or(0)
 }
 
 /// All revisions, the desired one among them though it may not be written yet, by number.
@@ -84,7 +103,13 @@ pub fn all(desired: Option<&ModelRevision>, optimization: Option<&Optimization>,
         .revisions
         .iter()
         .filter(|revision| Some(revision.name_any()) != desired_name)
-        .map(|revision| summarize(revision, revision.status.as_ref().and_then(|status| status.artifact.clone()), observed))
+        .map(|revision| {
+            summarize(
+                revision,
+                revision.status.as_ref().and_then(|status| status.artifact.clone()),
+                observed,
+            )
+        })
         .collect();
     if let Some(desired) = desired {
         let artifact = match optimization {
@@ -125,5 +150,8 @@ pub fn beyond_history(revisions: &[Revision], planned: &BTreeMap<String, i32>, s
                 && planned.get(&revision.name).copied().unwrap_or(0) == 0
         })
         .collect();
-    retired[..retired.len().saturating_sub(limit)].iter().map(|revision| revision.name.clone()).collect()
+    retired[..retired.len().saturating_sub(limit)]
+        .iter()
+        .map(|revision| revision.name.clone())
+        .collect()
 }

@@ -16,8 +16,10 @@ use super::revision::Revision;
 /// shall have pods.
 #[must_use]
 pub fn replicas(revisions: &[Revision], desired_revision: Option<&str>, desired: i32, rollout: Option<&Rollout>) -> BTreeMap<String, i32> {
-    let mut planned: BTreeMap<String, i32> =
-        revisions.iter().filter_map(|revision| Some((revision.name.clone(), revision.replicas?))).collect();
+    let mut planned: BTreeMap<String, i32> = revisions
+        .iter()
+        .filter_map(|revision| Some((revision.name.clone(), revision.replicas?)))
+        .collect();
     let target = revisions
         .iter()
         .find(|revision| Some(revision.name.as_str()) == desired_revision && revision.artifact.is_some())
@@ -33,7 +35,11 @@ pub fn replicas(revisions: &[Revision], desired_revision: Option<&str>, desired:
 
     let room = (desired + surge - old_pods).max(0);
     let current = asked(target);
-    let grown = if current > desired { desired } else { desired.min(room.max(current)) };
+    let grown = if current > desired {
+        desired
+    } else {
+        desired.min(room.max(current))
+    };
     planned.insert(target.name.clone(), grown);
 
     // How many of the old may go: what is there, less the floor, less what the target still owes.
@@ -75,9 +81,17 @@ fn limits(desired: i32, rollout: Option<&Rollout>) -> (i32, i32) {
             if up { (scaled + 99) / 100 } else { scaled / 100 }
         }
     };
-    let surge = rollout.and_then(|rollout| rollout.max_surge.as_ref()).map_or(1, |amount| resolve(amount, true));
-    let unavailable = rollout.and_then(|rollout| rollout.max_unavailable.as_ref()).map_or(0, |amount| resolve(amount, false));
-    if surge == 0 && unavailable == 0 { (0, 1) } else { (surge, unavailable) }
+    let surge = rollout
+        .and_then(|rollout| rollout.max_surge.as_ref())
+        .map_or(1, |amount| resolve(amount, true));
+    let unavailable = rollout
+        .and_then(|rollout| rollout.max_unavailable.as_ref())
+        .map_or(0, |amount| resolve(amount, false));
+    if surge == 0 && unavailable == 0 {
+        (0, 1)
+    } else {
+        (surge, unavailable)
+    }
 }
 
 #[cfg(test)]
@@ -111,18 +125,31 @@ mod tests {
 
     #[test]
     fn without_surge_an_old_pod_makes_room_first() {
-        let scarce = Rollout { max_surge: Some(IntOrString::Int(0)), max_unavailable: Some(IntOrString::Int(1)), ..Rollout::default() };
+        let scarce = Rollout {
+            max_surge: Some(IntOrString::Int(0)),
+            max_unavailable: Some(IntOrString::Int(1)),
+            ..Rollout::default()
+        };
         let planned = replicas(&[revision(1, 2, 2), revision(2, -1, 0)], Some("m-2"), 2, Some(&scarce));
         assert_eq!(planned, BTreeMap::from([("m-1".into(), 1), ("m-2".into(), 0)]));
         // The old pod still holds its device while it drains.
-        let draining = Revision { pods: 2, ..revision(1, 1, 1) };
+        let draining = Revision {
+            pods: 2,
+            ..revision(1, 1, 1)
+        };
         assert_eq!(replicas(&[draining, revision(2, 0, 0)], Some("m-2"), 2, Some(&scarce))["m-2"], 0);
-        assert_eq!(replicas(&[revision(1, 1, 1), revision(2, 0, 0)], Some("m-2"), 2, Some(&scarce))["m-2"], 1);
+        assert_eq!(
+            replicas(&[revision(1, 1, 1), revision(2, 0, 0)], Some("m-2"), 2, Some(&scarce))["m-2"],
+            1
+        );
     }
 
     #[test]
     fn a_revision_without_artifact_leaves_the_one_in_service_alone() {
-        let failed = Revision { artifact: None, ..revision(2, -1, 0) };
+        let failed = Revision {
+            artifact: None,
+            ..revision(2, -1, 0)
+        };
         let planned = replicas(&[revision(1, 3, 3), failed], Some("m-2"), 3, None);
         assert_eq!(planned, BTreeMap::from([("m-1".into(), 3)]));
     }

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::ResourceExt as _;
-use plimsoll_crds::{ConditionType, EngineChoice, MODEL_LABEL, ModelDeployment, ModelDeploymentStatus, ModelRevision, ModelRevisionStatus, RevisionPhase};
+use plimsoll_crds::{
+    ConditionType, EngineChoice, MODEL_LABEL, ModelDeployment, ModelDeploymentStatus, ModelRevision, ModelRevisionStatus, RevisionPhase,
+};
 use plimsoll_package::report::Summary;
 use plimsoll_package::units::{display_percent, display_size};
 
@@ -56,7 +58,11 @@ enum Progress {
 
 impl Standing {
     fn new(progress: Progress, reason: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { progress, reason: reason.into(), message: message.into() }
+        Self {
+            progress,
+            reason: reason.into(),
+            message: message.into(),
+        }
     }
 
     fn stalled(trouble: &Trouble) -> Self {
@@ -80,18 +86,28 @@ impl Situation<'_> {
             return Standing::new(Progress::Stalled, "Unsupported", message);
         }
         let (Some(optimization), Some(desired)) = (self.optimization, self.desired_revision()) else {
-            return Standing::new(Progress::Working, "Paused", "spec.paused is true and there is no revision yet; set it to false to make one");
+            return Standing::new(
+                Progress::Working,
+                "Paused",
+                "spec.paused is true and there is no revision yet; set it to false to make one",
+            );
         };
         let standing = match optimization {
             Optimization::Failed(trouble) => return Standing::stalled(trouble),
             Optimization::Waiting { trouble, .. } => Standing::working(trouble),
-            Optimization::Running { trouble: Some(trouble), .. } => Standing::working(trouble),
-            Optimization::Running { job, trouble: None } => {
-                Standing::new(Progress::Working, "Optimizing", format!("Job {job} is under way; follow it with kubectl logs job/{job} --all-containers -f"))
-            }
-            Optimization::Lookup { .. } | Optimization::Start { .. } => {
-                Standing::new(Progress::Working, "Optimizing", format!("revision {} is about to be optimised", desired.number))
-            }
+            Optimization::Running {
+                trouble: Some(trouble), ..
+            } => Standing::working(trouble),
+            Optimization::Running { job, trouble: None } => Standing::new(
+                Progress::Working,
+                "Optimizing",
+                format!("Job {job} is under way; follow it with kubectl logs job/{job} --all-containers -f"),
+            ),
+            Optimization::Lookup { .. } | Optimization::Start { .. } => Standing::new(
+                Progress::Working,
+                "Optimizing",
+                format!("revision {} is about to be optimised", desired.number),
+            ),
             Optimization::Done { .. } => self.rollout(desired),
         };
         if self.model.spec.paused == Some(true) && standing.progress != Progress::Done {
@@ -101,37 +117,79 @@ impl Situation<'_> {
     }
 
     fn rollout(&self, desired: &Revision) -> Standing {
-        let others: i32 = self.revisions.iter().filter(|other| other.name != desired.name).map(|other| other.pods).sum();
-        let complete = desired.replicas == Some(self.replicas) && desired.ready >= self.replicas && desired.pods == self.replicas && others == 0;
+        let others: i32 = self
+            .revisions
+            .iter()
+            .filter(|other| other.name != desired.name)
+            .map(|other| other.pods)
+            .sum();
+        let complete =
+            desired.replicas == Some(self.replicas) && desired.ready >= self.replicas && desired.pods == self.replicas && others == 0;
         if complete && self.replicas == 0 {
-            return Standing::new(Progress::Done, "ScaledToZero", format!("revision {} serves once spec.replicas is above 0", desired.number));
+            return Standing::new(
+                Progress::Done,
+                "ScaledToZero",
+                format!("revision {} serves once spec.replicas is above 0", desired.number),
+            );
         }
         if complete {
-            let message = format!("revision {} serves: {} of {} replicas answered a probe inference", desired.number, desired.ready, self.replicas);
+            let message = format!(
+                "revision {} serves: {} of {} replicas answered a probe inference",
+                desired.number, desired.ready, self.replicas
+            );
             return Standing::new(Progress::Done, "Serving", message);
         }
         if let Some(trouble) = self.pod_trouble(&desired.name) {
             return Standing::working(&trouble);
         }
-        let going = if others == 0 { String::new() } else { format!(", {others} of older revisions still there") };
-        let message = format!("revision {}: {} of {} replicas ready{going}", desired.number, desired.ready, self.replicas);
+        let going = if others == 0 {
+            String::new()
+        } else {
+            format!(", {others} of older revisions still there")
+        };
+        let message = format!(
+            "revision {}: {} of {} replicas ready{going}",
+            desired.number, desired.ready, self.replicas
+        );
         Standing::new(Progress::Working, "RollingOut", message)
     }
 
     /// Why a pod of `revision` does not get ready.
     fn pod_trouble(&self, revision: &str) -> Option<Trouble> {
-        let pods = self.observed.pods.iter().filter(|pod| pod.labels().get(plimsoll_crds::REVISION_NAME_LABEL).is_some_and(|name| name == revision));
+        let pods = self.observed.pods.iter().filter(|pod| {
+            pod.labels()
+                .get(plimsoll_crds::REVISION_NAME_LABEL)
+                .is_some_and(|name| name == revision)
+        });
         pods.filter(|pod| pod.labels().contains_key("pod-template-hash")).find_map(|pod| {
-            let crashed = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten()).find_map(|container| {
-                let last = container.last_state.as_ref()?.terminated.as_ref()?;
-                let said = last.message.as_deref().map_or_else(|| format!("it ended with exit code {}", last.exit_code), |message| message.trim().to_owned());
-                (!container.ready).then(|| Trouble { reason: "RuntimeFailed".into(), message: format!("pod {}: {said}", pod.name_any()) })
-            });
+            let crashed = pod
+                .status
+                .iter()
+                .flat_map(|status| status.container_statuses.iter().flatten())
+                .find_map(|container| {
+                    let last = container.last_state.as_ref()?.terminated.as_ref()?;
+                    let said = last.message.as_deref().map_or_else(
+                        || format!("it ended with exit code {}", last.exit_code),
+                        |message| message.trim().to_owned(),
+                    );
+                    (!container.ready).then(|| Trouble {
+                        reason: "RuntimeFailed".into(),
+                        message: format!("pod {}: {said}", pod.name_any()),
+                    })
+                });
             crashed.or_else(|| waiting(pod))
         })
     }
 
-    fn condition(&self, old: &[Condition], kind: ConditionType, status: bool, reason: &str, message: &str, generation: Option<i64>) -> Condition {
+    fn condition(
+        &self,
+        old: &[Condition],
+        kind: ConditionType,
+        status: bool,
+        reason: &str,
+        message: &str,
+        generation: Option<i64>,
+    ) -> Condition {
         let status = if status { "True" } else { "False" };
         let kind = kind.to_string();
         let mut end = message.len().min(MESSAGE_BYTES_MAX);
@@ -166,27 +224,41 @@ pub fn model_status(situation: &Situation) -> ModelDeploymentStatus {
     let serving = rollout::in_service(situation.revisions).filter(|revision| revision.ready > 0);
     let pods: i32 = situation.revisions.iter().map(|revision| revision.pods).sum();
     let ready: i32 = situation.revisions.iter().map(|revision| revision.ready).sum();
-    let shown = serving.map(|revision| revision.name.clone()).or_else(|| situation.desired.map(|desired| desired.name_any()));
+    let shown = serving
+        .map(|revision| revision.name.clone())
+        .or_else(|| situation.desired.map(|desired| desired.name_any()));
     let result = shown.and_then(|name| situation.result(&name)).unwrap_or_default();
 
     let generation = model.metadata.generation;
-    let condition = |kind, status, reason: &str, message: &str| situation.condition(old_conditions, kind, status, reason, message, generation);
+    let condition =
+        |kind, status, reason: &str, message: &str| situation.condition(old_conditions, kind, status, reason, message, generation);
     let is = |progress| standing.progress == progress;
     let rolled_out = is(Progress::Done);
-    let optimized = situation.optimization.is_some_and(|optimization| matches!(optimization, Optimization::Done { .. })) && situation.refusal.is_none();
+    let optimized = situation
+        .optimization
+        .is_some_and(|optimization| matches!(optimization, Optimization::Done { .. }))
+        && situation.refusal.is_none();
     let (available_reason, available_message) = match serving {
         Some(revision) => ("Serving", format!("revision {} ({}) serves", revision.number, revision.name)),
         None => ("NoReadyReplica", "no replica of any revision is ready".to_owned()),
     };
     let (optimized_reason, optimized_message) = if optimized {
-        let desired = situation.desired.and_then(|desired| situation.result(&desired.name_any())).unwrap_or_default();
+        let desired = situation
+            .desired
+            .and_then(|desired| situation.result(&desired.name_any()))
+            .unwrap_or_default();
         ("Optimized", desired.artifact.unwrap_or_default())
     } else {
         (standing.reason.as_str(), standing.message.clone())
     };
     let conditions = vec![
         condition(ConditionType::Ready, is(Progress::Done), &standing.reason, &standing.message),
-        condition(ConditionType::Reconciling, is(Progress::Working), &standing.reason, &standing.message),
+        condition(
+            ConditionType::Reconciling,
+            is(Progress::Working),
+            &standing.reason,
+            &standing.message,
+        ),
         condition(ConditionType::Stalled, is(Progress::Stalled), &standing.reason, &standing.message),
         condition(ConditionType::Optimized, optimized, optimized_reason, &optimized_message),
         condition(ConditionType::Available, serving.is_some(), available_reason, &available_message),
@@ -206,7 +278,12 @@ pub fn model_status(situation: &Situation) -> ModelDeploymentStatus {
         accuracy: result.accuracy,
         fidelity: result.fidelity,
         engine: situation.engine_choice().or(result.engine),
-        endpoint: Some(format!("http://{}.{}.svc/v2/models/{}", model.name_any(), model.namespace().unwrap_or_default(), model.name_any())),
+        endpoint: Some(format!(
+            "http://{}.{}.svc/v2/models/{}",
+            model.name_any(),
+            model.namespace().unwrap_or_default(),
+            model.name_any()
+        )),
         conditions,
     }
 }
@@ -222,7 +299,9 @@ impl Situation<'_> {
     /// What is known of the result of the revision `name`: what its status recorded, or what its Job has just said.
     fn result(&self, name: &str) -> Option<ModelRevisionStatus> {
         if self.desired.is_some_and(|desired| desired.name_any() == name)
-            && let Some(Optimization::Done { summary: Some(summary), .. }) = self.optimization
+            && let Some(Optimization::Done {
+                summary: Some(summary), ..
+            }) = self.optimization
         {
             return Some(result_of(summary));
         }
@@ -241,12 +320,20 @@ fn result_of(summary: &Summary) -> ModelRevisionStatus {
         evaluation_digest: summary.evaluation_digest.as_ref().map(ToString::to_string),
         size_before: Some(bytes(summary.size_before)),
         size_after: Some(bytes(summary.size_after)),
-        size: Some(format!("{} -> {}", display_size(summary.size_before), display_size(summary.size_after))),
-        accuracy: summary.metric.map(|metric| format!("{} -> {}", display_percent(metric.before), display_percent(metric.after))),
+        size: Some(format!(
+            "{} -> {}",
+            display_size(summary.size_before),
+            display_size(summary.size_after)
+        )),
+        accuracy: summary
+            .metric
+            .map(|metric| format!("{} -> {}", display_percent(metric.before), display_percent(metric.after))),
         metric: summary.metric.map(|metric| metric.name.to_string()),
         fidelity: summary.fidelity.map(|fidelity| format!("{fidelity:.4}")),
         sparsity: Some(display_percent(summary.sparsity)),
-        latency: summary.latency.map(|latency| format!("{:.0} us -> {:.0} us", latency.before_us, latency.after_us)),
+        latency: summary
+            .latency
+            .map(|latency| format!("{:.0} us -> {:.0} us", latency.before_us, latency.after_us)),
         engine: Some(summary.engine.to_string()),
         toolchain: Some(summary.toolchain.clone()),
         ..ModelRevisionStatus::default()
@@ -256,11 +343,19 @@ fn result_of(summary: &Summary) -> ModelRevisionStatus {
 /// The status of every revision that exists or is about to.
 #[must_use]
 pub fn revision_statuses(situation: &Situation) -> BTreeMap<String, ModelRevisionStatus> {
-    situation.revisions.iter().map(|revision| (revision.name.clone(), revision_status(situation, revision))).collect()
+    situation
+        .revisions
+        .iter()
+        .map(|revision| (revision.name.clone(), revision_status(situation, revision)))
+        .collect()
 }
 
 fn revision_status(situation: &Situation, revision: &Revision) -> ModelRevisionStatus {
-    let observed = situation.observed.revisions.iter().find(|observed| observed.name_any() == revision.name);
+    let observed = situation
+        .observed
+        .revisions
+        .iter()
+        .find(|observed| observed.name_any() == revision.name);
     let old = observed.and_then(|observed| observed.status.clone()).unwrap_or_default();
     let is_desired = situation.desired.is_some_and(|desired| desired.name_any() == revision.name);
     let failure = match situation.optimization {
@@ -283,13 +378,18 @@ fn revision_status(situation: &Situation, revision: &Revision) -> ModelRevisionS
         return status;
     }
     let generation = observed.and_then(|observed| observed.metadata.generation).or(Some(1));
-    let condition = |kind, status, reason: &str, message: &str| situation.condition(&old.conditions, kind, status, reason, message, generation);
+    let condition =
+        |kind, status, reason: &str, message: &str| situation.condition(&old.conditions, kind, status, reason, message, generation);
     let serves = revision.ready > 0;
     let available = condition(
         ConditionType::Available,
         serves,
         if serves { "Serving" } else { "NoReadyReplica" },
-        &format!("{} of {} replicas ready", revision.ready, situation.planned.get(&revision.name).copied().unwrap_or(0)),
+        &format!(
+            "{} of {} replicas ready",
+            revision.ready,
+            situation.planned.get(&revision.name).copied().unwrap_or(0)
+        ),
     );
     status.conditions = match (&failure, &revision.artifact) {
         (Some(trouble), _) => vec![
@@ -300,7 +400,10 @@ fn revision_status(situation: &Situation, revision: &Revision) -> ModelRevisionS
         (None, Some(artifact)) => vec![condition(ConditionType::Optimized, true, "Optimized", artifact), available],
         (None, None) => {
             let standing = situation.standing();
-            vec![condition(ConditionType::Optimized, false, &standing.reason, &standing.message), available]
+            vec![
+                condition(ConditionType::Optimized, false, &standing.reason, &standing.message),
+                available,
+            ]
         }
     };
     status
@@ -309,19 +412,34 @@ fn revision_status(situation: &Situation, revision: &Revision) -> ModelRevisionS
 /// What is news in `new`: a change of the reason, or the same reason for another revision.
 #[must_use]
 pub fn events(old: Option<&ModelDeploymentStatus>, new: &ModelDeploymentStatus) -> Vec<Notice> {
-    let ready = |status: &ModelDeploymentStatus| status.conditions.iter().find(|condition| condition.type_ == ConditionType::Ready.to_string()).cloned();
+    let ready = |status: &ModelDeploymentStatus| {
+        status
+            .conditions
+            .iter()
+            .find(|condition| condition.type_ == ConditionType::Ready.to_string())
+            .cloned()
+    };
     let Some(now) = ready(new) else { return vec![] };
     let before = old.and_then(ready);
-    let same = before.is_some_and(|before| before.reason == now.reason) && old.and_then(|old| old.desired_revision.as_ref()) == new.desired_revision.as_ref();
+    let same = before.is_some_and(|before| before.reason == now.reason)
+        && old.and_then(|old| old.desired_revision.as_ref()) == new.desired_revision.as_ref();
     if same {
         return vec![];
     }
     const GOOD: [&str; 6] = ["Optimizing", "RollingOut", "Serving", "ScaledToZero", "Paused", "Optimized"];
-    vec![Notice { warning: !GOOD.contains(&now.reason.as_str()), reason: now.reason, message: now.message }]
+    vec![Notice {
+        warning: !GOOD.contains(&now.reason.as_str()),
+        reason: now.reason,
+        message: now.message,
+    }]
 }
 
 /// The number of the revision `name`, for messages.
 #[must_use]
 pub fn number_of(observed: &Observed, name: &str) -> Option<i64> {
-    observed.revisions.iter().find(|revision| revision.name_any() == name).map(|revision| revision::number(revision))
+    observed
+        .revisions
+        .iter()
+        .find(|revision| revision.name_any() == name)
+        .map(|revision| revision::number(revision))
 }

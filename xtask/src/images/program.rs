@@ -27,17 +27,21 @@ const GROUPS: [&[&str]; 2] = [&["plimsoll-operator"], &["plimsoll-runtime", "pli
 pub(crate) fn build(packages: &[&str], profile: Profile) -> Result<Vec<PathBuf>> {
     // Other flags than a plain `cargo build` has: in a folder of their own, the two do not undo each other's work.
     let target = match profile {
-        Profile::Release => workspace::target().join("images"),
+        Profile::Release => release_target(),
         Profile::Dev => workspace::target(),
     };
     for group in GROUPS.iter().filter(|group| group.iter().any(|package| packages.contains(package))) {
-        let mut command = workspace::cargo();
-        command.args(["build", "--locked", "--bins"]).arg("--target-dir").arg(&target);
+        let mut command = match profile {
+            Profile::Release => release("build")?,
+            Profile::Dev => {
+                let mut command = workspace::cargo();
+                command.arg("build");
+                command
+            }
+        };
+        command.args(["--locked", "--bins"]);
         for package in *group {
             command.args(["--package", package]);
-        }
-        if profile == Profile::Release {
-            command.arg("--release").env("CARGO_ENCODED_RUSTFLAGS", flags(&target)?);
         }
         let what = format!("compiling {}", group.join(", "));
         let log = target.join(format!("{}.log", group[0]));
@@ -45,6 +49,21 @@ pub(crate) fn build(packages: &[&str], profile: Profile) -> Result<Vec<PathBuf>>
     }
     let folder = target.join(if profile == Profile::Release { "release" } else { "debug" });
     Ok(packages.iter().map(|package| folder.join(package)).collect())
+}
+
+/// `cargo VERB --release` with the flags and the target folder of the images' programs, so that tests share what was compiled for them.
+///
+/// # Errors
+/// Where neither CARGO_HOME nor HOME is set.
+pub(crate) fn release(verb: &str) -> Result<std::process::Command> {
+    let target = release_target();
+    let mut command = workspace::cargo();
+    command.args([verb, "--release", "--target-dir"]).arg(&target).env("CARGO_ENCODED_RUSTFLAGS", flags(&target)?);
+    Ok(command)
+}
+
+fn release_target() -> PathBuf {
+    workspace::target().join("images")
 }
 
 /// Compiler flags that replace this machine's folders in panic messages, in the form of `CARGO_ENCODED_RUSTFLAGS`.

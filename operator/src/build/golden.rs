@@ -1,0 +1,121 @@
+//! The objects as YAML, held by golden files: a change of what is applied shows in review.
+
+use kube::ResourceExt as _;
+use plimsoll_crds::{ModelDeployment, ModelRevision};
+
+use super::{deployment, disruption_budget, job, network_policy, service};
+use crate::decide::{JobPlan, revision};
+use crate::observe::Observed;
+use crate::settings::Settings;
+
+const MODEL: &str = r#"
+apiVersion: plimsoll.dev/v1alpha1
+kind: ModelDeployment
+metadata: {name: digits, namespace: vision, uid: 11111111-1111-1111-1111-111111111111}
+spec:
+  source:
+    uri: pvc://models/digits.onnx
+    credentialsSecret: source-login
+  optimize:
+    recipe:
+      - prune: {amount: "50%"}
+      - quantize: {scheme: Int8Dynamic}
+    evaluation:
+      dataset: {uri: "https://data.example.org/digits-heldout.npz", credentialsSecret: data-login}
+      metric: Accuracy
+    budget: {maxAccuracyDrop: "1%", maxSize: 1Mi}
+    job:
+      resources: {requests: {cpu: 2, memory: 4Gi}, limits: {memory: 8Gi}}
+      deadline: 10m
+      backoffLimit: 1
+  runtime:
+    engine: OnnxRuntime
+    resources: {requests: {cpu: 500m}, limits: {memory: 1Gi}}
+    pod:
+      labels: {team: vision}
+      env: [{name: RUST_LOG, value: debug}]
+      priorityClassName: serving
+  accelerator: {resource: nvidia.com/gpu, count: 2}
+"#;
+
+fn model() -> ModelDeployment {
+    serde_yaml_ng::from_str(MODEL).unwrap()
+}
+
+fn model_revision(settings: &Settings) -> ModelRevision {
+    let (desired, _) = revision::desired(&model(), &Observed::default(), settings);
+    let mut desired = desired.unwrap();
+    desired.metadata.uid = Some("22222222-2222-2222-2222-222222222222".into());
+    desired
+}
+
+fn job_plan(settings: &Settings) -> JobPlan {
+    let revision = model_revision(settings);
+    JobPlan {
+        name: format!("{}-optimize", revision.name_any()),
+        revision,
+        attempt: 0,
+    }
+}
+
+#[test]
+fn a_revision() {
+    insta::assert_yaml_snapshot!(model_revision(&Settings::fixture()));
+}
+
+#[test]
+fn the_optimisation_job() {
+    let settings = Settings {
+        registry_push_secret: Some("push".into()),
+        extra_ca_config_map: Some("roots".into()),
+        ..Settings::fixture()
+    };
+    insta::assert_yaml_snapshot!(job::job(&job_plan(&settings), &settings));
+}
+
+#[test]
+fn the_deployment_with_an_image_volume() {
+    let settings = Settings::fixture();
+    insta::assert_yaml_snapshot!(deployment::deployment(&model_revision(&settings), "sha256:77e0", 2, &settings));
+}
+
+#[test]
+fn the_deployment_with_an_init_container() {
+    let settings = Settings {
+        image_volumes: false,
+        registry_pull_secret: Some("pull".into()),
+        ..Settings::fixture()
+    };
+    insta::assert_yaml_snapshot!(deployment::deployment(&model_revision(&settings), "sha256:77e0", 2, &settings));
+}
+
+#[test]
+fn what_stands_before_the_pods() {
+    insta::assert_yaml_snapshot!("service", service::service(&model()));
+    insta::assert_yaml_snapshot!("disruption_budget", disruption_budget::disruption_budget(&model()));
+    insta::assert_yaml_snapshot!("network_policies", network_policy::network_policies(&model(), &Settings::fixture()));
+}
+
+#[test]
+fn credentials_are_mounted_only_where_they_are_used() {
+    let settings = Settings {
+        registry_push_secret: Some("push".into()),
+        ..Settings::fixture()
+    };
+    let job = job::job(&job_plan(&settings), &settings);
+    for container in job.spec.unwrap().template.spec.unwrap().containers {
+        let secrets: Vec<String> = container
+            .volume_mounts
+            .unwrap()
+            .into_iter()
+            .map(|mount| mount.mount_path)
+            .filter(|path| path.starts_with("/secrets"))
+            .collect();
+        let expected: &[&str] = match container.name.as_str() {
+            "fetch" => &["/secrets/registry", "/secrets/source", "/secrets/evaluation"],
+            "publish" => &["/secrets/registry"],
+            _ => &[],
+        };
+        assert_eq!(secrets, expected, "{}", container.name);
+    }
+}

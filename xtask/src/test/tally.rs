@@ -1,0 +1,90 @@
+//! What passed, failed and was skipped.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::progress::{phase, run_logged};
+
+/// The count of checks and tests.
+#[derive(Default)]
+pub(super) struct Tally {
+    /// How many passed.
+    pub(super) passed: usize,
+    /// What failed, a line each.
+    pub(super) failed: Vec<String>,
+    /// What was not run, and why.
+    skipped: Vec<String>,
+}
+
+impl Tally {
+    /// Counts a failure and shows it at once.
+    pub(super) fn fail(&mut self, what: String) {
+        eprintln!("FAILED {what}");
+        self.failed.push(what);
+    }
+
+    /// Counts something that was not run.
+    pub(super) fn skip(&mut self, what: String) {
+        eprintln!("skipped {what}");
+        self.skipped.push(what);
+    }
+
+    /// Runs a `cargo test` and counts its tests by its own summaries.
+    ///
+    /// # Errors
+    /// Where it fails without naming a failed test: it did not compile.
+    pub(super) fn cargo_test(&mut self, what: &str, command: &mut Command, log: &Path) -> Result<()> {
+        let result = phase(what, |bar| run_logged(command, log, bar));
+        let output = fs::read_to_string(log).unwrap_or_default();
+        let failed_before = self.failed.len();
+        for line in output.lines() {
+            if let Some(summary) = line.strip_prefix("test result: ") {
+                self.passed += count(summary, "passed");
+            } else if let Some(name) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... FAILED")) {
+                self.failed.push(format!("{what}: {name}"));
+            }
+        }
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) if self.failed.len() == failed_before => Err(error),
+            Err(_) => {
+                let failures = output.find("\nfailures:\n").map_or(output.as_str(), |start| &output[start..]);
+                eprintln!("{failures}\nThe whole log is in {}.", log.display());
+                Ok(())
+            }
+        }
+    }
+
+    /// Prints what was skipped and what failed, and the line that sums it up.
+    pub(super) fn print(&self) {
+        for skipped in &self.skipped {
+            println!("skipped: {skipped}");
+        }
+        for failed in &self.failed {
+            println!("failed: {}", failed.lines().next().unwrap_or_default());
+        }
+        let skipped = if self.skipped.is_empty() { String::new() } else { format!(", {} skipped", self.skipped.len()) };
+        println!("{} passed, {} failed{skipped}", self.passed, self.failed.len());
+    }
+}
+
+/// The number before `word` in a summary such as `ok. 12 passed; 0 failed; ...`.
+fn count(summary: &str, word: &str) -> usize {
+    let words: Vec<&str> = summary.split_whitespace().collect();
+    let found = words.windows(2).find(|pair| pair[1].trim_end_matches(';') == word);
+    found.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::count;
+
+    #[test]
+    fn the_counts_of_libtest_are_read() {
+        let summary = "FAILED. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 9.61s";
+        assert_eq!((count(summary, "passed"), count(summary, "failed")), (12, 3));
+    }
+}

@@ -123,10 +123,15 @@ fn made(namespace: &Value) -> Option<Vec<String>> {
 }
 
 fn release_status(target: &Target) -> Result<Option<String>> {
-    let list = text_of(target.helm()?.args(["list", "--namespace", SYSTEM_NAMESPACE, "--output", "json"]))?;
-    let list: Value = serde_json::from_str(&list).context("helm's answer is no JSON")?;
-    let release = list.as_array().into_iter().flatten().find(|release| release["name"] == RELEASE);
-    Ok(release.and_then(|release| release["status"].as_str()).map(str::to_owned))
+    let mut helm = target.helm()?;
+    match text_of(helm.args(["status", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--output", "json"])) {
+        Ok(text) => {
+            let status: Value = serde_json::from_str(&text).context("helm's answer is no JSON")?;
+            Ok(status["info"]["status"].as_str().map(str::to_owned))
+        }
+        Err(error) if error.to_string().contains("not found") => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// helm refuses to go on where it was once interrupted. The models stay, as the CRDs do.

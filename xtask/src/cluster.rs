@@ -4,30 +4,25 @@ mod builds;
 mod components;
 mod configuration;
 mod host;
+mod lifecycle;
 mod network;
 mod process;
 mod removal;
+mod report;
 
 use std::fs::{self, File};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use crate::progress::phase;
 use crate::workspace;
-use components::{Component, GPU_COUNT, GPU_RESOURCE, Health, Kind, cluster_program};
+use components::{GPU_RESOURCE, Kind};
 pub(crate) use configuration::FIXTURE_SERVER_IMAGE;
-use configuration::{NODE, PAUSE_IMAGE};
-use host::Before;
-use network::Network;
+use lifecycle::Cluster;
 use process::Supervisor;
-
-/// How long components may take to become healthy: a machine that builds something else beside may be slow.
-const START_TIMEOUT: Duration = Duration::from_secs(180);
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -52,6 +47,8 @@ enum Action {
         #[arg(long)]
         control_plane: bool,
     },
+    /// Prints the path of a program (kubectl, helm, crane, ctr...); builds it first where the cache lacks it.
+    Tool { name: String },
     /// Lists the components: process, health, memory.
     Status,
     /// Shows a component's log, or every component's last lines.
@@ -76,6 +73,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             Ok(())
         }
         Action::Down { control_plane } => remove(|cluster| !control_plane || cluster.kind == Kind::ControlPlane),
+        Action::Tool { name } => {
+            println!("{}", tool(name)?.display());
+            Ok(())
+        }
         Action::Status => existing().iter().try_for_each(Cluster::status),
         Action::Logs { component, follow } => existing()
             .iter()
@@ -228,375 +229,6 @@ fn existing() -> Vec<Cluster> {
         eprintln!("no cluster: `cargo xtask cluster up` starts one");
     }
     clusters
-}
-
-/// A cluster by its state folder.
-struct Cluster {
-    kind: Kind,
-    run: PathBuf,
-}
-
-impl Cluster {
-    fn of(kind: Kind) -> Self {
-        let folder = match kind {
-            Kind::Node => "run",
-            Kind::ControlPlane => "control-plane",
-        };
-        Self {
-            kind,
-            run: home().join(folder),
-        }
-    }
-
-    fn supervisor(&self) -> Supervisor {
-        Supervisor::new(&self.run)
-    }
-
-    fn kubeconfig(&self) -> PathBuf {
-        self.run.join("admin.conf")
-    }
-
-    fn up(&self) -> Result<PathBuf> {
-        if self.kind == Kind::Node {
-            can_run().map_err(|reasons| anyhow::anyhow!("this machine cannot run a cluster: {reasons}"))?;
-        }
-        let _lock = lock("run")?;
-        if self.kind == Kind::Node {
-            host::install_packages()?;
-        }
-        self.remember_machine()?;
-        let network = self.network()?;
-        let all = components::components(self.kind, &self.run, &network)?;
-        let supervisor = self.supervisor();
-        if all.iter().all(|component| supervisor.find(component.name).is_some()) && self.wait(&all, Duration::ZERO).is_ok() {
-            eprintln!("  the cluster runs already");
-            return Ok(self.kubeconfig());
-        }
-        let is_first = !all.iter().any(|component| supervisor.was_started(component.name));
-        if is_first
-            && ![Kind::Node, Kind::ControlPlane]
-                .map(Self::of)
-                .iter()
-                .any(|other| other.kind != self.kind && other.run.exists())
-        {
-            builds::prune()?;
-        }
-        if self.kind == Kind::Node {
-            // Built here, before any other line of progress stands on the terminal.
-            tool("pause")?;
-            tool("fixture-server")?;
-        }
-        phase("starting the control plane", |_| {
-            self.prepare(&network)?;
-            if is_first {
-                Network::check_ports(&components::listeners(self.kind, &network))?;
-            }
-            for stage in 0..=1 {
-                self.start(&all, stage)?;
-            }
-            host::run(
-                self.kubectl()?
-                    .args(["wait", "namespace/kube-system", "--for=create", "--timeout=60s"]),
-            )?;
-            if self.kind == Kind::ControlPlane {
-                self.start(&all, 2)
-            } else {
-                Ok(())
-            }
-        })?;
-        if self.kind == Kind::Node {
-            phase("starting the node", |_| {
-                self.import_own_images()?;
-                host::run(
-                    self.kubectl()?
-                        .args(["apply", "--filename"])
-                        .arg(self.run.join("config/addons.json")),
-                )?;
-                self.start(&all, 2)?;
-                self.wait_for_node()
-            })?;
-        }
-        host::run(
-            self.kubectl()?
-                .args(["wait", "serviceaccount/default", "--for=create", "--timeout=60s"]),
-        )?;
-        Ok(self.kubeconfig())
-    }
-
-    /// Notes what the machine is like before the cluster changes it. State that an earlier run of the machine left is removed.
-    fn remember_machine(&self) -> Result<()> {
-        let file = self.run.join("before.json");
-        if let Ok(text) = fs::read_to_string(&file) {
-            let before: Before = serde_json::from_str(&text).with_context(|| format!("cannot read {}", file.display()))?;
-            if before.boot == host::boot()? {
-                return Ok(());
-            }
-            eprintln!("  the machine was restarted: the cluster starts anew");
-            self.down()?;
-        } else if self.run.exists() {
-            // An `up` that was interrupted before it changed anything.
-            removal::remove_state(&self.run)?;
-        }
-        let before = match self.kind {
-            Kind::Node => Before::observe()?,
-            Kind::ControlPlane => Before::untouched()?,
-        };
-        fs::create_dir_all(&self.run)?;
-        write_whole(&file, &serde_json::to_string_pretty(&before)?)
-    }
-
-    fn network(&self) -> Result<Network> {
-        let file = self.run.join("network.json");
-        if let Ok(text) = fs::read_to_string(&file) {
-            return serde_json::from_str(&text).with_context(|| format!("cannot read {}", file.display()));
-        }
-        let network = match self.kind {
-            Kind::Node => Network::choose()?,
-            Kind::ControlPlane => Network::CONTROL_PLANE,
-        };
-        write_whole(&file, &serde_json::to_string(&network)?)?;
-        Ok(network)
-    }
-
-    /// Certificates, configuration, addresses.
-    fn prepare(&self, network: &Network) -> Result<()> {
-        let hosts = format!("127.0.0.1,{},{}", network.node, network.api_service());
-        let mut pki = cluster_program("pki")?;
-        pki.arg("--out")
-            .arg(self.run.join("pki"))
-            .args(["--server", &components::api_url(self.kind, network)]);
-        pki.args(["--hosts", &hosts, "--node", NODE, "--node-address", &network.node.to_string()]);
-        host::run(&mut pki)?;
-        if !self.kubeconfig().exists() {
-            fs::copy(self.run.join("pki/admin.conf"), self.kubeconfig())?;
-        }
-        if self.kind == Kind::Node {
-            configuration::write(&self.run, network)?;
-            host::enable_routing()?;
-            network::make_node_bridge(network)?;
-        }
-        Ok(())
-    }
-
-    fn start(&self, all: &[Component], stage: u8) -> Result<()> {
-        let supervisor = self.supervisor();
-        for component in all.iter().filter(|component| component.stage == stage) {
-            supervisor.start(component.name, &component.command)?;
-        }
-        let started: Vec<&Component> = all.iter().filter(|component| component.stage <= stage).collect();
-        self.wait(started, START_TIMEOUT)
-    }
-
-    /// Waits until the components are healthy; one that dies ends the waiting.
-    fn wait<'a>(&self, all: impl IntoIterator<Item = &'a Component>, timeout: Duration) -> Result<()> {
-        let supervisor = self.supervisor();
-        let all: Vec<&Component> = all.into_iter().collect();
-        let mut probe = cluster_program("health")?;
-        probe
-            .arg(format!("--wait={}s", timeout.as_secs()))
-            .args(all.iter().filter_map(|component| component.probe()));
-        let mut probe = probe
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("cannot start the health check")?;
-        let deadline = Instant::now() + timeout;
-        loop {
-            if let Some(dead) = all.iter().find(|component| supervisor.find(component.name).is_none()) {
-                // It may have ended by itself already.
-                let _ = probe.kill();
-                let _ = probe.wait();
-                bail!(
-                    "{} died; the end of {}:\n{}",
-                    dead.name,
-                    supervisor.log(dead.name).display(),
-                    supervisor.tail(dead.name, 15)
-                );
-            }
-            let deaf = all
-                .iter()
-                .find(|component| matches!(&component.health, Health::Socket(path) if UnixStream::connect(path).is_err()));
-            if probe.try_wait()?.is_some() && (deaf.is_none() || Instant::now() > deadline) {
-                let output = probe.wait_with_output()?;
-                let text = String::from_utf8_lossy(&output.stdout);
-                let unhealthy: Vec<&str> = text
-                    .lines()
-                    .filter(|line| !line.ends_with(" ok"))
-                    .chain(deaf.map(|component| component.name))
-                    .collect();
-                if unhealthy.is_empty() {
-                    return Ok(());
-                }
-                bail!(
-                    "not healthy after {} s: {} (see `cargo xtask cluster logs`)",
-                    timeout.as_secs(),
-                    unhealthy.join(", ")
-                );
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn wait_for_node(&self) -> Result<()> {
-        let node = format!("node/{NODE}");
-        let gpus = format!(
-            "--for=jsonpath={{.status.allocatable.{}}}={GPU_COUNT}",
-            GPU_RESOURCE.replace('.', "\\.")
-        );
-        for condition in ["--for=create", "--for=condition=Ready", &gpus] {
-            host::run(self.kubectl()?.args(["wait", &node, condition, "--timeout=120s"]))?;
-        }
-        Ok(())
-    }
-
-    /// The images that the cluster itself needs.
-    fn import_own_images(&self) -> Result<()> {
-        let present = host::output(self.ctr()?.args(["images", "list", "--quiet"]))?;
-        for (program, reference) in [("pause", PAUSE_IMAGE), ("fixture-server", FIXTURE_SERVER_IMAGE)] {
-            if present.lines().any(|line| line == reference) {
-                continue;
-            }
-            let archive = self.run.join(format!("{program}.tar"));
-            host::run(
-                cluster_program("image")?
-                    .arg("--program")
-                    .arg(tool(program)?)
-                    .args(["--name", reference])
-                    .arg("--out")
-                    .arg(&archive),
-            )?;
-            import_images(std::slice::from_ref(&archive))?;
-            fs::remove_file(&archive)?;
-        }
-        Ok(())
-    }
-
-    fn kubectl(&self) -> Result<Command> {
-        let mut command = Command::new(tool("kubectl")?);
-        command.arg("--kubeconfig").arg(self.kubeconfig());
-        Ok(command)
-    }
-
-    fn ctr(&self) -> Result<Command> {
-        let mut command = Command::new(tool("ctr")?);
-        command
-            .arg("--address")
-            .arg(self.run.join("containerd.sock"))
-            .args(["--namespace", "k8s.io"]);
-        Ok(command)
-    }
-
-    fn down(&self) -> Result<()> {
-        phase(&format!("removing the cluster in {}", self.run.display()), |_| {
-            let supervisor = self.supervisor();
-            // Whoever would start a thing anew goes before the thing.
-            supervisor.stop(&["kwok", "device-plugin", "volume-provisioner", "kubelet", "kube-proxy", "coredns"]);
-            supervisor.stop(&["kube-scheduler", "kube-controller-manager", "kube-apiserver", "containerd"]);
-            supervisor.stop(&["etcd"]);
-            if let Ok(text) = fs::read_to_string(self.run.join("before.json")) {
-                let before: Before = serde_json::from_str(&text)?;
-                if self.kind == Kind::Node {
-                    removal::kill_containers(&self.run)?;
-                    removal::clean_machine(&self.run, &before)?;
-                }
-            }
-            removal::remove_state(&self.run)
-        })
-    }
-
-    fn status(&self) -> Result<()> {
-        let network = self.network()?;
-        let supervisor = self.supervisor();
-        let mut all = components::components(self.kind, &self.run, &network)?;
-        if supervisor.was_started(components::KWOK) {
-            all.push(components::kwok(&self.run)?);
-        }
-        let mut probe = cluster_program("health")?;
-        let probed = probe.args(all.iter().filter_map(Component::probe)).output()?;
-        let answers = String::from_utf8_lossy(&probed.stdout);
-        let mut table = comfy_table::Table::new();
-        table
-            .load_style(comfy_table::presets::NOTHING)
-            .set_header(["COMPONENT", "PID", "MEMORY", "HEALTH"]);
-        let mut memory_bytes = 0;
-        for component in &all {
-            let process = supervisor.find(component.name);
-            let memory = process.map_or(0, process::Process::memory_bytes);
-            memory_bytes += memory;
-            let health = match (process, &component.health) {
-                (None, _) if supervisor.was_started(component.name) => format!("died; see {}", supervisor.log(component.name).display()),
-                (None, _) => "not started".to_owned(),
-                (Some(_), Health::Process) => "ok".to_owned(),
-                (Some(_), Health::Socket(path)) => UnixStream::connect(path).map_or_else(|error| error.to_string(), |_| "ok".to_owned()),
-                (Some(_), Health::Url(_)) => {
-                    let answer = answers
-                        .lines()
-                        .find_map(|line| line.strip_prefix(component.name)?.strip_prefix(' '));
-                    answer.unwrap_or("no answer").to_owned()
-                }
-            };
-            let pid = process.map_or_else(|| "-".to_owned(), |process| process.pid.to_string());
-            table.add_row([component.name.to_owned(), pid, format!("{} MiB", memory >> 20), health]);
-        }
-        println!("{table}");
-        println!(
-            "{} MiB in all; pods {}, services {}; state in {}",
-            memory_bytes >> 20,
-            network.pod_subnet(),
-            network.service_subnet(),
-            self.run.display()
-        );
-        if self.kind == Kind::Node {
-            println!("NetworkPolicies are accepted but not enforced: the bridge that connects the pods knows none.");
-        }
-        println!("export KUBECONFIG={}", self.kubeconfig().display());
-        Ok(())
-    }
-
-    fn logs(&self, component: Option<&str>, follow: bool) -> Result<()> {
-        let mut command = Command::new("tail");
-        if follow {
-            command.arg("--follow=name");
-        }
-        let folder = self.run.join("log");
-        let mut logs: Vec<PathBuf> = fs::read_dir(&folder)
-            .into_iter()
-            .flatten()
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .collect();
-        logs.retain(|path| path.extension().is_some_and(|extension| extension == "log"));
-        logs.sort();
-        let names = logs
-            .iter()
-            .filter_map(|path| path.file_stem())
-            .map(|name| name.to_string_lossy().into_owned())
-            .collect::<Vec<_>>()
-            .join(", ");
-        match component {
-            Some(name) => {
-                logs.retain(|path| path.file_stem().is_some_and(|stem| stem == name));
-                command.arg("--lines=200");
-            }
-            None => {
-                command.arg("--lines=10");
-            }
-        }
-        if logs.is_empty() {
-            bail!("no such log in {}; there are: {names}", folder.display());
-        }
-        command.args(logs).status().context("cannot start `tail`")?;
-        Ok(())
-    }
-}
-
-impl Component {
-    /// The argument that asks the health check about this component.
-    fn probe(&self) -> Option<String> {
-        match &self.health {
-            Health::Url(url) => Some(format!("{}={url}", self.name)),
-            Health::Socket(_) | Health::Process => None,
-        }
-    }
 }
 
 /// Writes a file that is either there whole or not at all.

@@ -43,6 +43,16 @@ pub(super) enum Health {
     Process,
 }
 
+impl Component {
+    /// The argument that asks the health check about this component.
+    pub(super) fn probe(&self) -> Option<String> {
+        match &self.health {
+            Health::Url(url) => Some(format!("{}={url}", self.name)),
+            Health::Socket(_) | Health::Process => None,
+        }
+    }
+}
+
 /// The name under which fake nodes' program runs; it is started on demand.
 pub(super) const KWOK: &str = "kwok";
 

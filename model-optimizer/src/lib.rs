@@ -1,1 +1,15 @@
-//! x
+//! Makes a model smaller and faster, and measures what that cost.
+//!
+//! Five steps (fetch, convert, compress, evaluate, publish) share a folder: in a Job each is a process of its own
+//! ([`step::chain`] lets one follow the other), on a laptop they run one after another ([`optimize`]).
+
+pub mod compress;
+pub mod convert;
+pub mod evaluate;
+pub mod failure;
+pub mod graph;
+pub mod optimize;
+pub mod progress;
+pub mod source;
+pub mod step;
+pub mod support;

@@ -126,7 +126,8 @@ impl Registry {
         Ok(Some(Found { digest, summary }))
     }
 
-    /// Pushes the package in `dir` as `repository:tag`, with `summary` and `annotations` on its manifest, and returns its digest.
+    /// Pushes the package in `dir` to `repository` under every one of `tags`, with `summary` and `annotations` on its manifest, and
+    /// returns its digest.
     ///
     /// Blobs that the registry holds are not sent again. The same files with the same annotations give the same digest, whatever
     /// their times and owners.
@@ -137,11 +138,11 @@ impl Registry {
         &self,
         dir: &Path,
         repository: &str,
-        tag: &str,
+        tags: &[&str],
         annotations: &BTreeMap<String, String>,
         summary: &Summary,
     ) -> Result<Digest, RegistryError> {
-        let reference = format!("{repository}:{tag}");
+        let reference = repository.to_owned();
         let image = self.authorised(&reference).await?;
         let package = dir.to_owned();
         // Reading and hashing gigabytes must not hold up the runtime's other tasks.
@@ -186,9 +187,26 @@ impl Registry {
         };
         let body = serde_json::to_vec(&manifest).map_err(|e| invalid(&reference, &e))?;
         let digest = Digest::of(&body);
-        let media_type = reqwest::header::HeaderValue::from_static(OCI_IMAGE_MEDIA_TYPE);
-        self.client.push_manifest_raw(&image, body, media_type).await.map_err(failed)?;
+        for tag in tags {
+            self.put_manifest(&format!("{repository}:{tag}"), body.clone()).await?;
+        }
         Ok(digest)
+    }
+
+    /// Gives the image that `repository` holds under `digest` another tag.
+    ///
+    /// # Errors
+    /// Where the registry cannot be reached, refuses or does not have it.
+    pub async fn tag(&self, repository: &str, digest: &Digest, tag: &str) -> Result<(), RegistryError> {
+        let (body, _) = self.raw_manifest(&format!("{repository}@{digest}")).await?;
+        self.put_manifest(&format!("{repository}:{tag}"), body.to_vec()).await
+    }
+
+    async fn put_manifest(&self, reference: &str, body: Vec<u8>) -> Result<(), RegistryError> {
+        let image = self.authorised(reference).await?;
+        let media_type = reqwest::header::HeaderValue::from_static(OCI_IMAGE_MEDIA_TYPE);
+        let pushed = self.client.push_manifest_raw(&image, body, media_type).await;
+        pushed.map(drop).map_err(|source| RegistryError::from_client(reference, source))
     }
 
     async fn push_layer(&self, image: &Reference, reference: &str, layer: layer::Layer) -> Result<(), RegistryError> {
@@ -248,15 +266,17 @@ impl Registry {
     }
 
     async fn manifest(&self, reference: &str) -> Result<(OciImageManifest, Digest), RegistryError> {
-        let image = self.authorised(reference).await?;
-        // The client was given the credentials above and keeps the first it was given.
-        let (body, digest) = self
-            .client
-            .pull_manifest_raw(&image, &RegistryAuth::Anonymous, &[OCI_IMAGE_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE])
-            .await
-            .map_err(|source| RegistryError::from_client(reference, source))?;
+        let (body, digest) = self.raw_manifest(reference).await?;
         let manifest = serde_json::from_slice(&body).map_err(|_| invalid(reference, &"what lies there is no image manifest"))?;
         Ok((manifest, digest.try_into().map_err(|error| invalid(reference, &error))?))
+    }
+
+    async fn raw_manifest(&self, reference: &str) -> Result<(bytes::Bytes, String), RegistryError> {
+        let image = self.authorised(reference).await?;
+        // The client was given the credentials above and keeps the first it was given.
+        let pulled =
+            self.client.pull_manifest_raw(&image, &RegistryAuth::Anonymous, &[OCI_IMAGE_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE]).await;
+        pulled.map_err(|source| RegistryError::from_client(reference, source))
     }
 }
 

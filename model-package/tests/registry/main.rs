@@ -45,7 +45,7 @@ fn package() -> tempfile::TempDir {
     // Larger than a piece of the stream, and not a multiple of a tar block.
     fs::write(
         dir.path().join("model.onnx"),
-        (0..3_000_001_u32).map(|i| (i * i >> 3) as u8).collect::<Vec<_>>(),
+        (0..3_000_001_u32).map(|i| (i.wrapping_mul(i) >> 3) as u8).collect::<Vec<_>>(),
     )
     .unwrap();
     fs::write(dir.path().join("manifest.json"), "{}").unwrap();
@@ -55,7 +55,7 @@ fn package() -> tempfile::TempDir {
 
 async fn push(registry: &Registry, dir: &Path, repository: &str) -> Digest {
     let annotations = BTreeMap::from([("org.opencontainers.image.title".to_owned(), "digits".to_owned())]);
-    registry.push(dir, repository, "opt-1", &annotations, &summary()).await.unwrap()
+    registry.push(dir, repository, &["opt-1", "run-1"], &annotations, &summary()).await.unwrap()
 }
 
 #[tokio::test]
@@ -75,6 +75,11 @@ async fn a_package_is_found_by_its_tag_and_comes_back_as_it_was() {
             ..summary()
         })
     );
+
+    registry.tag(&repository, &digest, "run-2").await.unwrap();
+    for tag in ["run-1", "run-2"] {
+        assert_eq!(registry.lookup(&format!("{repository}:{tag}")).await.unwrap().unwrap().digest, digest);
+    }
 
     for reference in [format!("{repository}:opt-1"), format!("{repository}@{digest}")] {
         let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,109 @@
+//! From whatever format a model comes in to ONNX that an engine runs.
+
+use std::path::Path;
+
+use plimsoll_package::manifest::Engine as EngineKind;
+use plimsoll_runtime::engine::{self, EngineError, LoadOptions};
+use plimsoll_runtime::onnx::{self, ModelProto, OnnxError};
+use prost::Message as _;
+
+use crate::failure::{Failure, FailureReason, chain, disk, failure};
+use crate::graph::{self, operators};
+
+mod content;
+
+/// Most bytes of an ONNX file: protobuf's own limit.
+const FILE_BYTES_MAX: u64 = i32::MAX as u64;
+
+/// Reads the model at `path`, simplifies it, writes it to `destination`, and sees that an engine loads it. `uri` is what a user
+/// knows it as.
+///
+/// # Errors
+/// [`FailureReason::UnreadableModel`] where it is no model, [`FailureReason::Unsupported`] where it is one of another format, and
+/// [`FailureReason::UnsupportedOperator`] where no engine runs one of its operators.
+pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: usize) -> Result<(), Failure> {
+    let size = std::fs::metadata(path).map_err(disk("read", path))?.len();
+    content::check_is_onnx(uri, path)?;
+    if size > FILE_BYTES_MAX {
+        return Err(failure(FailureReason::Unsupported, format!("{uri} has {size} bytes, and an ONNX file has at most 2 GiB")));
+    }
+    let mut model = read(uri, path)?;
+    if let Some(tensor) = graph::external_tensor(&model) {
+        let message = format!("{uri} keeps the weight `{tensor}` in a file of its own (external data); save the model with its weights in one file");
+        return Err(failure(FailureReason::Unsupported, message));
+    }
+    graph::simplify::simplify(&mut model);
+    onnx::signature(&model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))?;
+    write(&model, destination)?;
+    check_runs(uri, &model, destination, threads)
+}
+
+/// Reads an ONNX model.
+///
+/// # Errors
+/// [`FailureReason::UnreadableModel`].
+pub fn read(uri: &str, path: &Path) -> Result<ModelProto, Failure> {
+    onnx::read(path).map_err(|error| match error {
+        OnnxError::NotOnnx { reason, .. } => {
+            let message = format!("{uri} is no ONNX model, or a broken one: {reason}; check that the whole file was uploaded");
+            failure(FailureReason::UnreadableModel, message)
+        }
+        error => failure(FailureReason::UnreadableModel, format!("{uri}: {}", chain(&error))),
+    })
+}
+
+/// Writes an ONNX model.
+///
+/// # Errors
+/// Where the disk does not take it.
+pub fn write(model: &ModelProto, destination: &Path) -> Result<(), Failure> {
+    crate::step::make_folder_of(destination)?;
+    std::fs::write(destination, model.encode_to_vec()).map_err(disk("write", destination))
+}
+
+/// The engines that may serve, with ONNX Runtime only where its library is.
+#[must_use]
+pub fn engines() -> Vec<EngineKind> {
+    let mut engines = vec![EngineKind::Tract];
+    if engine::default_library().is_some() {
+        engines.push(EngineKind::OnnxRuntime);
+    }
+    engines
+}
+
+fn check_runs(uri: &str, model: &ModelProto, path: &Path, threads: usize) -> Result<(), Failure> {
+    let options = LoadOptions { threads, ..LoadOptions::default() };
+    let mut refusals = Vec::new();
+    for kind in engines() {
+        match engine::load(kind, path, &options) {
+            Ok(_) => return Ok(()),
+            Err(error) => refusals.push((kind, error)),
+        }
+    }
+    let words = refusals.iter().map(|(kind, error)| format!("{kind}: {}", reason(error))).collect::<Vec<_>>().join("; ");
+    if let Some(node) = operators::unknown(model) {
+        let message = format!(
+            "{uri} uses the operator {} of the domain `{}` (node `{}`), which no engine runs; replace it by standard operators and export again",
+            node.op_type(),
+            node.domain(),
+            node.name()
+        );
+        return Err(failure(FailureReason::UnsupportedOperator, message));
+    }
+    // An engine that lacks a standard operator names it.
+    let named = operators::named_in(model, &words);
+    match named {
+        Some(node) => {
+            let message = format!("{uri} uses the operator {} (node `{}`), which no engine runs as it is used there: {words}", node.op_type(), node.name());
+            Err(failure(FailureReason::UnsupportedOperator, message))
+        }
+        None => Err(failure(FailureReason::UnreadableModel, format!("no engine loads {uri}: {words}"))),
+    }
+}
+
+fn reason(error: &EngineError) -> String {
+    match error {
+        EngineError::Load { reason, .. } => reason.clone(),
+        error => chain(error),
+    }
+}

@@ -1,0 +1,8 @@
+//! What compression cost: accuracy, fidelity, latency and size, before and after, on the engines that will serve.
+
+pub mod budget;
+pub mod dataset;
+pub mod fidelity;
+pub mod latency;
+pub mod metric;
+pub mod npz;

@@ -1,0 +1,126 @@
+//! The model in memory: ONNX's own messages, whose weights stay in the mapped file until they are changed.
+
+use std::collections::{HashMap, HashSet};
+
+use plimsoll_runtime::onnx::tensor_proto::{DataLocation, DataType};
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, attribute_proto::AttributeType};
+
+pub mod operators;
+pub mod opset;
+pub mod simplify;
+pub mod weight;
+
+/// The subgraphs of a node (branches, loop bodies).
+pub fn subgraphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
+    node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs))
+}
+
+/// How often each value is read, by nodes (in subgraphs, too) and as an output of the graph.
+#[must_use]
+pub fn reads(graph: &GraphProto) -> HashMap<&str, usize> {
+    let mut reads = HashMap::new();
+    count_reads(graph, &mut reads);
+    reads
+}
+
+fn count_reads<'a>(graph: &'a GraphProto, reads: &mut HashMap<&'a str, usize>) {
+    let inputs = graph.node.iter().flat_map(|node| node.input.iter().map(String::as_str));
+    let outputs = graph.output.iter().map(|output| output.name());
+    for name in inputs.chain(outputs).filter(|name| !name.is_empty()) {
+        *reads.entry(name).or_default() += 1;
+    }
+    graph.node.iter().flat_map(subgraphs).for_each(|subgraph| count_reads(subgraph, reads));
+}
+
+/// The name of a tensor whose data lies in another file.
+#[must_use]
+pub fn external_tensor(model: &ModelProto) -> Option<String> {
+    fn search(graph: &GraphProto) -> Option<String> {
+        let attributes = graph.node.iter().flat_map(|node| &node.attribute).filter_map(|attribute| attribute.t.as_ref());
+        let external = graph.initializer.iter().chain(attributes).find(|tensor| tensor.data_location() == DataLocation::External);
+        external.map(|tensor| tensor.name().to_owned()).or_else(|| graph.node.iter().flat_map(subgraphs).find_map(search))
+    }
+    search(model.graph.as_ref()?)
+}
+
+/// Names that are not taken in a graph.
+pub struct Names(HashSet<String>);
+
+impl Names {
+    /// Of everything in `graph`.
+    #[must_use]
+    pub fn of(graph: &GraphProto) -> Self {
+        let mut taken = HashSet::new();
+        collect_names(graph, &mut taken);
+        Self(taken)
+    }
+
+    /// A name that begins with `stem` and is taken from now on.
+    pub fn fresh(&mut self, stem: &str) -> String {
+        let mut name = stem.to_owned();
+        let mut count = 1;
+        while !self.0.insert(name.clone()) {
+            count += 1;
+            name = format!("{stem}_{count}");
+        }
+        name
+    }
+}
+
+fn collect_names(graph: &GraphProto, names: &mut HashSet<String>) {
+    names.extend(graph.initializer.iter().map(|tensor| tensor.name().to_owned()));
+    names.extend(graph.input.iter().chain(&graph.output).map(|value| value.name().to_owned()));
+    for node in &graph.node {
+        names.extend(node.input.iter().chain(&node.output).cloned());
+        names.insert(node.name().to_owned());
+        subgraphs(node).for_each(|subgraph| collect_names(subgraph, names));
+    }
+}
+
+/// A node of ONNX's standard operators.
+#[must_use]
+pub fn node(op_type: &str, inputs: &[&str], output: &str, attributes: Vec<AttributeProto>) -> NodeProto {
+    NodeProto {
+        op_type: Some(op_type.to_owned()),
+        input: inputs.iter().map(|input| (*input).to_owned()).collect(),
+        output: vec![output.to_owned()],
+        attribute: attributes,
+        ..NodeProto::default()
+    }
+}
+
+/// An integer attribute.
+#[must_use]
+pub fn integer(name: &str, value: i64) -> AttributeProto {
+    AttributeProto { name: Some(name.to_owned()), r#type: Some(AttributeType::Int as i32), i: Some(value), ..AttributeProto::default() }
+}
+
+/// A node's attribute.
+#[must_use]
+pub fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
+    node.attribute.iter().find(|attribute| attribute.name() == name)
+}
+
+/// A tensor of raw little-endian bytes.
+#[must_use]
+pub fn tensor(name: &str, kind: DataType, dims: &[usize], raw: Vec<u8>) -> TensorProto {
+    TensorProto {
+        name: Some(name.to_owned()),
+        dims: dims.iter().map(|&size| size as i64).collect(),
+        data_type: Some(kind as i32),
+        raw_data: Some(raw.into()),
+        ..TensorProto::default()
+    }
+}
+
+/// A tensor of single-precision floats.
+#[must_use]
+pub fn float_tensor(name: &str, dims: &[usize], values: &[f32]) -> TensorProto {
+    tensor(name, DataType::Float, dims, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+}
+
+/// Whether a node is of ONNX's own domain.
+#[must_use]
+pub fn is_standard(node: &NodeProto) -> bool {
+    matches!(node.domain(), "" | "ai.onnx")
+}

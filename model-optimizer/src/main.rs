@@ -1,0 +1,292 @@
+//! The optimiser's command line: it parses flags, and the library does the work.
+
+use std::fs::{self, File};
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use plimsoll_optimizer::failure::{Failure, FailureReason, disk, failure, internal};
+use plimsoll_optimizer::optimize;
+use plimsoll_optimizer::progress::Console;
+use plimsoll_optimizer::step::{self, Context, Step, chain};
+use plimsoll_package::recipe::{
+    Budget, Dataset, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, PruneScope, PruneStructure, Quantize, QuantizeScheme,
+    SourceLocation, Technique,
+};
+use plimsoll_package::report::{Termination, exit_code};
+use plimsoll_package::units::{Percentage, Ratio, Size};
+
+/// Makes a model smaller and faster, and measures what that cost.
+#[derive(Parser)]
+#[command(name = "plimsoll-optimizer", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Optimises a model and writes the package to a folder.
+    Optimize(Box<OptimizeArgs>),
+    /// Runs one step of a Job, told by PLIMSOLL_INPUTS; waits for the step before.
+    Step(StepArgs),
+}
+
+#[derive(Args)]
+struct OptimizeArgs {
+    /// The model: a path, or https://, oci://.
+    model: String,
+    /// Folder to write the package to.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// YAML as in spec.optimize of a ModelDeployment.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prune", "quantize"])]
+    recipe: Option<PathBuf>,
+    /// Share of weights to set to zero, such as 0.5 or 50%.
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    prune: Option<Percentage>,
+    /// 8-bit integers.
+    #[arg(long, value_name = "SCHEME")]
+    quantize: Option<Scheme>,
+    /// Unlabelled samples (.npz) to measure fidelity on.
+    #[arg(long, value_name = "DATA")]
+    calibration: Option<String>,
+    /// Held-out samples (.npz) to measure on; labels are the array `y`.
+    #[arg(long, value_name = "DATA")]
+    evaluation: Option<String>,
+    /// What to measure on the held-out samples. Default: accuracy where they have labels, fidelity where not.
+    #[arg(long, requires = "evaluation")]
+    metric: Option<MetricName>,
+    /// Most that accuracy may fall, in percentage points, such as 1%.
+    #[arg(long, value_name = "PERCENT")]
+    max_accuracy_drop: Option<Percentage>,
+    /// Least cosine similarity of each output to the original's, such as 0.99.
+    #[arg(long, value_name = "RATIO")]
+    min_fidelity: Option<Ratio>,
+    /// Most that the model may weigh, such as 10Mi.
+    #[arg(long, value_name = "SIZE")]
+    max_size: Option<Size>,
+    /// Threads that an inference may use. Default: as many as there are.
+    #[arg(long, value_name = "N")]
+    threads: Option<std::num::NonZeroUsize>,
+    /// Host that may be spoken to in plain HTTP; may be given several times.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    plain_http: Vec<String>,
+    /// Largest model or dataset that is fetched.
+    #[arg(long, value_name = "SIZE", default_value = "64Gi")]
+    max_fetch_size: Size,
+    /// Prints the report as JSON instead of a table, and progress as JSON lines.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct StepArgs {
+    /// The step.
+    step: Step,
+    /// The folder that the steps share.
+    #[arg(long, value_name = "DIR")]
+    work: PathBuf,
+    /// The folder of mounted credentials.
+    #[arg(long, value_name = "DIR", default_value = "/secrets")]
+    secrets: PathBuf,
+    /// The folder of mounted volume claims.
+    #[arg(long, value_name = "DIR", default_value = "/pvc")]
+    claims: PathBuf,
+    /// Where the result is written.
+    #[arg(long, value_name = "FILE", default_value = TERMINATION_LOG)]
+    termination_log: PathBuf,
+    /// Threads that an inference may use. Default: as many as the container may use.
+    #[arg(long, value_name = "N")]
+    threads: Option<std::num::NonZeroUsize>,
+}
+
+const TERMINATION_LOG: &str = "/dev/termination-log";
+/// The environment variable that names a PEM file with more roots.
+const EXTRA_CA_ENV: &str = "PLIMSOLL_EXTRA_CA";
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Scheme {
+    Int8,
+    Int8Dynamic,
+    Int8Weights,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum MetricName {
+    Accuracy,
+    Fidelity,
+}
+
+fn share(text: &str) -> Result<Percentage, String> {
+    let percentage = match text.parse::<f64>() {
+        Ok(ratio) => format!("{:.4}", ratio * 100.0).trim_end_matches('0').trim_end_matches('.').to_owned() + "%",
+        Err(_) => text.to_owned(),
+    };
+    percentage.parse().map_err(|_| format!("`{text}` is not a share; write 0.5 or 50%"))
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Optimize(arguments) => optimize_on_laptop(*arguments),
+        Command::Step(arguments) => run_step(&arguments),
+    }
+}
+
+fn threads(asked: Option<std::num::NonZeroUsize>) -> usize {
+    // The standard library looks at the container's CPU quota, too.
+    asked.or_else(|| std::thread::available_parallelism().ok()).map_or(1, std::num::NonZeroUsize::get)
+}
+
+fn extra_ca() -> Option<PathBuf> {
+    std::env::var_os(EXTRA_CA_ENV).filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+fn optimize_on_laptop(arguments: OptimizeArgs) -> ExitCode {
+    let console = if arguments.json || !std::io::stderr().is_terminal() { Console::json() } else { Console::terminal() };
+    let (output, json, threads) = (arguments.output.clone(), arguments.json, threads(arguments.threads));
+    let report = inputs(arguments).and_then(|inputs| optimize::optimize(inputs, &output, threads, extra_ca(), &console));
+    match report {
+        Ok(report) if json => {
+            println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
+            ExitCode::SUCCESS
+        }
+        Ok(report) => {
+            println!("{}\npackage written to {}", optimize::table(&report), output.display());
+            ExitCode::SUCCESS
+        }
+        Err(failed) => {
+            eprintln!("error: {failed}");
+            ExitCode::from(failed.reason.exit_code())
+        }
+    }
+}
+
+fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
+    let mut optimize = match &arguments.recipe {
+        Some(path) => read_recipe(path)?,
+        None => Optimization::default(),
+    };
+    if let Some(amount) = arguments.prune {
+        let prune = Prune { amount, scope: PruneScope::Global, structure: PruneStructure::Unstructured };
+        optimize.recipe.push(Technique { prune: Some(prune), ..Technique::default() });
+    }
+    if let Some(scheme) = arguments.quantize {
+        let scheme = match scheme {
+            Scheme::Int8 => QuantizeScheme::Int8,
+            Scheme::Int8Dynamic => QuantizeScheme::Int8Dynamic,
+            Scheme::Int8Weights => QuantizeScheme::Int8Weights,
+        };
+        optimize.recipe.push(Technique { quantize: Some(Quantize { scheme }), ..Technique::default() });
+    }
+    let dataset = |uri| Dataset { uri, digest: None, credentials_secret: None };
+    if let Some(uri) = arguments.calibration {
+        optimize.calibration = Some(dataset(uri));
+    }
+    if let Some(uri) = arguments.evaluation {
+        optimize.evaluation = Some(Evaluation { dataset: dataset(uri), metric: None, labels: None });
+    }
+    if let (Some(evaluation), Some(metric)) = (&mut optimize.evaluation, arguments.metric) {
+        evaluation.metric = Some(match metric {
+            MetricName::Accuracy => Metric::Accuracy,
+            MetricName::Fidelity => Metric::Fidelity,
+        });
+    }
+    if arguments.max_accuracy_drop.is_some() || arguments.min_fidelity.is_some() || arguments.max_size.is_some() {
+        let budget = optimize.budget.get_or_insert_with(Budget::default);
+        budget.max_accuracy_drop = arguments.max_accuracy_drop.or(budget.max_accuracy_drop.take());
+        budget.min_fidelity = arguments.min_fidelity.or(budget.min_fidelity.take());
+        budget.max_size = arguments.max_size.or(budget.max_size.take());
+    }
+    Ok(Inputs {
+        source: SourceLocation { uri: arguments.model, digest: None, format: None },
+        optimize,
+        toolchain: env!("CARGO_PKG_VERSION").to_owned(),
+        // Nothing is published.
+        repository: String::new(),
+        max_fetch_size: arguments.max_fetch_size,
+        plain_http_hosts: arguments.plain_http,
+        annotations: Default::default(),
+        run_tag: None,
+    })
+}
+
+fn read_recipe(path: &Path) -> Result<Optimization, Failure> {
+    let invalid = |why: String| failure(FailureReason::InvalidInputs, format!("{}: {why}", path.display()));
+    let text = fs::read_to_string(path).map_err(|error| invalid(error.to_string()))?;
+    serde_yaml_ng::from_str(&text).map_err(|error| invalid(format!("is no recipe as in spec.optimize: {error}")))
+}
+
+fn run_step(arguments: &StepArgs) -> ExitCode {
+    let console = Console::json();
+    console.enter(arguments.step.into());
+    match step_in_chain(arguments, &console) {
+        Ok(code) => ExitCode::from(code),
+        Err(failed) => fail(&failed, &console, &arguments.termination_log),
+    }
+}
+
+fn fail(failed: &Failure, console: &Console, termination_log: &Path) -> ExitCode {
+    console.error(&failed.message);
+    terminate(&Termination::Failed(failed.clone()), console, termination_log);
+    ExitCode::from(failed.reason.exit_code())
+}
+
+fn step_in_chain(arguments: &StepArgs, console: &Console) -> Result<u8, Failure> {
+    let StepArgs { step, work, .. } = arguments;
+    let ended = {
+        let (console, termination_log, step) = (console.clone(), arguments.termination_log.clone(), *step);
+        move |working: bool| {
+            if !working {
+                std::process::exit(i32::from(exit_code::EARLIER_STEP_FAILED));
+            }
+            let failed = failure(FailureReason::Interrupted, format!("the step {step} was ended from outside"));
+            console.error(&failed.message);
+            terminate(&Termination::Failed(failed), &console, &termination_log);
+            std::process::exit(i32::from(exit_code::TRANSIENT));
+        }
+    };
+    chain::on_termination(ended).map_err(|error| internal("cannot watch for signals", &error))?;
+    let place = chain::Place::take(work, *step).map_err(disk("write", work))?;
+    match place.wait().map_err(disk("watch", work))? {
+        chain::Turn::EarlierFailed => return Ok(exit_code::EARLIER_STEP_FAILED),
+        chain::Turn::Reused => {
+            place.done(std::time::Duration::ZERO, true).map_err(disk("write", work))?;
+            return Ok(exit_code::DONE);
+        }
+        chain::Turn::Work => chain::begin_work(),
+    }
+    let begun = Instant::now();
+    let context = Context {
+        inputs: read_inputs()?,
+        work: work.clone(),
+        secrets: arguments.secrets.clone(),
+        claims: arguments.claims.clone(),
+        extra_ca: extra_ca(),
+        threads: threads(arguments.threads),
+        console: console.clone(),
+    };
+    let result = step::run(*step, &context)?;
+    let reused = matches!(&result, Some(Termination::Succeeded(summary)) if summary.reused);
+    if let Some(termination) = result {
+        terminate(&termination, console, &arguments.termination_log);
+    }
+    place.done(begun.elapsed(), reused).map_err(disk("write", work))?;
+    Ok(exit_code::DONE)
+}
+
+fn read_inputs() -> Result<Inputs, Failure> {
+    let invalid = |why: String| failure(FailureReason::InvalidInputs, format!("{INPUTS_ENV}: {why}"));
+    let json = std::env::var(INPUTS_ENV).map_err(|error| invalid(error.to_string()))?;
+    serde_json::from_str(&json).map_err(|error| invalid(error.to_string()))
+}
+
+fn terminate(termination: &Termination, console: &Console, path: &Path) {
+    // Kubernetes makes the file; none is made in /dev of a machine without it.
+    let file = File::options().write(true).truncate(true).create(path != Path::new(TERMINATION_LOG)).open(path);
+    if let Err(error) = file.and_then(|mut file| file.write_all(termination.to_message().as_bytes())) {
+        console.warn(&format!("cannot write {}: {error}", path.display()));
+    }
+}

@@ -1,0 +1,75 @@
+//! Sources of models and datasets: one file a scheme.
+
+use std::path::{Path, PathBuf};
+
+use plimsoll_package::digest::Digest;
+use plimsoll_package::registry::Credentials;
+
+use crate::failure::{Failure, FailureReason, failure};
+use crate::progress::Activity;
+
+mod file;
+mod http;
+mod oci;
+
+pub(crate) use http::delays;
+
+/// What was fetched.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Content {
+    /// Its SHA-256.
+    pub digest: Digest,
+    /// In bytes.
+    pub size: u64,
+}
+
+/// What fetching is held to.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Most bytes of one model or dataset.
+    pub size_max: u64,
+    /// Hosts that are spoken to in plain HTTP.
+    pub plain_http_hosts: Vec<String>,
+    /// A PEM file with more roots.
+    pub extra_ca: Option<PathBuf>,
+    /// The folder of mounted volume claims.
+    pub claims: PathBuf,
+    /// How often a broken connection is taken up again without getting anywhere in between.
+    pub retries: usize,
+}
+
+/// Fetches `uri`, which the user knows as `what` (`model`, `evaluation data`), into `destination`.
+///
+/// # Errors
+/// By [`FailureReason`]: unreachable may pass, all else is final.
+pub async fn fetch(
+    what: &str,
+    uri: &str,
+    credentials: Credentials,
+    limits: &Limits,
+    destination: &Path,
+    activity: Activity,
+) -> Result<Content, Failure> {
+    let Some((scheme, rest)) = uri.split_once("://") else {
+        return file::copy(what, Path::new(uri), destination, limits.size_max);
+    };
+    match scheme {
+        "https" | "http" => http::download(what, uri, credentials, limits, destination, &activity).await,
+        "oci" => oci::fetch(what, rest, credentials, limits, destination, activity).await,
+        "pvc" => file::copy_from_claim(what, rest, limits, destination),
+        "file" => file::copy(what, Path::new(rest), destination, limits.size_max),
+        _ => Err(failure(
+            FailureReason::Unsupported,
+            format!("cannot fetch the {what} {uri}: this version reads https://, http:// (to allowed hosts), oci:// and pvc://, not {scheme}://"),
+        )),
+    }
+}
+
+/// That something is larger than the limit.
+fn too_large(what: &str, uri: &str, size: Option<u64>, size_max: u64) -> Failure {
+    let has = size.map_or_else(|| "has more bytes than that".to_owned(), |size| format!("has {size} bytes"));
+    failure(
+        FailureReason::SourceTooLarge,
+        format!("the {what} {uri} {has}; the limit is {size_max} bytes (the operator's maxFetchSize)"),
+    )
+}

@@ -1,0 +1,57 @@
+//! Files: `pvc://CLAIM/PATH` below the folder of mounted claims, and paths on a laptop.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::path::{Component, Path};
+
+use plimsoll_package::digest::Hasher;
+
+use super::{Content, Limits, too_large};
+use crate::failure::{Failure, FailureReason, disk, failure};
+
+/// Copies the file at `path`.
+pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -> Result<Content, Failure> {
+    let shown = path.display().to_string();
+    let unreadable = |error: &io::Error| failure(FailureReason::SourceRefused, format!("cannot read the {what} {shown}: {error}"));
+    let metadata = fs::metadata(path).map_err(|error| unreadable(&error))?;
+    if !metadata.is_file() {
+        return Err(failure(FailureReason::SourceRefused, format!("the {what} {shown} is not a file; name the file itself")));
+    }
+    if metadata.len() > size_max {
+        return Err(too_large(what, &shown, Some(metadata.len()), size_max));
+    }
+    let mut source = File::open(path).map_err(|error| unreadable(&error))?;
+    let mut target = File::create(destination).map_err(disk("write", destination))?;
+    let (mut hasher, mut size, mut piece) = (Hasher::default(), 0, vec![0; 1 << 20]);
+    loop {
+        let length = source.read(&mut piece).map_err(|error| unreadable(&error))?;
+        if length == 0 {
+            return Ok(Content { digest: hasher.finish(), size });
+        }
+        size += length as u64;
+        if size > size_max {
+            return Err(too_large(what, &shown, None, size_max));
+        }
+        hasher.update(&piece[..length]);
+        target.write_all(&piece[..length]).map_err(disk("write", destination))?;
+    }
+}
+
+/// Copies `CLAIM/PATH`. Links are followed only inside of the claim: a volume's content is not ours, the container's files are.
+pub(super) fn copy_from_claim(what: &str, claim_and_path: &str, limits: &Limits, destination: &Path) -> Result<Content, Failure> {
+    let uri = format!("pvc://{claim_and_path}");
+    let relative = Path::new(claim_and_path);
+    let mut parts = relative.components();
+    let plain = relative.components().all(|part| matches!(part, Component::Normal(_)));
+    let (Some(claim), Some(_), true) = (parts.next(), parts.next(), plain) else {
+        return Err(failure(FailureReason::InvalidInputs, format!("{uri} does not name a file; write pvc://CLAIM/PATH")));
+    };
+    let claim = limits.claims.join(claim);
+    let missing = |error: io::Error| failure(FailureReason::SourceRefused, format!("cannot read the {what} {uri}: {error}"));
+    let root = claim.canonicalize().map_err(missing)?;
+    let path = limits.claims.join(relative).canonicalize().map_err(missing)?;
+    if !path.starts_with(&root) {
+        return Err(failure(FailureReason::SourceRefused, format!("the {what} {uri} is a link that leaves its volume")));
+    }
+    copy(what, &path, destination, limits.size_max)
+}

@@ -1,0 +1,36 @@
+//! `oci://HOST/REPOSITORY:TAG` and `@DIGEST`: an artifact or image that holds one file.
+
+use std::path::Path;
+
+use plimsoll_package::registry::{Access, Credentials, Progress, Registry};
+
+use super::http::{Delays, delays};
+use super::{Content, Limits};
+use crate::failure::{Failure, of_source};
+use crate::progress::Activity;
+
+/// Fetches the file that the artifact holds; an attempt that breaks off starts again.
+pub(super) async fn fetch(
+    what: &str,
+    reference: &str,
+    credentials: Credentials,
+    limits: &Limits,
+    destination: &Path,
+    activity: Activity,
+) -> Result<Content, Failure> {
+    let access = Access { credentials, plain_http_hosts: limits.plain_http_hosts.clone(), extra_ca: limits.extra_ca.clone() };
+    let failed = |error| of_source(what, &error);
+    let registry = Registry::new(access).map_err(failed)?;
+    let progress = Progress::new(move |done, total| activity.report(done, total));
+    let mut delays: Delays = delays(limits.retries);
+    loop {
+        match registry.fetch_artifact(reference, destination, limits.size_max, &progress).await {
+            Ok(fetched) => return Ok(Content { digest: fetched.digest, size: fetched.size }),
+            Err(error) if error.is_transient() => match delays.next() {
+                Some(delay) => tokio::time::sleep(delay).await,
+                None => return Err(failed(error)),
+            },
+            Err(error) => return Err(failed(error)),
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! `fetch`: brings the model and the datasets, checks their digests, and looks whether their artifact exists already.
+
+use std::fs;
+
+use plimsoll_package::digest::Digest;
+use plimsoll_package::key::{ArtifactKey, Contents};
+use plimsoll_package::recipe::{Dataset, Inputs};
+use plimsoll_package::registry::{Access, Credentials, Registry, RegistryError};
+use plimsoll_package::report::Summary;
+use plimsoll_package::units::display_size;
+use serde::{Deserialize, Serialize};
+
+use super::Context;
+use crate::failure::{Failure, FailureReason, disk, failure, internal, of_source};
+use crate::source::{self, Content, Limits};
+use crate::support;
+
+/// The record of this step.
+pub const RECORD: &str = "fetched.json";
+/// Attempts at a source that does not answer: about half a minute.
+const RETRIES: usize = 6;
+
+/// What was fetched.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Fetched {
+    /// The model.
+    pub source: Content,
+    /// The calibration data.
+    pub calibration: Option<Content>,
+    /// The evaluation data.
+    pub evaluation: Option<Content>,
+    /// The tag of the artifact.
+    pub key: String,
+}
+
+/// Something to fetch.
+struct Wanted<'a> {
+    /// As the user knows it.
+    what: &'static str,
+    /// Its file, and the folder of its credentials.
+    name: &'static str,
+    uri: &'a str,
+    digest: Option<&'a Digest>,
+}
+
+/// Fetches; returns the summary of the artifact where it exists.
+///
+/// # Errors
+/// Where anything is unsupported, cannot be had, is too large or is not what was pinned.
+pub fn run(context: &Context) -> Result<Option<Summary>, Failure> {
+    support::check(&context.inputs)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.map_err(|error| internal("cannot start", &error))?.block_on(fetch(context))
+}
+
+async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
+    let inputs = &context.inputs;
+    fs::create_dir_all(context.source("")).map_err(disk("make", &context.source("")))?;
+    let size_max = inputs.max_fetch_size.value().map_err(|error| failure(FailureReason::InvalidInputs, format!("maxFetchSize: {error}")))?;
+    let limits = Limits {
+        size_max,
+        plain_http_hosts: inputs.plain_http_hosts.clone(),
+        extra_ca: context.extra_ca.clone(),
+        claims: context.claims.clone(),
+        retries: RETRIES,
+    };
+    let dataset = |what, name, dataset: Option<&'_ Dataset>| {
+        dataset.map(|dataset| (what, name, dataset.uri.clone(), dataset.digest.clone()))
+    };
+    let calibration = dataset("calibration data", "calibration", inputs.optimize.calibration.as_ref());
+    let evaluation = dataset("evaluation data", "evaluation", inputs.optimize.evaluation.as_ref().map(|evaluation| &evaluation.dataset));
+    let model = Wanted { what: "model", name: "model", uri: &inputs.source.uri, digest: inputs.source.digest.as_ref() };
+    fn wanted<'a>(entry: &'a (&'static str, &'static str, String, Option<Digest>)) -> Wanted<'a> {
+        Wanted { what: entry.0, name: entry.1, uri: &entry.2, digest: entry.3.as_ref() }
+    }
+    let optional = async |entry: &Option<(&'static str, &'static str, String, Option<Digest>)>| match entry {
+        Some(entry) => fetch_one(context, &limits, wanted(entry)).await.map(Some),
+        None => Ok(None),
+    };
+    let all = futures::future::try_join3(fetch_one(context, &limits, model), optional(&calibration), optional(&evaluation));
+    let (source, calibration, evaluation) = all.await?;
+    let contents = Contents {
+        source: source.digest.clone(),
+        calibration: calibration.as_ref().map(|content| content.digest.clone()),
+        evaluation: evaluation.as_ref().map(|content| content.digest.clone()),
+        // Distillation is refused above.
+        distillation: vec![],
+    };
+    let key = ArtifactKey::new(inputs, &contents);
+    context.write(RECORD, &Fetched { source, calibration, evaluation, key: key.to_string() })?;
+    Ok(existing(context, inputs, &key).await)
+}
+
+async fn fetch_one(context: &Context, limits: &Limits, wanted: Wanted<'_>) -> Result<Content, Failure> {
+    let Wanted { what, name, uri, digest } = wanted;
+    let secret = context.secrets.join(if name == "model" { "source" } else { name });
+    let credentials = Credentials::read(&secret).map_err(|error| of_source(what, &error))?;
+    let activity = context.console.activity(&format!("fetching the {what}"), "bytes");
+    let content = source::fetch(what, uri, credentials, limits, &context.source(name), activity).await?;
+    if let Some(expected) = digest.filter(|expected| **expected != content.digest) {
+        let found = &content.digest;
+        let advice = "set the digest to the new content's, or put the old content back";
+        return Err(failure(
+            FailureReason::DigestMismatch,
+            format!("the {what} {uri} has digest {found}, pinned is {expected}; {advice}"),
+        ));
+    }
+    context.console.info(&format!("fetched the {what} {uri}: {}, {}", display_size(content.size), content.digest));
+    Ok(content)
+}
+
+/// The artifact of these contents, where the registry has it. A registry that does not answer is no reason to stop: what is made
+/// meanwhile may be published when it does, and if not, `publish` says so.
+async fn existing(context: &Context, inputs: &Inputs, key: &ArtifactKey) -> Option<Summary> {
+    if inputs.repository.is_empty() {
+        return None;
+    }
+    let reference = format!("{}:{key}", inputs.repository);
+    let credentials = Credentials::read(&context.secrets.join("registry"));
+    let found = match credentials.and_then(|credentials| registry(context, credentials)) {
+        Ok(registry) => look_up(&registry, inputs, &reference).await,
+        Err(error) => Err(error),
+    };
+    match found {
+        Ok(found) => {
+            let summary = found?;
+            context.console.info(&format!("{reference} exists, nothing is left to do"));
+            Some(Summary { reused: true, ..summary })
+        }
+        Err(error) => {
+            context.console.warn(&format!("cannot look for an existing artifact: {error}"));
+            None
+        }
+    }
+}
+
+async fn look_up(registry: &Registry, inputs: &Inputs, reference: &str) -> Result<Option<Summary>, RegistryError> {
+    let Some(found) = registry.lookup(reference).await? else { return Ok(None) };
+    if let (Some(tag), Some(_)) = (&inputs.run_tag, &found.summary) {
+        registry.tag(&inputs.repository, &found.digest, tag).await?;
+    }
+    Ok(found.summary)
+}
+
+pub(super) fn registry(context: &Context, credentials: Credentials) -> Result<Registry, RegistryError> {
+    Registry::new(Access { credentials, plain_http_hosts: context.inputs.plain_http_hosts.clone(), extra_ca: context.extra_ca.clone() })
+}

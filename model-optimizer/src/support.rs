@@ -1,0 +1,77 @@
+//! What this version of the optimiser has, and what it refuses by name.
+
+use plimsoll_package::recipe::{Budget, Inputs, Metric, ModelFormat, PruneStructure, QuantizeScheme};
+
+use crate::failure::{Failure, FailureReason, failure};
+
+/// Refuses inputs that ask for what this version does not have, or that contradict themselves.
+///
+/// # Errors
+/// [`FailureReason::Unsupported`] or [`FailureReason::InvalidInputs`], with the field.
+pub fn check(inputs: &Inputs) -> Result<(), Failure> {
+    let optimize = &inputs.optimize;
+    let invalid = |message: String| Err(failure(FailureReason::InvalidInputs, message));
+    if let Some(format) = inputs.source.format.filter(|format| *format != ModelFormat::Onnx) {
+        return unsupported("source.format", &format!("{format}"), "export the model to ONNX");
+    }
+    if !optimize.recipe.is_empty() && optimize.search.is_some() {
+        return invalid("optimize: set either recipe or search, not both".into());
+    }
+    if optimize.search.is_some() {
+        return unsupported("optimize.search", "a search", "name the techniques in optimize.recipe");
+    }
+    for (index, technique) in optimize.recipe.iter().enumerate() {
+        let field = format!("optimize.recipe[{index}]");
+        match (&technique.prune, &technique.quantize, &technique.distill) {
+            (Some(prune), None, None) => {
+                if prune.structure != PruneStructure::Unstructured {
+                    return unsupported(&format!("{field}.prune.structure"), &prune.structure.to_string(), "use Unstructured");
+                }
+                if let Err(error) = prune.amount.value() {
+                    return invalid(format!("{field}.prune.amount: {error}"));
+                }
+            }
+            (None, Some(quantize), None) => match quantize.scheme {
+                QuantizeScheme::Int8 | QuantizeScheme::Int8Dynamic | QuantizeScheme::Int8Weights => {}
+                scheme => {
+                    let advice = "use Int8, Int8Dynamic or Int8Weights";
+                    return unsupported(&format!("{field}.quantize.scheme"), &scheme.to_string(), advice);
+                }
+            },
+            (None, None, Some(_)) => return unsupported(&format!("{field}.distill"), "distillation", "leave it out"),
+            _ => return invalid(format!("{field} has not exactly one key; write one list entry per technique")),
+        }
+    }
+    if let Some(metric) = optimize.evaluation.as_ref().and_then(|evaluation| evaluation.metric)
+        && !matches!(metric, Metric::Accuracy | Metric::Fidelity)
+    {
+        return unsupported("optimize.evaluation.metric", &metric.to_string(), "use Accuracy or Fidelity");
+    }
+    let Some(budget) = &optimize.budget else { return Ok(()) };
+    check_budget(budget, optimize.evaluation.as_ref().map(|evaluation| evaluation.metric))
+}
+
+fn check_budget(budget: &Budget, metric: Option<Option<Metric>>) -> Result<(), Failure> {
+    let invalid = |message: String| Err(failure(FailureReason::InvalidInputs, message));
+    if budget.max_latency.is_some() {
+        return unsupported("optimize.budget.maxLatency", "a latency budget", "leave it out");
+    }
+    if budget.max_accuracy_drop.is_some() && matches!(metric, None | Some(Some(Metric::Fidelity))) {
+        return invalid("optimize.budget.maxAccuracyDrop needs labelled data in optimize.evaluation; without labels use minFidelity".into());
+    }
+    if let Some(Err(error)) = budget.max_accuracy_drop.as_ref().map(|drop| drop.value()) {
+        return invalid(format!("optimize.budget.maxAccuracyDrop: {error}"));
+    }
+    if let Some(Err(error)) = budget.min_fidelity.as_ref().map(|least| least.value()) {
+        return invalid(format!("optimize.budget.minFidelity: {error}"));
+    }
+    match budget.max_size.as_ref().map(|size| size.value()) {
+        Some(Err(error)) => invalid(format!("optimize.budget.maxSize: {error}")),
+        _ => Ok(()),
+    }
+}
+
+fn unsupported(field: &str, what: &str, advice: &str) -> Result<(), Failure> {
+    let version = env!("CARGO_PKG_VERSION");
+    Err(failure(FailureReason::Unsupported, format!("{field}: Plimsoll {version} does not have {what}; {advice}")))
+}

@@ -48,14 +48,20 @@ pub fn custom_resource_definitions() -> Vec<(&'static str, String)> {
         without_rust_formats(&mut crd);
         serde_yaml_ng::to_string(&crd).expect("a CRD is plain data")
     };
-    vec![("modeldeployments.yaml", yaml(ModelDeployment::crd())), ("modelrevisions.yaml", yaml(ModelRevision::crd()))]
+    vec![
+        ("modeldeployments.yaml", yaml(ModelDeployment::crd())),
+        ("modelrevisions.yaml", yaml(ModelRevision::crd())),
+    ]
 }
 
 /// Drops the formats that schemars gives unsigned integers: the apiserver does not know them and warns at each apply.
 fn without_rust_formats(schema: &mut serde_json::Value) {
     match schema {
         serde_json::Value::Object(object) => {
-            if object.get("format").is_some_and(|format| format.as_str().is_some_and(|format| format.starts_with("uint"))) {
+            if object
+                .get("format")
+                .is_some_and(|format| format.as_str().is_some_and(|format| format.starts_with("uint")))
+            {
                 object.remove("format");
             }
             object.values_mut().for_each(without_rust_formats);

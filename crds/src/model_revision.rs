@@ -78,7 +78,9 @@ impl RevisionTemplate {
     #[must_use]
     pub fn hash(&self) -> String {
         // serde_json's maps are sorted, so a trip through Value makes the form canonical.
-        let canonical = serde_json::to_value(self).expect("a tree of strings and numbers serialises").to_string();
+        let canonical = serde_json::to_value(self)
+            .expect("a tree of strings and numbers serialises")
+            .to_string();
         let digest = Digest::of(canonical.as_bytes());
         const ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
         digest.hex().as_bytes()[..20]
@@ -186,7 +188,8 @@ mod tests {
 
     #[test]
     fn the_hash_of_a_given_template_never_changes() {
-        let digits = template("source: {uri: 'oci://registry.example.org/models/digits:v3'}\noptimize: {recipe: [{prune: {amount: '50%'}}]}");
+        let digits =
+            template("source: {uri: 'oci://registry.example.org/models/digits:v3'}\noptimize: {recipe: [{prune: {amount: '50%'}}]}");
         assert_eq!(digits.hash(), "k4jpnc6q8f");
     }
 
@@ -195,6 +198,9 @@ mod tests {
         let one = template("source: {uri: 'oci://r/m:v1', format: Onnx}\nruntime: {engine: Tract}");
         let other = template("runtime: {engine: Tract}\nsource: {format: Onnx, uri: 'oci://r/m:v1'}");
         assert_eq!(one.hash(), other.hash());
-        assert_ne!(one.hash(), template("source: {uri: 'oci://r/m:v2', format: Onnx}\nruntime: {engine: Tract}").hash());
+        assert_ne!(
+            one.hash(),
+            template("source: {uri: 'oci://r/m:v2', format: Onnx}\nruntime: {engine: Tract}").hash()
+        );
     }
 }

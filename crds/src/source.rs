@@ -50,7 +50,11 @@ impl Source {
     /// The part of it that the optimiser is told.
     #[must_use]
     pub fn location(&self) -> SourceLocation {
-        SourceLocation { uri: self.uri.clone(), digest: self.digest.clone(), format: self.format }
+        SourceLocation {
+            uri: self.uri.clone(),
+            digest: self.digest.clone(),
+            format: self.format,
+        }
     }
 }
 

@@ -234,6 +234,8 @@ pub fn model_status(situation: &Situation) -> ModelDeploymentStatus {
         |kind, status, reason: &str, message: &str| situation.condition(old_conditions, kind, status, reason, message, generation);
     let is = |progress| standing.progress == progress;
     let rolled_out = is(Progress::Done);
+    // A condition that does not hold has nothing to add to Ready's message.
+    let only_if = |holds: bool| if holds { standing.message.as_str() } else { "" };
     let optimized = situation
         .optimization
         .is_some_and(|optimization| matches!(optimization, Optimization::Done { .. }))
@@ -253,13 +255,8 @@ pub fn model_status(situation: &Situation) -> ModelDeploymentStatus {
     };
     let conditions = vec![
         condition(ConditionType::Ready, is(Progress::Done), &standing.reason, &standing.message),
-        condition(
-            ConditionType::Reconciling,
-            is(Progress::Working),
-            &standing.reason,
-            &standing.message,
-        ),
-        condition(ConditionType::Stalled, is(Progress::Stalled), &standing.reason, &standing.message),
+        condition(ConditionType::Reconciling, is(Progress::Working), &standing.reason, only_if(is(Progress::Working))),
+        condition(ConditionType::Stalled, is(Progress::Stalled), &standing.reason, only_if(is(Progress::Stalled))),
         condition(ConditionType::Optimized, optimized, optimized_reason, &optimized_message),
         condition(ConditionType::Available, serving.is_some(), available_reason, &available_message),
         condition(ConditionType::RolledOut, rolled_out, &standing.reason, &standing.message),

@@ -34,13 +34,26 @@ pub trait Technique {
 /// # Errors
 /// [`FailureReason::Unsupported`] where this version does not have it.
 pub fn technique(entry: &recipe::Technique) -> Result<Box<dyn Technique>, Failure> {
-    let unsupported = || failure(FailureReason::Unsupported, "optimize.recipe names a technique that this version does not have");
+    let unsupported = || {
+        failure(
+            FailureReason::Unsupported,
+            "optimize.recipe names a technique that this version does not have",
+        )
+    };
     match entry {
         recipe::Technique { prune: Some(prune), .. } => {
-            let amount = prune.amount.value().map_err(|error| failure(FailureReason::InvalidInputs, error.to_string()))?;
-            Ok(Box::new(prune::Magnitude { amount, scope: prune.scope }))
+            let amount = prune
+                .amount
+                .value()
+                .map_err(|error| failure(FailureReason::InvalidInputs, error.to_string()))?;
+            Ok(Box::new(prune::Magnitude {
+                amount,
+                scope: prune.scope,
+            }))
         }
-        recipe::Technique { quantize: Some(quantize), .. } => match quantize.scheme {
+        recipe::Technique {
+            quantize: Some(quantize), ..
+        } => match quantize.scheme {
             QuantizeScheme::Int8 | QuantizeScheme::Int8Dynamic => Ok(Box::new(quantize::Int8 { dynamic: true })),
             QuantizeScheme::Int8Weights => Ok(Box::new(quantize::Int8 { dynamic: false })),
             _ => Err(unsupported()),
@@ -50,5 +63,8 @@ pub fn technique(entry: &recipe::Technique) -> Result<Box<dyn Technique>, Failur
 }
 
 fn skipped(name: &str, reason: impl Into<String>) -> Skipped {
-    Skipped { name: name.to_owned(), reason: reason.into() }
+    Skipped {
+        name: name.to_owned(),
+        reason: reason.into(),
+    }
 }

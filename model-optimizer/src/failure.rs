@@ -4,12 +4,16 @@ use std::error::Error;
 use std::fmt::Write as _;
 use std::path::Path;
 
-pub use plimsoll_package::report::{Failure, FailureReason};
 use plimsoll_package::registry::{Problem, RegistryError};
+pub use plimsoll_package::report::{Failure, FailureReason};
 
 /// A failure without a measurement.
 pub fn failure(reason: FailureReason, message: impl Into<String>) -> Failure {
-    Failure { reason, message: message.into(), measured: None }
+    Failure {
+        reason,
+        message: message.into(),
+        measured: None,
+    }
 }
 
 /// A fault of the disk or of the optimiser itself, with its causes.

@@ -12,7 +12,9 @@ pub mod weight;
 
 /// The subgraphs of a node (branches, loop bodies).
 pub fn subgraphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
-    node.attribute.iter().flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs))
+    node.attribute
+        .iter()
+        .flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs))
 }
 
 /// How often each value is read, by nodes (in subgraphs, too) and as an output of the graph.
@@ -29,16 +31,30 @@ fn count_reads<'a>(graph: &'a GraphProto, reads: &mut HashMap<&'a str, usize>) {
     for name in inputs.chain(outputs).filter(|name| !name.is_empty()) {
         *reads.entry(name).or_default() += 1;
     }
-    graph.node.iter().flat_map(subgraphs).for_each(|subgraph| count_reads(subgraph, reads));
+    graph
+        .node
+        .iter()
+        .flat_map(subgraphs)
+        .for_each(|subgraph| count_reads(subgraph, reads));
 }
 
 /// The name of a tensor whose data lies in another file.
 #[must_use]
 pub fn external_tensor(model: &ModelProto) -> Option<String> {
     fn search(graph: &GraphProto) -> Option<String> {
-        let attributes = graph.node.iter().flat_map(|node| &node.attribute).filter_map(|attribute| attribute.t.as_ref());
-        let external = graph.initializer.iter().chain(attributes).find(|tensor| tensor.data_location() == DataLocation::External);
-        external.map(|tensor| tensor.name().to_owned()).or_else(|| graph.node.iter().flat_map(subgraphs).find_map(search))
+        let attributes = graph
+            .node
+            .iter()
+            .flat_map(|node| &node.attribute)
+            .filter_map(|attribute| attribute.t.as_ref());
+        let external = graph
+            .initializer
+            .iter()
+            .chain(attributes)
+            .find(|tensor| tensor.data_location() == DataLocation::External);
+        external
+            .map(|tensor| tensor.name().to_owned())
+            .or_else(|| graph.node.iter().flat_map(subgraphs).find_map(search))
     }
     search(model.graph.as_ref()?)
 }
@@ -92,7 +108,12 @@ pub fn node(op_type: &str, inputs: &[&str], output: &str, attributes: Vec<Attrib
 /// An integer attribute.
 #[must_use]
 pub fn integer(name: &str, value: i64) -> AttributeProto {
-    AttributeProto { name: Some(name.to_owned()), r#type: Some(AttributeType::Int as i32), i: Some(value), ..AttributeProto::default() }
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Int as i32),
+        i: Some(value),
+        ..AttributeProto::default()
+    }
 }
 
 /// A node's attribute.
@@ -116,7 +137,12 @@ pub fn tensor(name: &str, kind: DataType, dims: &[usize], raw: Vec<u8>) -> Tenso
 /// A tensor of single-precision floats.
 #[must_use]
 pub fn float_tensor(name: &str, dims: &[usize], values: &[f32]) -> TensorProto {
-    tensor(name, DataType::Float, dims, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+    tensor(
+        name,
+        DataType::Float,
+        dims,
+        values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+    )
 }
 
 /// Whether a node is of ONNX's own domain.

@@ -122,7 +122,13 @@ enum MetricName {
 
 fn share(text: &str) -> Result<Percentage, String> {
     let percentage = match text.parse::<f64>() {
-        Ok(ratio) => format!("{:.4}", ratio * 100.0).trim_end_matches('0').trim_end_matches('.').to_owned() + "%",
+        Ok(ratio) => {
+            format!("{:.4}", ratio * 100.0)
+                .trim_end_matches('0')
+                .trim_end_matches('.')
+                .to_owned()
+                + "%"
+        }
         Err(_) => text.to_owned(),
     };
     percentage.parse().map_err(|_| format!("`{text}` is not a share; write 0.5 or 50%"))
@@ -137,7 +143,9 @@ fn main() -> ExitCode {
 
 fn threads(asked: Option<std::num::NonZeroUsize>) -> usize {
     // The standard library looks at the container's CPU quota, too.
-    asked.or_else(|| std::thread::available_parallelism().ok()).map_or(1, std::num::NonZeroUsize::get)
+    asked
+        .or_else(|| std::thread::available_parallelism().ok())
+        .map_or(1, std::num::NonZeroUsize::get)
 }
 
 fn extra_ca() -> Option<PathBuf> {
@@ -145,7 +153,11 @@ fn extra_ca() -> Option<PathBuf> {
 }
 
 fn optimize_on_laptop(arguments: OptimizeArgs) -> ExitCode {
-    let console = if arguments.json || !std::io::stderr().is_terminal() { Console::json() } else { Console::terminal() };
+    let console = if arguments.json || !std::io::stderr().is_terminal() {
+        Console::json()
+    } else {
+        Console::terminal()
+    };
     let (output, json, threads) = (arguments.output.clone(), arguments.json, threads(arguments.threads));
     let report = inputs(arguments).and_then(|inputs| optimize::optimize(inputs, &output, threads, extra_ca(), &console));
     match report {
@@ -170,8 +182,15 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         None => Optimization::default(),
     };
     if let Some(amount) = arguments.prune {
-        let prune = Prune { amount, scope: PruneScope::Global, structure: PruneStructure::Unstructured };
-        optimize.recipe.push(Technique { prune: Some(prune), ..Technique::default() });
+        let prune = Prune {
+            amount,
+            scope: PruneScope::Global,
+            structure: PruneStructure::Unstructured,
+        };
+        optimize.recipe.push(Technique {
+            prune: Some(prune),
+            ..Technique::default()
+        });
     }
     if let Some(scheme) = arguments.quantize {
         let scheme = match scheme {
@@ -179,14 +198,25 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
             Scheme::Int8Dynamic => QuantizeScheme::Int8Dynamic,
             Scheme::Int8Weights => QuantizeScheme::Int8Weights,
         };
-        optimize.recipe.push(Technique { quantize: Some(Quantize { scheme }), ..Technique::default() });
+        optimize.recipe.push(Technique {
+            quantize: Some(Quantize { scheme }),
+            ..Technique::default()
+        });
     }
-    let dataset = |uri| Dataset { uri, digest: None, credentials_secret: None };
+    let dataset = |uri| Dataset {
+        uri,
+        digest: None,
+        credentials_secret: None,
+    };
     if let Some(uri) = arguments.calibration {
         optimize.calibration = Some(dataset(uri));
     }
     if let Some(uri) = arguments.evaluation {
-        optimize.evaluation = Some(Evaluation { dataset: dataset(uri), metric: None, labels: None });
+        optimize.evaluation = Some(Evaluation {
+            dataset: dataset(uri),
+            metric: None,
+            labels: None,
+        });
     }
     if let (Some(evaluation), Some(metric)) = (&mut optimize.evaluation, arguments.metric) {
         evaluation.metric = Some(match metric {
@@ -201,7 +231,11 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         budget.max_size = arguments.max_size.or(budget.max_size.take());
     }
     Ok(Inputs {
-        source: SourceLocation { uri: arguments.model, digest: None, format: None },
+        source: SourceLocation {
+            uri: arguments.model,
+            digest: None,
+            format: None,
+        },
         optimize,
         toolchain: env!("CARGO_PKG_VERSION").to_owned(),
         // Nothing is published.
@@ -285,7 +319,11 @@ fn read_inputs() -> Result<Inputs, Failure> {
 
 fn terminate(termination: &Termination, console: &Console, path: &Path) {
     // Kubernetes makes the file; none is made in /dev of a machine without it.
-    let file = File::options().write(true).truncate(true).create(path != Path::new(TERMINATION_LOG)).open(path);
+    let file = File::options()
+        .write(true)
+        .truncate(true)
+        .create(path != Path::new(TERMINATION_LOG))
+        .open(path);
     if let Err(error) = file.and_then(|mut file| file.write_all(termination.to_message().as_bytes())) {
         console.warn(&format!("cannot write {}: {error}", path.display()));
     }

@@ -21,7 +21,10 @@ use crate::step::{self, Context, Step, chain};
 pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<PathBuf>, console: &Console) -> Result<Report, Failure> {
     let occupied = fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
     if occupied && !output.join(MANIFEST_FILE).is_file() {
-        let message = format!("{} is not empty and no package; name another folder with --output", output.display());
+        let message = format!(
+            "{} is not empty and no package; name another folder with --output",
+            output.display()
+        );
         return Err(failure(FailureReason::InvalidInputs, message));
     }
     let work = tempfile::tempdir().map_err(|error| internal("cannot make a folder for the work", &error))?;
@@ -51,11 +54,28 @@ pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<
 /// What a person wants to know of a report: before and after.
 #[must_use]
 pub fn table(report: &Report) -> Table {
-    let Summary { size_before, size_after, sparsity, metric, fidelity, latency, engine, .. } = &report.summary;
+    let Summary {
+        size_before,
+        size_after,
+        sparsity,
+        metric,
+        fidelity,
+        latency,
+        engine,
+        ..
+    } = &report.summary;
     let mut table = Table::new();
     table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["", "before", "after"]);
-    table.add_row(["size".to_owned(), display_size(*size_before), format!("{} ({:.2}x smaller)", display_size(*size_after), *size_before as f64 / *size_after as f64)]);
+    table.add_row([
+        "size".to_owned(),
+        display_size(*size_before),
+        format!(
+            "{} ({:.2}x smaller)",
+            display_size(*size_after),
+            *size_before as f64 / *size_after as f64
+        ),
+    ]);
     if let Some(metric) = metric {
         let name = format!("{} ({} samples)", metric.name.to_string().to_lowercase(), metric.samples);
         table.add_row([name, display_percent(metric.before), display_percent(metric.after)]);
@@ -64,7 +84,11 @@ pub fn table(report: &Report) -> Table {
         table.add_row(["fidelity".to_owned(), "1".to_owned(), format!("{fidelity:.5}")]);
     }
     for measured in &report.engines {
-        let name = format!("latency, {}{}", measured.engine, if measured.engine == *engine { " (chosen)" } else { "" });
+        let name = format!(
+            "latency, {}{}",
+            measured.engine,
+            if measured.engine == *engine { " (chosen)" } else { "" }
+        );
         match (&measured.latency, &measured.refused) {
             (Some(latency), _) => table.add_row([name, display_us(latency.before_us), display_us(latency.after_us)]),
             (None, refused) => table.add_row([name, "-".to_owned(), refused.clone().unwrap_or_else(|| "-".to_owned())]),
@@ -78,5 +102,9 @@ pub fn table(report: &Report) -> Table {
 }
 
 fn display_us(us: f64) -> String {
-    if us < 1e3 { format!("{us:.0} us") } else { format!("{:.2} ms", us / 1e3) }
+    if us < 1e3 {
+        format!("{us:.0} us")
+    } else {
+        format!("{:.2} ms", us / 1e3)
+    }
 }

@@ -48,7 +48,9 @@ impl Console {
     /// Bars on the terminal that is standard error.
     #[must_use]
     pub fn terminal() -> Self {
-        Self(Arc::new(Kind::Terminal { bars: MultiProgress::new() }))
+        Self(Arc::new(Kind::Terminal {
+            bars: MultiProgress::new(),
+        }))
     }
 
     /// Nothing at all.
@@ -96,14 +98,24 @@ impl Console {
         let bar = match &*self.0 {
             Kind::Terminal { bars } => {
                 let bar = bars.add(ProgressBar::no_length());
-                let template = if unit == "bytes" { "{msg:30} {wide_bar} {bytes}/{total_bytes}" } else { "{msg:30} {wide_bar} {pos}/{len}" };
+                let template = if unit == "bytes" {
+                    "{msg:30} {wide_bar} {bytes}/{total_bytes}"
+                } else {
+                    "{msg:30} {wide_bar} {pos}/{len}"
+                };
                 bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
                 bar.set_message(message.to_owned());
                 Some(bar)
             }
             _ => None,
         };
-        Activity { console: self.clone(), message: message.to_owned(), unit, bar, last: Mutex::new(None) }
+        Activity {
+            console: self.clone(),
+            message: message.to_owned(),
+            unit,
+            bar,
+            last: Mutex::new(None),
+        }
     }
 }
 
@@ -131,7 +143,16 @@ impl Activity {
             if ended || last.is_none_or(|last| last.elapsed() >= LINE_INTERVAL) {
                 *last = Some(Instant::now());
                 let step = *step.lock().unwrap_or_else(PoisonError::into_inner);
-                write_line(step, "info", &self.message, Some(Amount { done, total, unit: self.unit }));
+                write_line(
+                    step,
+                    "info",
+                    &self.message,
+                    Some(Amount {
+                        done,
+                        total,
+                        unit: self.unit,
+                    }),
+                );
             }
         }
     }
@@ -146,7 +167,13 @@ impl Drop for Activity {
 }
 
 fn write_line(step: &str, level: &str, message: &str, amount: Option<Amount<'_>>) {
-    let line = Line { time: jiff::Timestamp::now().to_string(), level, step, message, amount };
+    let line = Line {
+        time: jiff::Timestamp::now().to_string(),
+        level,
+        step,
+        message,
+        amount,
+    };
     if let Ok(mut json) = serde_json::to_vec(&line) {
         json.push(b'\n');
         // In one write, so that lines of several processes do not mix; a closed log is no reason to stop.

@@ -60,7 +60,9 @@ pub async fn fetch(
         "file" => file::copy(what, Path::new(rest), destination, limits.size_max),
         _ => Err(failure(
             FailureReason::Unsupported,
-            format!("cannot fetch the {what} {uri}: this version reads https://, http:// (to allowed hosts), oci:// and pvc://, not {scheme}://"),
+            format!(
+                "cannot fetch the {what} {uri}: this version reads https://, http:// (to allowed hosts), oci:// and pvc://, not {scheme}://"
+            ),
         )),
     }
 }

@@ -129,7 +129,8 @@ pub(crate) fn write_json<T: Serialize>(path: &Path, record: &T) -> Result<(), Fa
 }
 
 pub(crate) fn make_folder_of(path: &Path) -> Result<(), Failure> {
-    path.parent().map_or(Ok(()), |folder| fs::create_dir_all(folder).map_err(disk("make", folder)))
+    path.parent()
+        .map_or(Ok(()), |folder| fs::create_dir_all(folder).map_err(disk("make", folder)))
 }
 
 /// Does a step's work, when its predecessors have done theirs. The result is there when the Job has its last word: after `publish`,

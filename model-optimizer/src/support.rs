@@ -25,7 +25,11 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
         match (&technique.prune, &technique.quantize, &technique.distill) {
             (Some(prune), None, None) => {
                 if prune.structure != PruneStructure::Unstructured {
-                    return unsupported(&format!("{field}.prune.structure"), &prune.structure.to_string(), "use Unstructured");
+                    return unsupported(
+                        &format!("{field}.prune.structure"),
+                        &prune.structure.to_string(),
+                        "use Unstructured",
+                    );
                 }
                 if let Err(error) = prune.amount.value() {
                     return invalid(format!("{field}.prune.amount: {error}"));
@@ -57,7 +61,9 @@ fn check_budget(budget: &Budget, metric: Option<Option<Metric>>) -> Result<(), F
         return unsupported("optimize.budget.maxLatency", "a latency budget", "leave it out");
     }
     if budget.max_accuracy_drop.is_some() && matches!(metric, None | Some(Some(Metric::Fidelity))) {
-        return invalid("optimize.budget.maxAccuracyDrop needs labelled data in optimize.evaluation; without labels use minFidelity".into());
+        return invalid(
+            "optimize.budget.maxAccuracyDrop needs labelled data in optimize.evaluation; without labels use minFidelity".into(),
+        );
     }
     if let Some(Err(error)) = budget.max_accuracy_drop.as_ref().map(|drop| drop.value()) {
         return invalid(format!("optimize.budget.maxAccuracyDrop: {error}"));
@@ -73,5 +79,8 @@ fn check_budget(budget: &Budget, metric: Option<Option<Metric>>) -> Result<(), F
 
 fn unsupported(field: &str, what: &str, advice: &str) -> Result<(), Failure> {
     let version = env!("CARGO_PKG_VERSION");
-    Err(failure(FailureReason::Unsupported, format!("{field}: Plimsoll {version} does not have {what}; {advice}")))
+    Err(failure(
+        FailureReason::Unsupported,
+        format!("{field}: Plimsoll {version} does not have {what}; {advice}"),
+    ))
 }

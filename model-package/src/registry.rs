@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use oci_client::client::{ClientConfig, ClientProtocol};
+use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol, current_platform_resolver};
 use oci_client::manifest::{
     IMAGE_CONFIG_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE, OciDescriptor, OciImageManifest,
 };
@@ -51,7 +51,10 @@ pub struct Access {
 /// A client of OCI registries. Cloning is cheap and shares connections and tokens.
 #[derive(Clone)]
 pub struct Registry {
-    client: Client,
+    tls: Client,
+    /// Absent where no host may be spoken to so.
+    plain_http: Option<Client>,
+    plain_http_hosts: Vec<String>,
     credentials: Credentials,
 }
 
@@ -71,31 +74,28 @@ impl Registry {
     /// Where the extra roots cannot be read.
     pub fn new(access: Access) -> Result<Self, RegistryError> {
         tls::install_crypto_provider();
-        let config = ClientConfig {
-            protocol: ClientProtocol::HttpsExcept(access.plain_http_hosts),
-            tls_certs_only: tls::trusted_roots(access.extra_ca.as_deref())?
-                .into_iter()
-                .map(|data| oci_client::client::Certificate {
-                    encoding: oci_client::client::CertificateEncoding::Der,
-                    data,
-                })
-                .collect(),
-            // One request a blob: the form that every registry takes, and half the round trips of chunks.
-            use_monolithic_push: true,
-            connect_timeout: Some(CONNECT_TIMEOUT),
-            read_timeout: Some(READ_TIMEOUT),
-            platform_resolver: Some(Box::new(|entries| {
-                let only = || entries.first().filter(|_| entries.len() == 1).map(|entry| entry.digest.clone());
-                oci_client::client::current_platform_resolver(entries).or_else(only)
-            })),
-            user_agent: concat!("plimsoll/", env!("CARGO_PKG_VERSION")),
-            ..ClientConfig::default()
+        let roots = tls::trusted_roots(access.extra_ca.as_deref())?;
+        let plain_http = if access.plain_http_hosts.is_empty() {
+            None
+        } else {
+            Some(client(ClientProtocol::Http, &roots)?)
         };
-        let client = Client::try_from(config).map_err(|source| RegistryError::from_client("the registry client", source))?;
+        let tls = client(ClientProtocol::Https, &roots)?;
         Ok(Self {
-            client,
+            tls,
+            plain_http,
+            plain_http_hosts: access.plain_http_hosts,
             credentials: access.credentials,
         })
+    }
+
+    /// The client for the registry of `image`.
+    fn client(&self, image: &Reference) -> &Client {
+        let plain_http = self
+            .plain_http
+            .as_ref()
+            .filter(|_| names_host(&self.plain_http_hosts, image.resolve_registry()));
+        plain_http.unwrap_or(&self.tls)
     }
 
     /// The artifact that `reference` (`HOST/REPOSITORY:TAG` or `@DIGEST`) names; `None` where there is none. One request of the
@@ -160,8 +160,13 @@ impl Registry {
         }
         let failed = |source| RegistryError::from_client(&reference, source);
         let config_digest = Digest::of(&config);
-        if !self.client.blob_exists(&image, config_digest.as_str()).await.map_err(failed)? {
-            self.client
+        if !self
+            .client(&image)
+            .blob_exists(&image, config_digest.as_str())
+            .await
+            .map_err(failed)?
+        {
+            self.client(&image)
                 .push_blob(&image, config.clone(), config_digest.as_str())
                 .await
                 .map_err(failed)?;
@@ -205,18 +210,18 @@ impl Registry {
     async fn put_manifest(&self, reference: &str, body: Vec<u8>) -> Result<(), RegistryError> {
         let image = self.authorised(reference).await?;
         let media_type = reqwest::header::HeaderValue::from_static(OCI_IMAGE_MEDIA_TYPE);
-        let pushed = self.client.push_manifest_raw(&image, body, media_type).await;
+        let pushed = self.client(&image).push_manifest_raw(&image, body, media_type).await;
         pushed.map(drop).map_err(|source| RegistryError::from_client(reference, source))
     }
 
     async fn push_layer(&self, image: &Reference, reference: &str, layer: layer::Layer) -> Result<(), RegistryError> {
         let failed = |source| RegistryError::from_client(reference, source);
         let digest = layer.digest.to_string();
-        if self.client.blob_exists(image, &digest).await.map_err(failed)? {
+        if self.client(image).blob_exists(image, &digest).await.map_err(failed)? {
             return Ok(());
         }
         let size = layer.size;
-        self.client
+        self.client(image)
             .push_blob_stream(image, layer.into_stream(), &digest, Some(size))
             .await
             .map_err(failed)?;
@@ -261,7 +266,7 @@ impl Registry {
             .parse()
             .map_err(|error: oci_client::ParseError| invalid(reference, &error))?;
         let auth = self.credentials.for_registry(image.registry());
-        self.client.store_auth_if_needed(image.resolve_registry(), &auth).await;
+        self.client(&image).store_auth_if_needed(image.resolve_registry(), &auth).await;
         Ok(image)
     }
 
@@ -274,10 +279,44 @@ impl Registry {
     async fn raw_manifest(&self, reference: &str) -> Result<(bytes::Bytes, String), RegistryError> {
         let image = self.authorised(reference).await?;
         // The client was given the credentials above and keeps the first it was given.
-        let pulled =
-            self.client.pull_manifest_raw(&image, &RegistryAuth::Anonymous, &[OCI_IMAGE_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE]).await;
+        let pulled = self
+            .client(&image)
+            .pull_manifest_raw(&image, &RegistryAuth::Anonymous, &[OCI_IMAGE_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE])
+            .await;
         pulled.map_err(|source| RegistryError::from_client(reference, source))
     }
+}
+
+/// Whether `hosts` (`HOST[:PORT]`) name the registry `HOST[:PORT]`; an entry without a port names every port.
+fn names_host(hosts: &[String], registry: &str) -> bool {
+    let without_port = registry
+        .rsplit_once(':')
+        .filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()))
+        .map(|(host, _)| host);
+    hosts.iter().any(|host| host == registry || Some(host.as_str()) == without_port)
+}
+
+fn client(protocol: ClientProtocol, roots: &[Vec<u8>]) -> Result<Client, RegistryError> {
+    let certificate = |data: &Vec<u8>| Certificate {
+        encoding: CertificateEncoding::Der,
+        data: data.clone(),
+    };
+    let config = ClientConfig {
+        protocol,
+        tls_certs_only: roots.iter().map(certificate).collect(),
+        // One request a blob: the form that every registry takes, and half the round trips of chunks.
+        use_monolithic_push: true,
+        connect_timeout: Some(CONNECT_TIMEOUT),
+        read_timeout: Some(READ_TIMEOUT),
+        // An artifact of data may be in an index of one entry, which is for no platform.
+        platform_resolver: Some(Box::new(|entries| {
+            let only = || entries.first().filter(|_| entries.len() == 1).map(|entry| entry.digest.clone());
+            current_platform_resolver(entries).or_else(only)
+        })),
+        user_agent: concat!("plimsoll/", env!("CARGO_PKG_VERSION")),
+        ..ClientConfig::default()
+    };
+    Client::try_from(config).map_err(|source| RegistryError::from_client("the registry client", source))
 }
 
 fn invalid(reference: &str, what: &dyn std::fmt::Display) -> RegistryError {
@@ -323,4 +362,16 @@ fn image_config<'a>(diff_ids: impl Iterator<Item = &'a Digest>) -> Vec<u8> {
         rootfs,
     };
     serde_json::to_vec(&config).expect("a tree of strings serialises")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_a_port_names_every_port() {
+        let hosts = ["registry.example".to_owned(), "127.0.0.1:5000".to_owned()];
+        assert!(names_host(&hosts, "registry.example") && names_host(&hosts, "registry.example:5000"));
+        assert!(names_host(&hosts, "127.0.0.1:5000") && !names_host(&hosts, "127.0.0.1:5001") && !names_host(&hosts, "127.0.0.1"));
+    }
 }

@@ -18,16 +18,23 @@ pub struct Magnitude {
 
 impl Technique for Magnitude {
     fn apply(&self, model: &mut ModelProto) -> Result<Change, Failure> {
-        let Some(graph) = &mut model.graph else { return Ok(Change::default()) };
-        let found: Vec<_> = weight::find(graph).into_iter().filter(|weight| weight.uses.iter().any(|used| used.operator != weight::Operator::Gather)).collect();
+        let Some(graph) = &mut model.graph else {
+            return Ok(Change::default());
+        };
+        let found: Vec<_> = weight::find(graph)
+            .into_iter()
+            .filter(|weight| weight.uses.iter().any(|used| used.operator != weight::Operator::Gather))
+            .collect();
         if found.is_empty() {
             let message = "optimize.recipe: nothing to prune: the model has no convolution or matrix product with constant weights in FP32; prune before quantize";
             return Err(failure(FailureReason::Unsupported, message));
         }
-        let read = |tensor: &TensorProto| {
-            weights::floats(tensor).map_err(|error| failure(FailureReason::UnreadableModel, error.to_string()))
-        };
-        let mut values = found.iter().map(|weight| read(&graph.initializer[weight.initializer])).collect::<Result<Vec<_>, _>>()?;
+        let read =
+            |tensor: &TensorProto| weights::floats(tensor).map_err(|error| failure(FailureReason::UnreadableModel, error.to_string()));
+        let mut values = found
+            .iter()
+            .map(|weight| read(&graph.initializer[weight.initializer]))
+            .collect::<Result<Vec<_>, _>>()?;
         let pruned = {
             let mut slices: Vec<&mut [f32]> = values.iter_mut().map(Vec::as_mut_slice).collect();
             match self.scope {
@@ -35,7 +42,12 @@ impl Technique for Magnitude {
                 PruneScope::PerLayer => slices.iter_mut().try_for_each(|slice| prune_magnitude(&mut [slice], self.amount)),
             }
         };
-        pruned.map_err(|NotFinite| failure(FailureReason::UnreadableModel, "a weight of the model is NaN or infinite, so weights cannot be ranked"))?;
+        pruned.map_err(|NotFinite| {
+            failure(
+                FailureReason::UnreadableModel,
+                "a weight of the model is NaN or infinite, so weights cannot be ranked",
+            )
+        })?;
         let mut change = Change::default();
         for (weight, values) in found.iter().zip(&values) {
             let tensor = &mut graph.initializer[weight.initializer];

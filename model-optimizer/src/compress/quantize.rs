@@ -63,8 +63,14 @@ pub fn quantize_channels(values: &[f32], shape: &[usize], axis: usize, largest: 
             *scale = 1.0;
         }
     }
-    let quantized = values.iter().enumerate().map(|(index, value)| (value / scales[channel(index)]).round_ties_even().clamp(-largest, largest) as i8);
-    Ok(Quantized { values: quantized.collect(), scales })
+    let quantized = values
+        .iter()
+        .enumerate()
+        .map(|(index, value)| (value / scales[channel(index)]).round_ties_even().clamp(-largest, largest) as i8);
+    Ok(Quantized {
+        values: quantized.collect(),
+        scales,
+    })
 }
 
 /// What replaces one node.
@@ -77,13 +83,22 @@ struct Replacement {
 impl Technique for Int8 {
     fn apply(&self, model: &mut ModelProto) -> Result<Change, Failure> {
         opset::raise(model).map_err(|why| failure(FailureReason::Unsupported, format!("cannot quantise: {why}")))?;
-        let Some(graph) = &mut model.graph else { return Ok(Change::default()) };
+        let Some(graph) = &mut model.graph else {
+            return Ok(Change::default());
+        };
         let mut change = Change::default();
-        let mut rewriting = Rewriting { dynamic: self.dynamic, names: Names::of(graph), replaced: HashMap::new(), added: Vec::new() };
+        let mut rewriting = Rewriting {
+            dynamic: self.dynamic,
+            names: Names::of(graph),
+            replaced: HashMap::new(),
+            added: Vec::new(),
+        };
         let read_counts: HashMap<String, usize> = reads(graph).into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
         for found in weight::find(graph) {
             if found.uses.iter().any(|used| used.operator == Operator::Gather) && self.dynamic {
-                change.skipped.push(skipped(&found.name, "a table of rows; quantised by the scheme Int8Weights alone"));
+                change
+                    .skipped
+                    .push(skipped(&found.name, "a table of rows; quantised by the scheme Int8Weights alone"));
                 continue;
             }
             if read_counts.get(&found.name) != Some(&found.uses.len()) {
@@ -119,7 +134,12 @@ impl Rewriting {
     /// Quantises one weight with all its uses, and says whether a `DequantizeLinear` is to be folded; or why it is left alone.
     fn weight(&mut self, graph: &GraphProto, found: &Weight) -> Result<Result<bool, &'static str>, Failure> {
         let original = &graph.initializer[found.initializer];
-        let unreadable = |why: &str| failure(FailureReason::UnreadableModel, format!("cannot quantise the weight `{}`: {why}", found.name));
+        let unreadable = |why: &str| {
+            failure(
+                FailureReason::UnreadableModel,
+                format!("cannot quantise the weight `{}`: {why}", found.name),
+            )
+        };
         let shape = weights::shape(original).map_err(|error| unreadable(&error.to_string()))?;
         let values = weights::floats(original).map_err(|error| unreadable(&error.to_string()))?;
         if values.is_empty() {
@@ -130,7 +150,11 @@ impl Rewriting {
         if found.uses.iter().any(|used| used.operator.channel_axis(shape.len()) != axis) {
             return Ok(Err("its uses disagree about which axis its channels are"));
         }
-        let products = found.uses.iter().map(|used| Product::of(&graph.node[used.node], used.operator, &shape)).collect::<Option<Vec<_>>>();
+        let products = found
+            .uses
+            .iter()
+            .map(|used| Product::of(&graph.node[used.node], used.operator, &shape))
+            .collect::<Option<Vec<_>>>();
         // A node of which both operands are weights is rewritten for one of them.
         if found.uses.iter().any(|used| self.replaced.contains_key(&used.node)) {
             return Ok(Err("the other operand of its product is quantised"));
@@ -156,13 +180,29 @@ impl Rewriting {
                 let name = self.names.fresh(&format!("{stem}_int8"));
                 let scale = self.names.fresh(&format!("{stem}_scale"));
                 let floats = self.names.fresh(&format!("{stem}_float"));
-                tensors.push(tensor(&name, DataType::Int8, &shape, quantized.values.iter().map(|value| *value as u8).collect()));
+                tensors.push(tensor(
+                    &name,
+                    DataType::Int8,
+                    &shape,
+                    quantized.values.iter().map(|value| *value as u8).collect(),
+                ));
                 tensors.push(float_tensor(&scale, &[quantized.scales.len()], &quantized.scales));
-                let mut dequantize = Some(node("DequantizeLinear", &[&name, &scale], &floats, vec![integer("axis", axis as i64)]));
+                let mut dequantize = Some(node(
+                    "DequantizeLinear",
+                    &[&name, &scale],
+                    &floats,
+                    vec![integer("axis", axis as i64)],
+                ));
                 for used in &found.uses {
                     let mut user = graph.node[used.node].clone();
                     user.input[used.input].clone_from(&floats);
-                    replacements.push((used.node, Replacement { nodes: dequantize.take().into_iter().collect(), node: Some(user) }));
+                    replacements.push((
+                        used.node,
+                        Replacement {
+                            nodes: dequantize.take().into_iter().collect(),
+                            node: Some(user),
+                        },
+                    ));
                 }
             }
         }
@@ -194,7 +234,11 @@ impl Rewriting {
             scale.to_owned()
         } else {
             let name = fresh("alpha_scale");
-            tensors.push(float_tensor(&name, &[scales.len()], &scales.iter().map(|scale| scale * product.alpha).collect::<Vec<_>>()));
+            tensors.push(float_tensor(
+                &name,
+                &[scales.len()],
+                &scales.iter().map(|scale| scale * product.alpha).collect::<Vec<_>>(),
+            ));
             name
         };
         let last = if product.bias.is_some() { scaled.as_str() } else { output };
@@ -241,8 +285,12 @@ impl Product {
             Operator::Gemm { .. } => {
                 let float = |name: &str| attribute(node, name).map_or(1.0, |attribute| attribute.f());
                 let bias = node.input.get(2).filter(|name| !name.is_empty()).cloned();
-                let plain = attribute(node, "transA").is_none_or(|attribute| attribute.i() == 0) && (bias.is_none() || float("beta") == 1.0);
-                plain.then(|| Self { bias, alpha: float("alpha") })
+                let plain =
+                    attribute(node, "transA").is_none_or(|attribute| attribute.i() == 0) && (bias.is_none() || float("beta") == 1.0);
+                plain.then(|| Self {
+                    bias,
+                    alpha: float("alpha"),
+                })
             }
             _ => None,
         }
@@ -260,9 +308,16 @@ fn columns_last(name: &str, values: &[i8], shape: &[usize], axis: usize) -> Tens
 }
 
 fn smaller(graph: &GraphProto, original: &TensorProto, tensors: &[TensorProto], replacements: &[(usize, Replacement)]) -> bool {
-    let nodes = replacements.iter().flat_map(|(_, replacement)| replacement.nodes.iter().chain(&replacement.node)).map(NodeProto::encoded_len);
+    let nodes = replacements
+        .iter()
+        .flat_map(|(_, replacement)| replacement.nodes.iter().chain(&replacement.node))
+        .map(NodeProto::encoded_len);
     let after = tensors.iter().map(TensorProto::encoded_len).sum::<usize>() + nodes.sum::<usize>();
-    let before = original.encoded_len() + replacements.iter().map(|(index, _)| graph.node[*index].encoded_len()).sum::<usize>();
+    let before = original.encoded_len()
+        + replacements
+            .iter()
+            .map(|(index, _)| graph.node[*index].encoded_len())
+            .sum::<usize>();
     after < before
 }
 

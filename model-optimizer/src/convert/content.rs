@@ -20,9 +20,10 @@ pub(super) fn check_is_onnx(uri: &str, path: &Path) -> Result<(), Failure> {
             FailureReason::Unsupported,
             format!("{uri} is {name}; this version reads ONNX alone, so export the model to ONNX and name that file"),
         )),
-        Some(Other::NoModel(name)) => {
-            Err(failure(FailureReason::UnreadableModel, format!("{uri} is {name}, not a model; check what lies at that address")))
-        }
+        Some(Other::NoModel(name)) => Err(failure(
+            FailureReason::UnreadableModel,
+            format!("{uri} is {name}, not a model; check what lies at that address"),
+        )),
     }
 }
 
@@ -33,7 +34,9 @@ enum Other {
 }
 
 fn recognise(head: &[u8]) -> Option<Other> {
-    let text = String::from_utf8_lossy(&head[..head.len().min(256)]).trim_start().to_ascii_lowercase();
+    let text = String::from_utf8_lossy(&head[..head.len().min(256)])
+        .trim_start()
+        .to_ascii_lowercase();
     let contains = |needle: &[u8]| head.windows(needle.len()).any(|window| window == needle);
     Some(match head {
         [] => Other::NoModel("empty"),
@@ -64,12 +67,24 @@ mod tests {
     #[test]
     fn the_formats_that_people_name_by_mistake_are_told_apart() {
         assert_eq!(recognise(b"  <!DOCTYPE html><title>404"), Some(Other::NoModel("a web page")));
-        assert_eq!(recognise(b"PK\x03\x04 archive/data.pkl"), Some(Other::Model("a PyTorch model (a zip archive)")));
-        assert_eq!(recognise(b"\x80\x02}q\x00"), Some(Other::Model("a Python pickle (PyTorch or scikit-learn)")));
+        assert_eq!(
+            recognise(b"PK\x03\x04 archive/data.pkl"),
+            Some(Other::Model("a PyTorch model (a zip archive)"))
+        );
+        assert_eq!(
+            recognise(b"\x80\x02}q\x00"),
+            Some(Other::Model("a Python pickle (PyTorch or scikit-learn)"))
+        );
         assert_eq!(recognise(b"\x1c\0\0\0TFL3"), Some(Other::Model("a TensorFlow Lite model")));
-        assert_eq!(recognise(b"\x40\0\0\0\0\0\0\0{\"__metadata__\""), Some(Other::Model("a safetensors file")));
+        assert_eq!(
+            recognise(b"\x40\0\0\0\0\0\0\0{\"__metadata__\""),
+            Some(Other::Model("a safetensors file"))
+        );
         assert_eq!(recognise(b""), Some(Other::NoModel("empty")));
-        assert_eq!(recognise(b"version https://git-lfs.github.com/spec/v1"), Some(Other::NoModel("a Git LFS pointer")));
+        assert_eq!(
+            recognise(b"version https://git-lfs.github.com/spec/v1"),
+            Some(Other::NoModel("a Git LFS pointer"))
+        );
         // An ONNX file begins with its IR version.
         assert_eq!(recognise(b"\x08\x08\x12\x07pytorch"), None);
     }

@@ -30,20 +30,37 @@ pub fn check(budget: Option<&Budget>, summary: &Summary, outputs: &[OutputFideli
         ));
     }
     if let Some(limit) = limits.fidelity
-        && let Some(worst) = outputs.iter().min_by(|a, b| a.cosine.total_cmp(&b.cosine)).filter(|worst| worst.cosine < limit)
+        && let Some(worst) = outputs
+            .iter()
+            .min_by(|a, b| a.cosine.total_cmp(&b.cosine))
+            .filter(|worst| worst.cosine < limit)
     {
-        let name = if budget.is_some() { "minFidelity" } else { "the default minFidelity" };
-        exceeded.push(format!("output `{}` has fidelity {:.4} to the original, {name} asks for {limit}", worst.name, worst.cosine));
+        let name = if budget.is_some() {
+            "minFidelity"
+        } else {
+            "the default minFidelity"
+        };
+        exceeded.push(format!(
+            "output `{}` has fidelity {:.4} to the original, {name} asks for {limit}",
+            worst.name, worst.cosine
+        ));
     }
     if let Some(limit) = limits.size.filter(|limit| summary.size_after > *limit) {
         let (after, limit) = (display_size(summary.size_after), display_size(limit));
-        exceeded.push(format!("the model has {after} ({} bytes), maxSize allows {limit}", summary.size_after));
+        exceeded.push(format!(
+            "the model has {after} ({} bytes), maxSize allows {limit}",
+            summary.size_after
+        ));
     }
     if exceeded.is_empty() {
         return Ok(());
     }
     let advice = "compress less (a smaller prune amount, a gentler quantize scheme), or raise the limit in optimize.budget";
-    let advice = if limits.size.is_some_and(|limit| summary.size_after > limit) { "compress more, or raise the limit in optimize.budget" } else { advice };
+    let advice = if limits.size.is_some_and(|limit| summary.size_after > limit) {
+        "compress more, or raise the limit in optimize.budget"
+    } else {
+        advice
+    };
     let mut failed = failure(FailureReason::BudgetExceeded, format!("{}; {advice}", exceeded.join("; ")));
     failed.measured = Some(Box::new(summary.clone()));
     Err(failed)
@@ -58,12 +75,27 @@ struct Limits {
 impl Limits {
     fn of(budget: Option<&Budget>) -> Result<Self, Failure> {
         let Some(budget) = budget else {
-            return Ok(Self { accuracy_drop: None, fidelity: Some(FIDELITY_DEFAULT), size: None });
+            return Ok(Self {
+                accuracy_drop: None,
+                fidelity: Some(FIDELITY_DEFAULT),
+                size: None,
+            });
         };
-        let invalid = |error: plimsoll_package::units::UnitError| failure(FailureReason::InvalidInputs, format!("optimize.budget: {error}"));
+        let invalid =
+            |error: plimsoll_package::units::UnitError| failure(FailureReason::InvalidInputs, format!("optimize.budget: {error}"));
         Ok(Self {
-            accuracy_drop: budget.max_accuracy_drop.as_ref().map(|drop| drop.value()).transpose().map_err(invalid)?,
-            fidelity: budget.min_fidelity.as_ref().map(|least| least.value()).transpose().map_err(invalid)?,
+            accuracy_drop: budget
+                .max_accuracy_drop
+                .as_ref()
+                .map(|drop| drop.value())
+                .transpose()
+                .map_err(invalid)?,
+            fidelity: budget
+                .min_fidelity
+                .as_ref()
+                .map(|least| least.value())
+                .transpose()
+                .map_err(invalid)?,
             size: budget.max_size.as_ref().map(|size| size.value()).transpose().map_err(invalid)?,
         })
     }
@@ -86,7 +118,12 @@ mod tests {
             size_before: 4096,
             size_after,
             sparsity: 0.0,
-            metric: Some(MetricChange { name: Metric::Accuracy, before: 0.98, after, samples: 450 }),
+            metric: Some(MetricChange {
+                name: Metric::Accuracy,
+                before: 0.98,
+                after,
+                samples: 450,
+            }),
             fidelity: None,
             latency: None,
             engine: Engine::Tract,
@@ -95,16 +132,28 @@ mod tests {
     }
 
     fn output(cosine: f64) -> OutputFidelity {
-        OutputFidelity { name: "y".into(), cosine, sqnr_db: None, max_abs_error: 0.0 }
+        OutputFidelity {
+            name: "y".into(),
+            cosine,
+            sqnr_db: None,
+            max_abs_error: 0.0,
+        }
     }
 
     #[test]
     fn a_drop_of_exactly_the_limit_passes_and_one_more_sample_does_not() {
-        let budget = Budget { max_accuracy_drop: Some("1%".parse().unwrap()), ..Budget::default() };
+        let budget = Budget {
+            max_accuracy_drop: Some("1%".parse().unwrap()),
+            ..Budget::default()
+        };
         check(Some(&budget), &summary(0.97, 1), &[output(0.5)]).unwrap();
         let failed = check(Some(&budget), &summary(0.9677, 1), &[]).unwrap_err();
         assert_eq!(failed.reason, FailureReason::BudgetExceeded);
-        assert!(failed.message.starts_with("accuracy fell by 1.23 points (98.0% -> 96.8% on 450 samples), maxAccuracyDrop allows 1.00"));
+        assert!(
+            failed
+                .message
+                .starts_with("accuracy fell by 1.23 points (98.0% -> 96.8% on 450 samples), maxAccuracyDrop allows 1.00")
+        );
         assert!(failed.measured.is_some());
     }
 
@@ -112,14 +161,26 @@ mod tests {
     fn without_a_budget_every_output_must_be_faithful() {
         check(None, &summary(0.5, 1), &[output(0.991)]).unwrap();
         let failed = check(None, &summary(0.98, 1), &[output(1.0), output(0.98)]).unwrap_err();
-        assert!(failed.message.contains("output `y` has fidelity 0.9800 to the original, the default minFidelity asks for 0.99"));
+        assert!(
+            failed
+                .message
+                .contains("output `y` has fidelity 0.9800 to the original, the default minFidelity asks for 0.99")
+        );
     }
 
     #[test]
     fn a_budget_binds_only_where_it_says_so_and_all_that_is_exceeded_is_named() {
-        let budget = Budget { max_size: Some("1Ki".parse().unwrap()), min_fidelity: Some("0.9".parse().unwrap()), ..Budget::default() };
+        let budget = Budget {
+            max_size: Some("1Ki".parse().unwrap()),
+            min_fidelity: Some("0.9".parse().unwrap()),
+            ..Budget::default()
+        };
         check(Some(&budget), &summary(0.1, 1024), &[output(0.95)]).unwrap();
         let failed = check(Some(&budget), &summary(0.1, 2048), &[output(0.5)]).unwrap_err();
-        assert!(failed.message.contains("minFidelity asks for 0.9") && failed.message.contains("the model has 2Ki (2048 bytes), maxSize allows 1Ki"), "{failed}");
+        assert!(
+            failed.message.contains("minFidelity asks for 0.9")
+                && failed.message.contains("the model has 2Ki (2048 bytes), maxSize allows 1Ki"),
+            "{failed}"
+        );
     }
 }

@@ -41,8 +41,15 @@ impl Dataset {
         let names = arrays.keys().cloned().collect::<Vec<_>>().join(", ");
         let is_input = |name: &str| specs.iter().any(|spec| spec.name == name);
         let label_array = match labels {
-            Some(name) => Some(arrays.remove(name).ok_or_else(|| format!("it holds no array `{name}` for the labels; there are {names}"))?),
-            None => LABELS.iter().find(|name| arrays.contains_key(**name) && !is_input(name)).and_then(|name| arrays.remove(*name)),
+            Some(name) => Some(
+                arrays
+                    .remove(name)
+                    .ok_or_else(|| format!("it holds no array `{name}` for the labels; there are {names}"))?,
+            ),
+            None => LABELS
+                .iter()
+                .find(|name| arrays.contains_key(**name) && !is_input(name))
+                .and_then(|name| arrays.remove(*name)),
         };
         let mut inputs = Vec::with_capacity(specs.len());
         for spec in specs {
@@ -50,12 +57,23 @@ impl Dataset {
                 Some(spec.name.clone())
             } else if specs.len() == 1 {
                 // One input needs no name.
-                if arrays.contains_key("x") { Some("x".into()) } else if arrays.len() == 1 { arrays.keys().next().cloned() } else { None }
+                if arrays.contains_key("x") {
+                    Some("x".into())
+                } else if arrays.len() == 1 {
+                    arrays.keys().next().cloned()
+                } else {
+                    None
+                }
             } else {
                 None
             };
             let array = key.and_then(|key| arrays.remove(&key));
-            let array = array.ok_or_else(|| format!("it holds no array `{}` for the model's input of that name; there are {names}", spec.name))?;
+            let array = array.ok_or_else(|| {
+                format!(
+                    "it holds no array `{}` for the model's input of that name; there are {names}",
+                    spec.name
+                )
+            })?;
             inputs.push(fitted(spec, array)?);
         }
         let samples = inputs.first().and_then(|input| input.shape().first().copied()).unwrap_or_default();
@@ -63,7 +81,11 @@ impl Dataset {
             return Err("it holds no sample".into());
         }
         if let Some((spec, input)) = specs.iter().zip(&inputs).find(|(_, input)| input.shape().first() != Some(&samples)) {
-            return Err(format!("its arrays hold different numbers of samples: {samples} and, for `{}`, {:?}", spec.name, input.shape().first()));
+            return Err(format!(
+                "its arrays hold different numbers of samples: {samples} and, for `{}`, {:?}",
+                spec.name,
+                input.shape().first()
+            ));
         }
         let labels = label_array.map(|array| classes(&array, samples)).transpose()?;
         Ok(Self { inputs, labels, samples })
@@ -76,15 +98,33 @@ impl Dataset {
         let mut inputs = Vec::with_capacity(specs.len());
         let mut samples = DRAWN;
         for spec in specs {
-            let size = |(axis, &size): (usize, &i64)| usize::try_from(size).unwrap_or(if axis == 0 { DRAWN } else { open_dimension.unwrap_or(DRAWN_DIMENSION) });
+            let size = |(axis, &size): (usize, &i64)| {
+                usize::try_from(size).unwrap_or(if axis == 0 {
+                    DRAWN
+                } else {
+                    open_dimension.unwrap_or(DRAWN_DIMENSION)
+                })
+            };
             let shape: Vec<usize> = spec.shape.iter().enumerate().map(size).collect();
             samples = shape.first().copied().unwrap_or(1);
             let count: usize = shape.iter().product();
             let float = matches!(spec.datatype, Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
-            let values: Vec<f64> = (0..count).map(|_| if float { normal(&mut state) } else { (uniform(&mut state) * 2.0).floor() }).collect();
+            let values: Vec<f64> = (0..count)
+                .map(|_| {
+                    if float {
+                        normal(&mut state)
+                    } else {
+                        (uniform(&mut state) * 2.0).floor()
+                    }
+                })
+                .collect();
             inputs.push(Tensor::new(shape, Data::from_f64(spec.datatype, &values)).ok()?);
         }
-        Some(Self { inputs, labels: None, samples })
+        Some(Self {
+            inputs,
+            labels: None,
+            samples,
+        })
     }
 
     /// The samples of `range`, as one batch.
@@ -99,9 +139,15 @@ impl Dataset {
     /// How many samples `engine` takes at once: the size of its first axis where that is fixed, otherwise as many as fit into 8 MiB.
     #[must_use]
     pub fn batch_size(&self, engine: &dyn Engine) -> usize {
-        let fixed = engine.inputs().iter().filter_map(|spec| spec.shape.first()).find_map(|&size| usize::try_from(size).ok());
+        let fixed = engine
+            .inputs()
+            .iter()
+            .filter_map(|spec| spec.shape.first())
+            .find_map(|&size| usize::try_from(size).ok());
         let bytes: usize = self.inputs.iter().map(|input| input.data().len() * 8).sum();
-        fixed.unwrap_or_else(|| (BATCH_BYTES_MAX / (bytes / self.samples).max(1)).clamp(1, self.samples)).max(1)
+        fixed
+            .unwrap_or_else(|| (BATCH_BYTES_MAX / (bytes / self.samples).max(1)).clamp(1, self.samples))
+            .max(1)
     }
 
     /// Runs every sample and puts the outputs of all batches together; of a model with a fixed batch the last, incomplete one is left out.
@@ -111,7 +157,11 @@ impl Dataset {
     pub fn run(&self, engine: &dyn Engine, mut progress: impl FnMut(usize)) -> Result<Outputs, EngineError> {
         let size = self.batch_size(engine);
         let fixed = engine.inputs().iter().any(|spec| spec.shape.first().is_some_and(|size| *size >= 0));
-        let mut outputs = Outputs { values: vec![Vec::new(); engine.outputs().len()], samples: 0, integers: vec![false; engine.outputs().len()] };
+        let mut outputs = Outputs {
+            values: vec![Vec::new(); engine.outputs().len()],
+            samples: 0,
+            integers: vec![false; engine.outputs().len()],
+        };
         let mut start = 0;
         while start < self.samples {
             let end = (start + size).min(self.samples);
@@ -168,21 +218,35 @@ fn rows(tensor: &Tensor, range: std::ops::Range<usize>) -> Tensor {
 fn fitted(spec: &TensorSpec, array: Tensor) -> Result<Tensor, String> {
     let name = &spec.name;
     let fits = array.shape().len() == spec.shape.len()
-        && array.shape().iter().zip(&spec.shape).skip(1).all(|(&given, &expected)| expected < 0 || usize::try_from(expected) == Ok(given));
+        && array
+            .shape()
+            .iter()
+            .zip(&spec.shape)
+            .skip(1)
+            .all(|(&given, &expected)| expected < 0 || usize::try_from(expected) == Ok(given));
     if spec.shape.is_empty() || !fits {
-        return Err(format!("the array for `{name}` has shape {:?}, the model takes {:?} (-1 is any size; the first axis counts samples)", array.shape(), spec.shape));
+        return Err(format!(
+            "the array for `{name}` has shape {:?}, the model takes {:?} (-1 is any size; the first axis counts samples)",
+            array.shape(),
+            spec.shape
+        ));
     }
     if array.datatype() == spec.datatype {
         return Ok(array);
     }
     let is_float = |kind| matches!(kind, Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
-    let convertible = (is_float(array.datatype()) == is_float(spec.datatype) || is_float(spec.datatype)) && spec.datatype != Datatype::Bytes;
+    let convertible =
+        (is_float(array.datatype()) == is_float(spec.datatype) || is_float(spec.datatype)) && spec.datatype != Datatype::Bytes;
     match array.data().to_f64().filter(|_| convertible) {
         Some(values) => {
             let converted = Data::from_f64(spec.datatype, &values);
             Tensor::new(array.shape().to_vec(), converted).map_err(|error| error.to_string())
         }
-        None => Err(format!("the array for `{name}` is of type {}, the model takes {}", array.datatype(), spec.datatype)),
+        None => Err(format!(
+            "the array for `{name}` is of type {}, the model takes {}",
+            array.datatype(),
+            spec.datatype
+        )),
     }
 }
 
@@ -192,7 +256,10 @@ fn classes(array: &Tensor, samples: usize) -> Result<Vec<i64>, String> {
         _ => false,
     };
     if !column {
-        return Err(format!("the labels have shape {:?}; write one class number for each of the {samples} samples", array.shape()));
+        return Err(format!(
+            "the labels have shape {:?}; write one class number for each of the {samples} samples",
+            array.shape()
+        ));
     }
     let values = array.data().to_f64().unwrap_or_default();
     if values.iter().any(|value| value.fract() != 0.0) {
@@ -221,7 +288,11 @@ mod tests {
     use super::*;
 
     fn spec(name: &str, datatype: Datatype, shape: &[i64]) -> TensorSpec {
-        TensorSpec { name: name.into(), datatype, shape: shape.to_vec() }
+        TensorSpec {
+            name: name.into(),
+            datatype,
+            shape: shape.to_vec(),
+        }
     }
 
     fn arrays(entries: Vec<(&str, Tensor)>) -> BTreeMap<String, Tensor> {
@@ -262,6 +333,13 @@ mod tests {
         let drawn = Dataset::drawn(&specs, None).unwrap();
         assert_eq!(drawn, Dataset::drawn(&specs, None).unwrap());
         assert_eq!(drawn.inputs[0].shape(), [8, 8, 3]);
-        assert!(drawn.inputs[1].data().to_f64().unwrap().iter().all(|value| [0.0, 1.0].contains(value)));
+        assert!(
+            drawn.inputs[1]
+                .data()
+                .to_f64()
+                .unwrap()
+                .iter()
+                .all(|value| [0.0, 1.0].contains(value))
+        );
     }
 }

@@ -31,7 +31,10 @@ pub fn measure(before: &dyn Engine, after: &dyn Engine, input: &[Tensor]) -> Res
         times_before.push(time(before, input)?);
         times_after.push(time(after, input)?);
     }
-    Ok(LatencyChange { before_us: median(times_before), after_us: median(times_after) })
+    Ok(LatencyChange {
+        before_us: median(times_before),
+        after_us: median(times_after),
+    })
 }
 
 fn time(engine: &dyn Engine, input: &[Tensor]) -> Result<f64, EngineError> {
@@ -43,7 +46,11 @@ fn time(engine: &dyn Engine, input: &[Tensor]) -> Result<f64, EngineError> {
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     let middle = times.len() / 2;
-    if times.len().is_multiple_of(2) { f64::midpoint(times[middle - 1], times[middle]) } else { times[middle] }
+    if times.len().is_multiple_of(2) {
+        f64::midpoint(times[middle - 1], times[middle])
+    } else {
+        times[middle]
+    }
 }
 
 #[cfg(test)]

@@ -15,7 +15,11 @@ const CLASSES_MAX: usize = 1000;
 /// # Errors
 /// In words, where the first output is neither.
 pub fn predictions(outputs: &Outputs) -> Result<Vec<i64>, String> {
-    let values = outputs.values.first().filter(|values| !values.is_empty()).ok_or("the model's first output holds no numbers")?;
+    let values = outputs
+        .values
+        .first()
+        .filter(|values| !values.is_empty())
+        .ok_or("the model's first output holds no numbers")?;
     let width = values.len() / outputs.samples.max(1);
     if width * outputs.samples != values.len() || width == 0 {
         return Err("the model's first output does not hold the same number of values for each sample".into());
@@ -43,7 +47,11 @@ fn largest(scores: &[f64]) -> usize {
 /// The share of `predictions` that equal their label, `0.0..=1.0`.
 #[must_use]
 pub fn accuracy(predictions: &[i64], labels: &[i64]) -> f64 {
-    let right = predictions.iter().zip(labels).filter(|(prediction, label)| prediction == label).count();
+    let right = predictions
+        .iter()
+        .zip(labels)
+        .filter(|(prediction, label)| prediction == label)
+        .count();
     right as f64 / predictions.len().max(1) as f64
 }
 
@@ -72,7 +80,11 @@ mod tests {
     use super::*;
 
     fn outputs(values: Vec<f64>, samples: usize, integers: bool) -> Outputs {
-        Outputs { values: vec![values], integers: vec![integers], samples }
+        Outputs {
+            values: vec![values],
+            integers: vec![integers],
+            samples,
+        }
     }
 
     #[test]

@@ -30,7 +30,9 @@ pub fn read(path: &Path, bytes_max: u64) -> Result<BTreeMap<String, Tensor>, Str
         let file_name = entry.name().map_err(|error| format!("it is broken: {error}"))?.into_owned();
         let Some(name) = file_name.strip_suffix(".npy") else { continue };
         let size = entry.size();
-        left = left.checked_sub(size).ok_or_else(|| format!("it unpacks to more than {bytes_max} bytes"))?;
+        left = left
+            .checked_sub(size)
+            .ok_or_else(|| format!("it unpacks to more than {bytes_max} bytes"))?;
         // What the directory says of the size is not to be believed.
         let tensor = array(entry.take(size), size).map_err(|why| format!("its array `{name}` {why}"))?;
         arrays.insert(name.to_owned(), tensor);
@@ -40,7 +42,11 @@ pub fn read(path: &Path, bytes_max: u64) -> Result<BTreeMap<String, Tensor>, Str
 
 fn array(reader: impl Read, bytes: u64) -> Result<Tensor, String> {
     let file = NpyFile::new(reader).map_err(|error| format!("cannot be read: {error}"))?;
-    let shape: Vec<usize> = file.shape().iter().map(|&size| usize::try_from(size).unwrap_or(usize::MAX)).collect();
+    let shape: Vec<usize> = file
+        .shape()
+        .iter()
+        .map(|&size| usize::try_from(size).unwrap_or(usize::MAX))
+        .collect();
     if file.order() == Order::Fortran && shape.len() > 1 {
         return Err("is in Fortran order; save it through numpy.ascontiguousarray".into());
     }
@@ -48,7 +54,9 @@ fn array(reader: impl Read, bytes: u64) -> Result<Tensor, String> {
     if count.is_none_or(|count| count > bytes) {
         return Err("says that it is larger than its file".into());
     }
-    let DType::Plain(kind) = file.dtype() else { return Err("is of a structured type".into()) };
+    let DType::Plain(kind) = file.dtype() else {
+        return Err("is of a structured type".into());
+    };
     let kind = kind.to_string();
     let data: Data = match kind.trim_start_matches(['<', '>', '=', '|']) {
         "b1" => values::<bool, _>(file)?.into(),

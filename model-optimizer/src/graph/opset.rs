@@ -31,24 +31,36 @@ pub fn raise(model: &mut ModelProto) -> Result<(), String> {
         return Ok(());
     }
     if from < RAISED_MIN {
-        return Err(format!("the model is of opset {from}, and quantised weights need {QUANTIZED}; export it with opset {QUANTIZED} or later"));
+        return Err(format!(
+            "the model is of opset {from}, and quantised weights need {QUANTIZED}; export it with opset {QUANTIZED} or later"
+        ));
     }
     let Some(graph) = &mut model.graph else { return Ok(()) };
     let nested = graph.node.iter().flat_map(subgraphs).next().is_some();
     if nested || !model.functions.is_empty() {
-        return Err(format!("the model is of opset {from} and has branches or loops; export it with opset {QUANTIZED} or later"));
+        return Err(format!(
+            "the model is of opset {from} and has branches or loops; export it with opset {QUANTIZED} or later"
+        ));
     }
     let ranks = known_ranks(graph);
     let mut names = Names::of(graph);
     let mut initializers = Vec::new();
     let mut nodes = graph.node.clone();
     for node in nodes.iter_mut().filter(|node| is_standard(node)) {
-        raise_node(node, &ranks, &mut names, &mut initializers)
-            .map_err(|why| format!("the model is of opset {from}, and its node `{}` {why}; export it with opset {QUANTIZED} or later", node.name()))?;
+        raise_node(node, &ranks, &mut names, &mut initializers).map_err(|why| {
+            format!(
+                "the model is of opset {from}, and its node `{}` {why}; export it with opset {QUANTIZED} or later",
+                node.name()
+            )
+        })?;
     }
     graph.node = nodes;
     graph.initializer.extend(initializers);
-    for import in model.opset_import.iter_mut().filter(|import| matches!(import.domain(), "" | "ai.onnx")) {
+    for import in model
+        .opset_import
+        .iter_mut()
+        .filter(|import| matches!(import.domain(), "" | "ai.onnx"))
+    {
         import.version = Some(QUANTIZED);
     }
     model.ir_version = Some(model.ir_version().max(IR_VERSION));
@@ -57,15 +69,27 @@ pub fn raise(model: &mut ModelProto) -> Result<(), String> {
 
 /// What changed between 11 and 13 in ONNX's operator changelog: axes and sizes became inputs, and the softmax family works along one
 /// axis instead of on a matrix.
-fn raise_node(node: &mut NodeProto, ranks: &HashMap<String, usize>, names: &mut Names, initializers: &mut Vec<TensorProto>) -> Result<(), String> {
+fn raise_node(
+    node: &mut NodeProto,
+    ranks: &HashMap<String, usize>,
+    names: &mut Names,
+    initializers: &mut Vec<TensorProto>,
+) -> Result<(), String> {
     let op_type = node.op_type().to_owned();
     match op_type.as_str() {
         "Squeeze" | "Unsqueeze" | "ReduceSum" | "Split" => {
             let name = if op_type == "Split" { "split" } else { "axes" };
-            let Some(position) = node.attribute.iter().position(|attribute| attribute.name() == name) else { return Ok(()) };
+            let Some(position) = node.attribute.iter().position(|attribute| attribute.name() == name) else {
+                return Ok(());
+            };
             let values = node.attribute.remove(position).ints;
             let input = names.fresh(&format!("{}_{name}", node.output.first().map_or("", String::as_str)));
-            initializers.push(tensor(&input, DataType::Int64, &[values.len()], values.iter().flat_map(|value| value.to_le_bytes()).collect()));
+            initializers.push(tensor(
+                &input,
+                DataType::Int64,
+                &[values.len()],
+                values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            ));
             node.input.push(input);
             Ok(())
         }
@@ -95,7 +119,9 @@ fn known_ranks(graph: &GraphProto) -> HashMap<String, usize> {
         type_proto::Value::TensorType(tensor) => tensor.shape.as_ref().map(|shape| shape.dim.len()),
         _ => None,
     };
-    values.filter_map(|value| Some((value.name().to_owned(), rank(value.r#type.as_ref()?.value.as_ref()?)?))).collect()
+    values
+        .filter_map(|value| Some((value.name().to_owned(), rank(value.r#type.as_ref()?.value.as_ref()?)?)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -105,14 +131,28 @@ mod tests {
     use plimsoll_runtime::onnx::{AttributeProto, OperatorSetIdProto};
 
     fn model(version: i64, nodes: Vec<NodeProto>) -> ModelProto {
-        let graph = GraphProto { node: nodes, ..GraphProto::default() };
-        let import = OperatorSetIdProto { domain: None, version: Some(version) };
-        ModelProto { opset_import: vec![import], graph: Some(graph), ..ModelProto::default() }
+        let graph = GraphProto {
+            node: nodes,
+            ..GraphProto::default()
+        };
+        let import = OperatorSetIdProto {
+            domain: None,
+            version: Some(version),
+        };
+        ModelProto {
+            opset_import: vec![import],
+            graph: Some(graph),
+            ..ModelProto::default()
+        }
     }
 
     #[test]
     fn axes_become_inputs() {
-        let axes = AttributeProto { name: Some("axes".into()), ints: vec![0, 2], ..AttributeProto::default() };
+        let axes = AttributeProto {
+            name: Some("axes".into()),
+            ints: vec![0, 2],
+            ..AttributeProto::default()
+        };
         let mut raised = model(11, vec![node("Unsqueeze", &["x"], "y", vec![axes])]);
         raise(&mut raised).unwrap();
         assert_eq!(version(&raised), 13);
@@ -125,7 +165,11 @@ mod tests {
     #[test]
     fn a_softmax_over_several_axes_is_refused_and_over_the_last_one_kept() {
         let mut refused = model(12, vec![node("Softmax", &["x"], "y", vec![])]);
-        assert!(raise(&mut refused).unwrap_err().contains("(Softmax along axis 1) means something else"));
+        assert!(
+            raise(&mut refused)
+                .unwrap_err()
+                .contains("(Softmax along axis 1) means something else")
+        );
         assert_eq!(version(&refused), 12);
         let mut kept = model(12, vec![node("Softmax", &["x"], "y", vec![integer("axis", -1)])]);
         raise(&mut kept).unwrap();

@@ -50,7 +50,10 @@ fn constant(node: &NodeProto) -> Option<TensorProto> {
     let float_bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
     let integer_bytes = |values: &[i64]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
     if let Some(value) = attribute(node, "value").and_then(|value| value.t.as_ref()) {
-        return Some(TensorProto { name: Some(name.clone()), ..value.clone() });
+        return Some(TensorProto {
+            name: Some(name.clone()),
+            ..value.clone()
+        });
     }
     if let Some(value) = attribute(node, "value_float") {
         return Some(tensor(name, DataType::Float, &[], float_bytes(&[value.f()])));
@@ -72,10 +75,17 @@ fn constant(node: &NodeProto) -> Option<TensorProto> {
 fn forward_identities(graph: &mut GraphProto) {
     let outputs: HashSet<&str> = graph.output.iter().map(|output| output.name()).collect();
     // A subgraph may read it by its name.
-    let inner: HashSet<String> = graph.node.iter().flat_map(subgraphs).flat_map(|subgraph| reads(subgraph).into_keys().map(str::to_owned)).collect();
+    let inner: HashSet<String> = graph
+        .node
+        .iter()
+        .flat_map(subgraphs)
+        .flat_map(|subgraph| reads(subgraph).into_keys().map(str::to_owned))
+        .collect();
     let mut renamed: HashMap<String, String> = HashMap::new();
     graph.node.retain(|node| {
-        let ([input], [output]) = (node.input.as_slice(), node.output.as_slice()) else { return true };
+        let ([input], [output]) = (node.input.as_slice(), node.output.as_slice()) else {
+            return true;
+        };
         if node.op_type() != "Identity" || !is_standard(node) || outputs.contains(output.as_str()) || inner.contains(output) {
             return true;
         }
@@ -117,12 +127,19 @@ mod tests {
     use plimsoll_runtime::onnx::{AttributeProto, ValueInfoProto};
 
     fn value(name: &str) -> ValueInfoProto {
-        ValueInfoProto { name: Some(name.into()), ..ValueInfoProto::default() }
+        ValueInfoProto {
+            name: Some(name.into()),
+            ..ValueInfoProto::default()
+        }
     }
 
     #[test]
     fn constants_move_identities_vanish_and_the_dead_go() {
-        let held = AttributeProto { name: Some("value".into()), t: Some(float_tensor("", &[1], &[2.0])), ..AttributeProto::default() };
+        let held = AttributeProto {
+            name: Some("value".into()),
+            t: Some(float_tensor("", &[1], &[2.0])),
+            ..AttributeProto::default()
+        };
         let graph = GraphProto {
             input: vec![value("x"), value("w")],
             output: vec![value("y")],
@@ -138,7 +155,11 @@ mod tests {
             value_info: vec![value("m"), value("dead")],
             ..GraphProto::default()
         };
-        let mut model = ModelProto { ir_version: Some(3), graph: Some(graph), ..ModelProto::default() };
+        let mut model = ModelProto {
+            ir_version: Some(3),
+            graph: Some(graph),
+            ..ModelProto::default()
+        };
         simplify(&mut model);
         let graph = model.graph.unwrap();
         assert_eq!(graph.node.iter().map(NodeProto::op_type).collect::<Vec<_>>(), ["Mul", "Add"]);

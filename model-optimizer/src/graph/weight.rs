@@ -65,17 +65,30 @@ pub struct Weight {
 /// The weights of `graph`, in the order of the nodes that first use them.
 #[must_use]
 pub fn find(graph: &GraphProto) -> Vec<Weight> {
-    let index: HashMap<&str, usize> = graph.initializer.iter().enumerate().map(|(index, tensor)| (tensor.name(), index)).collect();
+    let index: HashMap<&str, usize> = graph
+        .initializer
+        .iter()
+        .enumerate()
+        .map(|(index, tensor)| (tensor.name(), index))
+        .collect();
     let mut weights: Vec<Weight> = Vec::new();
     for (node_index, node) in graph.node.iter().enumerate().filter(|(_, node)| is_standard(node)) {
         for (input, name) in node.input.iter().enumerate() {
             let Some(&initializer) = index.get(name.as_str()) else { continue };
             let tensor = &graph.initializer[initializer];
             let Some(operator) = operator(node, input, tensor) else { continue };
-            let used = Use { node: node_index, input, operator };
+            let used = Use {
+                node: node_index,
+                input,
+                operator,
+            };
             match weights.iter_mut().find(|weight| weight.initializer == initializer) {
                 Some(weight) => weight.uses.push(used),
-                None => weights.push(Weight { initializer, name: name.clone(), uses: vec![used] }),
+                None => weights.push(Weight {
+                    initializer,
+                    name: name.clone(),
+                    uses: vec![used],
+                }),
             }
         }
     }
@@ -89,7 +102,9 @@ fn operator(node: &NodeProto, input: usize, tensor: &TensorProto) -> Option<Oper
     match (node.op_type(), input) {
         ("Conv", 1) => Some(Operator::Conv),
         ("ConvTranspose", 1) => Some(Operator::ConvTranspose),
-        ("Gemm", 1) => Some(Operator::Gemm { transposed: attribute(node, "transB").is_some_and(|attribute| attribute.i() != 0) }),
+        ("Gemm", 1) => Some(Operator::Gemm {
+            transposed: attribute(node, "transB").is_some_and(|attribute| attribute.i() != 0),
+        }),
         ("MatMul", 1) => Some(Operator::MatMul),
         ("MatMul", 0) => Some(Operator::MatMulLeft),
         ("Gather", 0) if attribute(node, "axis").is_none_or(|attribute| attribute.i() == 0) => Some(Operator::Gather),
@@ -107,7 +122,12 @@ pub fn sparsity(graph: &GraphProto) -> f64 {
             zeros += data.iter().filter(|byte| **byte == 0).count();
             all += data.len();
         } else if tensor.data_type() == DataType::Float as i32 {
-            let floats = data.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).chain(tensor.float_data.iter().copied());
+            let floats = data
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|bytes| f32::from_le_bytes(*bytes))
+                .chain(tensor.float_data.iter().copied());
             for value in floats {
                 zeros += usize::from(value == 0.0);
                 all += 1;

@@ -15,7 +15,10 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
     let unreadable = |error: &io::Error| failure(FailureReason::SourceRefused, format!("cannot read the {what} {shown}: {error}"));
     let metadata = fs::metadata(path).map_err(|error| unreadable(&error))?;
     if !metadata.is_file() {
-        return Err(failure(FailureReason::SourceRefused, format!("the {what} {shown} is not a file; name the file itself")));
+        return Err(failure(
+            FailureReason::SourceRefused,
+            format!("the {what} {shown} is not a file; name the file itself"),
+        ));
     }
     if metadata.len() > size_max {
         return Err(too_large(what, &shown, Some(metadata.len()), size_max));
@@ -26,7 +29,10 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
     loop {
         let length = source.read(&mut piece).map_err(|error| unreadable(&error))?;
         if length == 0 {
-            return Ok(Content { digest: hasher.finish(), size });
+            return Ok(Content {
+                digest: hasher.finish(),
+                size,
+            });
         }
         size += length as u64;
         if size > size_max {
@@ -44,14 +50,20 @@ pub(super) fn copy_from_claim(what: &str, claim_and_path: &str, limits: &Limits,
     let mut parts = relative.components();
     let plain = relative.components().all(|part| matches!(part, Component::Normal(_)));
     let (Some(claim), Some(_), true) = (parts.next(), parts.next(), plain) else {
-        return Err(failure(FailureReason::InvalidInputs, format!("{uri} does not name a file; write pvc://CLAIM/PATH")));
+        return Err(failure(
+            FailureReason::InvalidInputs,
+            format!("{uri} does not name a file; write pvc://CLAIM/PATH"),
+        ));
     };
     let claim = limits.claims.join(claim);
     let missing = |error: io::Error| failure(FailureReason::SourceRefused, format!("cannot read the {what} {uri}: {error}"));
     let root = claim.canonicalize().map_err(missing)?;
     let path = limits.claims.join(relative).canonicalize().map_err(missing)?;
     if !path.starts_with(&root) {
-        return Err(failure(FailureReason::SourceRefused, format!("the {what} {uri} is a link that leaves its volume")));
+        return Err(failure(
+            FailureReason::SourceRefused,
+            format!("the {what} {uri} is a link that leaves its volume"),
+        ));
     }
     copy(what, &path, destination, limits.size_max)
 }

@@ -26,7 +26,9 @@ pub(crate) type Delays = backon::ExponentialBackoff;
 
 /// 0.25 s, 0.5 s, 1 s ... up to 8 s, each up to twice as long by chance, so that many Jobs do not come back at once.
 pub(crate) fn delays(retries: usize) -> Delays {
-    let builder = backon::ExponentialBuilder::default().with_min_delay(Duration::from_millis(250)).with_max_delay(Duration::from_secs(8));
+    let builder = backon::ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(250))
+        .with_max_delay(Duration::from_secs(8));
     builder.with_factor(2.0).with_max_times(retries).with_jitter().build()
 }
 
@@ -39,11 +41,16 @@ pub(super) async fn download(
     destination: &Path,
     activity: &Activity,
 ) -> Result<Content, Failure> {
-    let url: Url = uri.parse().map_err(|error| failure(FailureReason::InvalidInputs, format!("{uri} is not a URL: {error}")))?;
+    let url: Url = uri
+        .parse()
+        .map_err(|error| failure(FailureReason::InvalidInputs, format!("{uri} is not a URL: {error}")))?;
     if url.scheme() == "http" && !allows_plain_http(&url, &limits.plain_http_hosts) {
         let host = host_and_port(&url);
         let advice = format!("use https://, or have the operator allow plain HTTP to {host} (plainHttpHosts)");
-        return Err(failure(FailureReason::SourceRefused, format!("the {what} {uri} would come over plain HTTP, which anybody on the way can change; {advice}")));
+        return Err(failure(
+            FailureReason::SourceRefused,
+            format!("the {what} {uri} would come over plain HTTP, which anybody on the way can change; {advice}"),
+        ));
     }
     let client = client(what, limits)?;
     let file = File::create(destination).await.map_err(disk("write", destination))?;
@@ -73,14 +80,20 @@ pub(super) async fn download(
                 }
                 done_before = download.done;
                 let Some(delay) = delays.next() else {
-                    return Err(failure(FailureReason::SourceUnreachable, format!("cannot fetch the {what} {uri}: {why}")));
+                    return Err(failure(
+                        FailureReason::SourceUnreachable,
+                        format!("cannot fetch the {what} {uri}: {why}"),
+                    ));
                 };
                 tokio::time::sleep(delay).await;
             }
         }
     }
     download.file.flush().await.map_err(disk("write", destination))?;
-    Ok(Content { digest: download.hasher.finish(), size: download.done })
+    Ok(Content {
+        digest: download.hasher.finish(),
+        size: download.done,
+    })
 }
 
 fn client(what: &str, limits: &Limits) -> Result<Client, Failure> {
@@ -111,7 +124,10 @@ fn host_and_port(url: &Url) -> String {
 }
 
 fn allows_plain_http(url: &Url, hosts: &[String]) -> bool {
-    url.scheme() == "http" && hosts.iter().any(|host| *host == host_and_port(url) || Some(host.as_str()) == url.host_str())
+    url.scheme() == "http"
+        && hosts
+            .iter()
+            .any(|host| *host == host_and_port(url) || Some(host.as_str()) == url.host_str())
 }
 
 struct Download<'a> {
@@ -177,7 +193,11 @@ impl Download<'_> {
                 return Err(Broken::For(too_large(self.what, self.url.as_str(), None, self.size_max)));
             }
             self.hasher.update(&piece);
-            self.file.write_all(&piece).await.map_err(disk("write", self.destination)).map_err(Broken::For)?;
+            self.file
+                .write_all(&piece)
+                .await
+                .map_err(disk("write", self.destination))
+                .map_err(Broken::For)?;
             self.done = done;
             self.activity.report(done, total);
         }
@@ -204,7 +224,9 @@ impl Download<'_> {
             return Broken::Off(format!("the server answers {status}"));
         }
         let advice = match status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "; name a Secret with credentials for it (credentialsSecret), or check those",
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                "; name a Secret with credentials for it (credentialsSecret), or check those"
+            }
             StatusCode::NOT_FOUND | StatusCode::GONE => "; check the address",
             _ => "",
         };

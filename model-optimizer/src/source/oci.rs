@@ -18,14 +18,23 @@ pub(super) async fn fetch(
     destination: &Path,
     activity: Activity,
 ) -> Result<Content, Failure> {
-    let access = Access { credentials, plain_http_hosts: limits.plain_http_hosts.clone(), extra_ca: limits.extra_ca.clone() };
+    let access = Access {
+        credentials,
+        plain_http_hosts: limits.plain_http_hosts.clone(),
+        extra_ca: limits.extra_ca.clone(),
+    };
     let failed = |error| of_source(what, &error);
     let registry = Registry::new(access).map_err(failed)?;
     let progress = Progress::new(move |done, total| activity.report(done, total));
     let mut delays: Delays = delays(limits.retries);
     loop {
         match registry.fetch_artifact(reference, destination, limits.size_max, &progress).await {
-            Ok(fetched) => return Ok(Content { digest: fetched.digest, size: fetched.size }),
+            Ok(fetched) => {
+                return Ok(Content {
+                    digest: fetched.digest,
+                    size: fetched.size,
+                });
+            }
             Err(error) if error.is_transient() => match delays.next() {
                 Some(delay) => tokio::time::sleep(delay).await,
                 None => return Err(failed(error)),

@@ -63,12 +63,18 @@ impl Place {
     /// # Errors
     /// Where the folder cannot be watched.
     pub fn wait(&self) -> io::Result<Turn> {
-        let Some(predecessor) = self.step.predecessor() else { return Ok(Turn::Work) };
+        let Some(predecessor) = self.step.predecessor() else {
+            return Ok(Turn::Work);
+        };
         self.wait_for_lock_file(&format!("{predecessor}.lock"))?.lock_shared()?;
         if !self.folder.join(format!("{predecessor}.done")).exists() {
             return Ok(Turn::EarlierFailed);
         }
-        Ok(if self.folder.join(REUSED).exists() { Turn::Reused } else { Turn::Work })
+        Ok(if self.folder.join(REUSED).exists() {
+            Turn::Reused
+        } else {
+            Turn::Work
+        })
     }
 
     fn wait_for_lock_file(&self, name: &str) -> io::Result<File> {
@@ -93,7 +99,10 @@ impl Place {
         if reused {
             fs::write(self.folder.join(REUSED), "")?;
         }
-        fs::write(self.folder.join(format!("{}.done", self.step)), format!("{:.3}", took.as_secs_f64() * 1e3))
+        fs::write(
+            self.folder.join(format!("{}.done", self.step)),
+            format!("{:.3}", took.as_secs_f64() * 1e3),
+        )
     }
 }
 
@@ -107,7 +116,10 @@ fn remove(path: &Path) -> io::Result<()> {
 /// The milliseconds that a step took; `None` before it is done.
 #[must_use]
 pub fn took_ms(work: &Path, step: Step) -> Option<f64> {
-    fs::read_to_string(work.join(FOLDER).join(format!("{step}.done"))).ok()?.parse().ok()
+    fs::read_to_string(work.join(FOLDER).join(format!("{step}.done")))
+        .ok()?
+        .parse()
+        .ok()
 }
 
 /// Whether the process is at work, rather than waiting: only then is a signal its failure.

@@ -34,8 +34,16 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         let change = compress::technique(entry)?.apply(&mut model)?;
         let size_after = model.encoded_len() as u64;
         let name = if entry.prune.is_some() { "pruned" } else { "quantised" };
-        context.console.info(&format!("{name} {} weights, now {}", change.changed.len(), display_size(size_after)));
-        record.steps.push(TechniqueReport { technique: entry.clone(), changed: change.changed, size_after });
+        context.console.info(&format!(
+            "{name} {} weights, now {}",
+            change.changed.len(),
+            display_size(size_after)
+        ));
+        record.steps.push(TechniqueReport {
+            technique: entry.clone(),
+            changed: change.changed,
+            size_after,
+        });
         record.skipped.extend(change.skipped);
         record.fold_dequantize |= change.fold_dequantize;
     }

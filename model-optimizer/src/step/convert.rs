@@ -9,5 +9,10 @@ use crate::failure::Failure;
 /// # Errors
 /// Where the file is no model, or one that no engine runs.
 pub fn run(context: &Context) -> Result<(), Failure> {
-    convert::to_onnx(&context.inputs.source.uri, &context.source("model"), &context.converted(), context.threads)
+    convert::to_onnx(
+        &context.inputs.source.uri,
+        &context.source("model"),
+        &context.converted(),
+        context.threads,
+    )
 }

@@ -48,12 +48,25 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         sample = one_sample(&data.samples, &*first.after);
     }
     let (measured, probe) = compare_engines(&candidates, &sample, context)?;
-    let engines: Vec<EngineReport> = measured.iter().map(|measured| measured.report.clone()).chain(candidates.refused.iter().cloned()).collect();
-    let fastest = measured.iter().filter_map(|measured| Some((measured.pair?, measured.report.latency?)));
+    let engines: Vec<EngineReport> = measured
+        .iter()
+        .map(|measured| measured.report.clone())
+        .chain(candidates.refused.iter().cloned())
+        .collect();
+    let fastest = measured
+        .iter()
+        .filter_map(|measured| Some((measured.pair?, measured.report.latency?)));
     let fastest = fastest.min_by(|a, b| a.1.after_us.total_cmp(&b.1.after_us));
     let (chosen, latency) = fastest.ok_or_else(|| {
-        let words = engines.iter().filter_map(|engine| Some(format!("{}: {}", engine.engine, engine.refused.as_ref()?))).collect::<Vec<_>>().join("; ");
-        failure(FailureReason::UnsupportedOperator, format!("no engine runs the compressed model: {words}; leave out quantize, or use another scheme"))
+        let words = engines
+            .iter()
+            .filter_map(|engine| Some(format!("{}: {}", engine.engine, engine.refused.as_ref()?)))
+            .collect::<Vec<_>>()
+            .join("; ");
+        failure(
+            FailureReason::UnsupportedOperator,
+            format!("no engine runs the compressed model: {words}; leave out quantize, or use another scheme"),
+        )
     })?;
     let judgement = judge(context, chosen, &data)?;
 
@@ -74,7 +87,9 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         toolchain: env!("CARGO_PKG_VERSION").to_owned(),
     };
     budget::check(context.inputs.optimize.budget.as_ref(), &summary, &judgement.outputs)?;
-    let mut step_ms: BTreeMap<String, f64> = Step::iter().filter_map(|step| Some((step.to_string(), took_ms(&context.work, step)?))).collect();
+    let mut step_ms: BTreeMap<String, f64> = Step::iter()
+        .filter_map(|step| Some((step.to_string(), took_ms(&context.work, step)?)))
+        .collect();
     step_ms.insert(Step::Evaluate.to_string(), begun.elapsed().as_secs_f64() * 1e3);
     let report = Report {
         schema_version: 1,
@@ -102,31 +117,56 @@ struct Candidates {
 }
 
 fn load(context: &Context, fold_dequantize: bool) -> Result<Candidates, Failure> {
-    let options = LoadOptions { threads: context.threads, fold_dequantize, ..LoadOptions::default() };
+    let options = LoadOptions {
+        threads: context.threads,
+        fold_dequantize,
+        ..LoadOptions::default()
+    };
     let (before, after) = (context.converted(), context.compressed());
     let (options, before, after) = (&options, before.as_path(), after.as_path());
     // Loading optimises the graph; all at once, since none of them is measured yet.
     let loaded: Vec<_> = std::thread::scope(|scope| {
         let load_on = |kind, path| scope.spawn(move || engine::load(kind, path, options).map_err(|error| chain(&error)));
-        let loading: Vec<_> = convert::engines().into_iter().map(|kind| (kind, load_on(kind, before), load_on(kind, after))).collect();
+        let loading: Vec<_> = convert::engines()
+            .into_iter()
+            .map(|kind| (kind, load_on(kind, before), load_on(kind, after)))
+            .collect();
         let join = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|_| Err("the engine panicked".to_owned()));
-        loading.into_iter().map(|(kind, before, after)| (kind, join(before), join(after))).collect()
+        loading
+            .into_iter()
+            .map(|(kind, before, after)| (kind, join(before), join(after)))
+            .collect()
     });
-    let mut candidates = Candidates { engines: Vec::new(), refused: Vec::new() };
+    let mut candidates = Candidates {
+        engines: Vec::new(),
+        refused: Vec::new(),
+    };
     for (kind, before, after) in loaded {
         match (before, after) {
             (Ok(before), Ok(after)) => candidates.engines.push(Pair { before, after }),
             (before, after) => {
                 let why = before.err().map(|why| format!("the original: {why}")).or(after.err());
-                context.console.info(&format!("{kind} does not run the model: {}", why.as_deref().unwrap_or_default()));
-                candidates.refused.push(EngineReport { engine: kind, latency: None, refused: why });
+                context
+                    .console
+                    .info(&format!("{kind} does not run the model: {}", why.as_deref().unwrap_or_default()));
+                candidates.refused.push(EngineReport {
+                    engine: kind,
+                    latency: None,
+                    refused: why,
+                });
             }
         }
     }
     if candidates.engines.is_empty() {
-        let words = candidates.refused.iter().map(|report| format!("{}: {}", report.engine, report.refused.as_deref().unwrap_or_default()));
+        let words = candidates
+            .refused
+            .iter()
+            .map(|report| format!("{}: {}", report.engine, report.refused.as_deref().unwrap_or_default()));
         let words = words.collect::<Vec<_>>().join("; ");
-        return Err(failure(FailureReason::UnsupportedOperator, format!("no engine runs the model both before and after compression: {words}")));
+        return Err(failure(
+            FailureReason::UnsupportedOperator,
+            format!("no engine runs the model both before and after compression: {words}"),
+        ));
     }
     Ok(candidates)
 }
@@ -142,34 +182,63 @@ struct Data {
 impl Data {
     fn of(context: &Context, inputs: &[TensorSpec]) -> Result<Self, Failure> {
         let optimize = &context.inputs.optimize;
-        let invalid = |what: &str, why: String| failure(FailureReason::InvalidDataset, format!("the {what} data do not fit the model: {why}"));
+        let invalid = |what: &str, why: String| {
+            failure(
+                FailureReason::InvalidDataset,
+                format!("the {what} data do not fit the model: {why}"),
+            )
+        };
         let bytes_max = context.inputs.max_fetch_size.value().unwrap_or(u64::MAX);
         if let Some(evaluation) = &optimize.evaluation {
             let samples = Dataset::read(&context.source("evaluation"), inputs, evaluation.labels.as_deref(), bytes_max);
             let mut samples = samples.map_err(|why| invalid("evaluation", why))?;
             let needs_labels = optimize.budget.as_ref().is_some_and(|budget| budget.max_accuracy_drop.is_some());
-            let metric = evaluation.metric.unwrap_or(if samples.labels.is_some() || needs_labels { Metric::Accuracy } else { Metric::Fidelity });
+            let metric = evaluation.metric.unwrap_or(if samples.labels.is_some() || needs_labels {
+                Metric::Accuracy
+            } else {
+                Metric::Fidelity
+            });
             if metric == Metric::Accuracy && samples.labels.is_none() {
-                return Err(invalid("evaluation", "they hold no labels (an array `y`); add them, or use the metric Fidelity".into()));
+                return Err(invalid(
+                    "evaluation",
+                    "they hold no labels (an array `y`); add them, or use the metric Fidelity".into(),
+                ));
             }
             if metric == Metric::Fidelity {
                 samples.labels = None;
             }
-            return Ok(Self { samples, real: true, metric });
+            return Ok(Self {
+                samples,
+                real: true,
+                metric,
+            });
         }
         if optimize.calibration.is_some() {
-            let samples = Dataset::read(&context.source("calibration"), inputs, None, bytes_max).map_err(|why| invalid("calibration", why))?;
-            return Ok(Self { samples: Dataset { labels: None, ..samples }, real: true, metric: Metric::Fidelity });
+            let samples =
+                Dataset::read(&context.source("calibration"), inputs, None, bytes_max).map_err(|why| invalid("calibration", why))?;
+            return Ok(Self {
+                samples: Dataset { labels: None, ..samples },
+                real: true,
+                metric: Metric::Fidelity,
+            });
         }
         let samples = Dataset::drawn(inputs, None);
         let samples = samples.ok_or_else(|| invalid("drawn", "an input is larger than memory; name evaluation data".into()))?;
-        Ok(Self { samples, real: false, metric: Metric::Fidelity })
+        Ok(Self {
+            samples,
+            real: false,
+            metric: Metric::Fidelity,
+        })
     }
 }
 
 /// One sample, or as many as a model of a fixed batch takes.
 fn one_sample(samples: &Dataset, engine: &dyn Engine) -> Vec<Tensor> {
-    let fixed = engine.inputs().iter().filter_map(|spec| spec.shape.first()).find_map(|&size| usize::try_from(size).ok());
+    let fixed = engine
+        .inputs()
+        .iter()
+        .filter_map(|spec| spec.shape.first())
+        .find_map(|&size| usize::try_from(size).ok());
     samples.batch(0..fixed.unwrap_or(1).min(samples.samples))
 }
 
@@ -181,9 +250,16 @@ struct MeasuredEngine<'a> {
 
 /// Runs the sample on every engine, measures those that agree with the reference (ONNX Runtime where it runs, since it is what models
 /// are tested with), and records the reference's outputs as the probe.
-fn compare_engines<'a>(candidates: &'a Candidates, sample: &[Tensor], context: &Context) -> Result<(Vec<MeasuredEngine<'a>>, Probe), Failure> {
+fn compare_engines<'a>(
+    candidates: &'a Candidates,
+    sample: &[Tensor],
+    context: &Context,
+) -> Result<(Vec<MeasuredEngine<'a>>, Probe), Failure> {
     let dynamic = convert::read("the compressed model", &context.compressed())?;
-    let dynamic = dynamic.graph.as_ref().is_some_and(|graph| graph.node.iter().any(|node| node.op_type() == "DynamicQuantizeLinear"));
+    let dynamic = dynamic
+        .graph
+        .as_ref()
+        .is_some_and(|graph| graph.node.iter().any(|node| node.op_type() == "DynamicQuantizeLinear"));
     let floor = if dynamic { TOLERANCE_DYNAMIC } else { TOLERANCE };
     let mut pairs: Vec<&Pair> = candidates.engines.iter().collect();
     pairs.sort_by_key(|pair| pair.after.kind() != EngineKind::OnnxRuntime);
@@ -193,7 +269,14 @@ fn compare_engines<'a>(candidates: &'a Candidates, sample: &[Tensor], context: &
         let kind = pair.after.kind();
         let refuse = |why: String| {
             context.console.info(&format!("{kind} is left out: {why}"));
-            MeasuredEngine { report: EngineReport { engine: kind, latency: None, refused: Some(why) }, pair: None }
+            MeasuredEngine {
+                report: EngineReport {
+                    engine: kind,
+                    latency: None,
+                    refused: Some(why),
+                },
+                pair: None,
+            }
         };
         let outputs = match pair.after.run(sample) {
             Ok(outputs) => outputs,
@@ -205,8 +288,13 @@ fn compare_engines<'a>(candidates: &'a Candidates, sample: &[Tensor], context: &
         match &mut probe {
             None => {
                 probe = record(&*pair.after, sample, &outputs, floor);
-                if probe.as_ref().is_some_and(|probe| probe.outputs.iter().flat_map(|output| &output.data).any(|value| !value.is_finite())) {
-                    measured.push(refuse("an output holds NaN or infinity on the first sample, which no probe can check".into()));
+                if probe
+                    .as_ref()
+                    .is_some_and(|probe| probe.outputs.iter().flat_map(|output| &output.data).any(|value| !value.is_finite()))
+                {
+                    measured.push(refuse(
+                        "an output holds NaN or infinity on the first sample, which no probe can check".into(),
+                    ));
                     probe = None;
                     continue;
                 }
@@ -219,25 +307,52 @@ fn compare_engines<'a>(candidates: &'a Candidates, sample: &[Tensor], context: &
             }
         }
         measured.push(match latency::measure(&*pair.before, &*pair.after, sample) {
-            Ok(latency) => MeasuredEngine { report: EngineReport { engine: kind, latency: Some(latency), refused: None }, pair: Some(pair) },
+            Ok(latency) => MeasuredEngine {
+                report: EngineReport {
+                    engine: kind,
+                    latency: Some(latency),
+                    refused: None,
+                },
+                pair: Some(pair),
+            },
             Err(error) => refuse(chain(&error)),
         });
     }
     let probe = probe.ok_or_else(|| {
-        let words = measured.iter().filter_map(|measured| measured.report.refused.clone()).collect::<Vec<_>>().join("; ");
-        failure(FailureReason::UnsupportedOperator, format!("no engine runs the compressed model, or its outputs hold no numbers: {words}"))
+        let words = measured
+            .iter()
+            .filter_map(|measured| measured.report.refused.clone())
+            .collect::<Vec<_>>()
+            .join("; ");
+        failure(
+            FailureReason::UnsupportedOperator,
+            format!("no engine runs the compressed model, or its outputs hold no numbers: {words}"),
+        )
     })?;
     Ok((measured, probe))
 }
 
 fn record(engine: &dyn Engine, inputs: &[Tensor], outputs: &[Tensor], tolerance: f64) -> Option<Probe> {
-    let record = |specs: &[TensorSpec], tensors: &[Tensor]| specs.iter().zip(tensors).map(|(spec, tensor)| probe::record(spec, tensor)).collect::<Option<Vec<_>>>();
-    Some(Probe { inputs: record(engine.inputs(), inputs)?, outputs: record(engine.outputs(), outputs)?, tolerance })
+    let record = |specs: &[TensorSpec], tensors: &[Tensor]| {
+        specs
+            .iter()
+            .zip(tensors)
+            .map(|(spec, tensor)| probe::record(spec, tensor))
+            .collect::<Option<Vec<_>>>()
+    };
+    Some(Probe {
+        inputs: record(engine.inputs(), inputs)?,
+        outputs: record(engine.outputs(), outputs)?,
+        tolerance,
+    })
 }
 
 /// Widens the probe's tolerance to twice this engine's difference; refuses an engine that differs by more than can be rounding.
 fn agree(engine: &dyn Engine, probe: &mut Probe) -> Result<(), String> {
-    let exact = Probe { tolerance: 0.0, ..probe.clone() };
+    let exact = Probe {
+        tolerance: 0.0,
+        ..probe.clone()
+    };
     match probe::check(engine, &exact) {
         Ok(()) => Ok(()),
         Err(probe::ProbeError::Differs { difference, .. }) if difference <= DISAGREEMENT => {
@@ -260,17 +375,41 @@ fn judge(context: &Context, chosen: &Pair, data: &Data) -> Result<Judgement, Fai
     let total = 2 * samples.samples as u64;
     let activity = context.console.activity("evaluating", "samples");
     let unfit = |error| {
-        let reason = if data.real { FailureReason::InvalidDataset } else { FailureReason::Internal };
-        failure(reason, format!("the model does not run on the samples: {}; name fitting data in optimize.evaluation", chain(&error)))
+        let reason = if data.real {
+            FailureReason::InvalidDataset
+        } else {
+            FailureReason::Internal
+        };
+        failure(
+            reason,
+            format!(
+                "the model does not run on the samples: {}; name fitting data in optimize.evaluation",
+                chain(&error)
+            ),
+        )
     };
-    let before = samples.run(&*chosen.before, |done| activity.report(done as u64, Some(total))).map_err(unfit)?;
-    let after = samples.run(&*chosen.after, |done| activity.report((samples.samples + done) as u64, Some(total))).map_err(unfit)?;
+    let before = samples
+        .run(&*chosen.before, |done| activity.report(done as u64, Some(total)))
+        .map_err(unfit)?;
+    let after = samples
+        .run(&*chosen.after, |done| activity.report((samples.samples + done) as u64, Some(total)))
+        .map_err(unfit)?;
     let specs = chosen.after.outputs().iter().zip(before.values.iter().zip(&after.values));
-    let outputs = specs.filter(|(_, (before, _))| !before.is_empty()).map(|(spec, (before, after))| fidelity::compare(&spec.name, before, after)).collect();
-    let mut judgement = Judgement { metric: None, outputs, classes: vec![] };
+    let outputs = specs
+        .filter(|(_, (before, _))| !before.is_empty())
+        .map(|(spec, (before, after))| fidelity::compare(&spec.name, before, after))
+        .collect();
+    let mut judgement = Judgement {
+        metric: None,
+        outputs,
+        classes: vec![],
+    };
     if let (Metric::Accuracy, Some(labels)) = (data.metric, &samples.labels) {
         let invalid = |why| failure(FailureReason::InvalidDataset, format!("accuracy cannot be measured: {why}"));
-        let (predicted_before, predicted_after) = (metric::predictions(&before).map_err(invalid)?, metric::predictions(&after).map_err(invalid)?);
+        let (predicted_before, predicted_after) = (
+            metric::predictions(&before).map_err(invalid)?,
+            metric::predictions(&after).map_err(invalid)?,
+        );
         let labels = &labels[..before.samples];
         judgement.metric = Some(MetricChange {
             name: Metric::Accuracy,
@@ -295,7 +434,13 @@ fn write_package(context: &Context, report: &Report, probe: &Probe, chosen: &Pai
         let path = package.join(name);
         let file = fs::File::open(&path).map_err(disk("read", &path))?;
         let size = file.metadata().map_err(disk("read", &path))?.len();
-        files.insert(name.to_owned(), File { digest: Digest::of_reader(file).map_err(disk("read", &path))?, size });
+        files.insert(
+            name.to_owned(),
+            File {
+                digest: Digest::of_reader(file).map_err(disk("read", &path))?,
+                size,
+            },
+        );
     }
     let manifest = Manifest {
         schema_version: 1,

@@ -56,7 +56,10 @@ pub fn run(context: &Context) -> Result<Option<Summary>, Failure> {
 async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
     let inputs = &context.inputs;
     fs::create_dir_all(context.source("")).map_err(disk("make", &context.source("")))?;
-    let size_max = inputs.max_fetch_size.value().map_err(|error| failure(FailureReason::InvalidInputs, format!("maxFetchSize: {error}")))?;
+    let size_max = inputs
+        .max_fetch_size
+        .value()
+        .map_err(|error| failure(FailureReason::InvalidInputs, format!("maxFetchSize: {error}")))?;
     let limits = Limits {
         size_max,
         plain_http_hosts: inputs.plain_http_hosts.clone(),
@@ -64,14 +67,27 @@ async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
         claims: context.claims.clone(),
         retries: RETRIES,
     };
-    let dataset = |what, name, dataset: Option<&'_ Dataset>| {
-        dataset.map(|dataset| (what, name, dataset.uri.clone(), dataset.digest.clone()))
-    };
+    let dataset =
+        |what, name, dataset: Option<&'_ Dataset>| dataset.map(|dataset| (what, name, dataset.uri.clone(), dataset.digest.clone()));
     let calibration = dataset("calibration data", "calibration", inputs.optimize.calibration.as_ref());
-    let evaluation = dataset("evaluation data", "evaluation", inputs.optimize.evaluation.as_ref().map(|evaluation| &evaluation.dataset));
-    let model = Wanted { what: "model", name: "model", uri: &inputs.source.uri, digest: inputs.source.digest.as_ref() };
+    let evaluation = dataset(
+        "evaluation data",
+        "evaluation",
+        inputs.optimize.evaluation.as_ref().map(|evaluation| &evaluation.dataset),
+    );
+    let model = Wanted {
+        what: "model",
+        name: "model",
+        uri: &inputs.source.uri,
+        digest: inputs.source.digest.as_ref(),
+    };
     fn wanted<'a>(entry: &'a (&'static str, &'static str, String, Option<Digest>)) -> Wanted<'a> {
-        Wanted { what: entry.0, name: entry.1, uri: &entry.2, digest: entry.3.as_ref() }
+        Wanted {
+            what: entry.0,
+            name: entry.1,
+            uri: &entry.2,
+            digest: entry.3.as_ref(),
+        }
     }
     let optional = async |entry: &Option<(&'static str, &'static str, String, Option<Digest>)>| match entry {
         Some(entry) => fetch_one(context, &limits, wanted(entry)).await.map(Some),
@@ -87,7 +103,15 @@ async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
         distillation: vec![],
     };
     let key = ArtifactKey::new(inputs, &contents);
-    context.write(RECORD, &Fetched { source, calibration, evaluation, key: key.to_string() })?;
+    context.write(
+        RECORD,
+        &Fetched {
+            source,
+            calibration,
+            evaluation,
+            key: key.to_string(),
+        },
+    )?;
     Ok(existing(context, inputs, &key).await)
 }
 
@@ -105,7 +129,11 @@ async fn fetch_one(context: &Context, limits: &Limits, wanted: Wanted<'_>) -> Re
             format!("the {what} {uri} has digest {found}, pinned is {expected}; {advice}"),
         ));
     }
-    context.console.info(&format!("fetched the {what} {uri}: {}, {}", display_size(content.size), content.digest));
+    context.console.info(&format!(
+        "fetched the {what} {uri}: {}, {}",
+        display_size(content.size),
+        content.digest
+    ));
     Ok(content)
 }
 
@@ -135,7 +163,9 @@ async fn existing(context: &Context, inputs: &Inputs, key: &ArtifactKey) -> Opti
 }
 
 async fn look_up(registry: &Registry, inputs: &Inputs, reference: &str) -> Result<Option<Summary>, RegistryError> {
-    let Some(found) = registry.lookup(reference).await? else { return Ok(None) };
+    let Some(found) = registry.lookup(reference).await? else {
+        return Ok(None);
+    };
     if let (Some(tag), Some(_)) = (&inputs.run_tag, &found.summary) {
         registry.tag(&inputs.repository, &found.digest, tag).await?;
     }
@@ -143,5 +173,9 @@ async fn look_up(registry: &Registry, inputs: &Inputs, reference: &str) -> Resul
 }
 
 pub(super) fn registry(context: &Context, credentials: Credentials) -> Result<Registry, RegistryError> {
-    Registry::new(Access { credentials, plain_http_hosts: context.inputs.plain_http_hosts.clone(), extra_ca: context.extra_ca.clone() })
+    Registry::new(Access {
+        credentials,
+        plain_http_hosts: context.inputs.plain_http_hosts.clone(),
+        extra_ca: context.extra_ca.clone(),
+    })
 }

@@ -18,7 +18,9 @@ const RETRIES: usize = 4;
 /// Where the registry does not take the package.
 pub fn run(context: &Context) -> Result<Summary, Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    runtime.map_err(|error| internal("cannot start", &error))?.block_on(publish(context))
+    runtime
+        .map_err(|error| internal("cannot start", &error))?
+        .block_on(publish(context))
 }
 
 async fn publish(context: &Context) -> Result<Summary, Failure> {
@@ -32,10 +34,18 @@ async fn publish(context: &Context) -> Result<Summary, Failure> {
     let _activity = context.console.activity("publishing", "bytes");
     let mut delays = delays(RETRIES);
     loop {
-        match registry.push(&context.package(), &inputs.repository, &tags, &inputs.annotations, &report.summary).await {
+        match registry
+            .push(&context.package(), &inputs.repository, &tags, &inputs.annotations, &report.summary)
+            .await
+        {
             Ok(digest) => {
-                context.console.info(&format!("published {}@{digest} as {}", inputs.repository, tags.join(", ")));
-                return Ok(Summary { artifact: Some(digest), ..report.summary });
+                context
+                    .console
+                    .info(&format!("published {}@{digest} as {}", inputs.repository, tags.join(", ")));
+                return Ok(Summary {
+                    artifact: Some(digest),
+                    ..report.summary
+                });
             }
             Err(error) if error.is_transient() => match delays.next() {
                 Some(delay) => tokio::time::sleep(delay).await,

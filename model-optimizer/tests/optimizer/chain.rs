@@ -15,10 +15,24 @@ pub(crate) const STEPS: [&str; 5] = ["fetch", "convert", "compress", "evaluate",
 /// Starts a step as its container would.
 pub(crate) fn start(step: &str, dir: &Path, inputs: &Inputs) -> Child {
     let mut command = program();
-    command.args(["step", step, "--work"]).arg(dir.join("work")).arg("--termination-log").arg(dir.join(format!("{step}.message")));
-    command.arg("--secrets").arg(dir.join("secrets")).arg("--claims").arg(dir.join("pvc"));
-    command.env(INPUTS_ENV, serde_json::to_string(inputs).unwrap()).stdin(Stdio::null()).stdout(Stdio::null());
-    command.stderr(fs::File::create(dir.join(format!("{step}.log"))).unwrap()).spawn().unwrap()
+    command
+        .args(["step", step, "--work"])
+        .arg(dir.join("work"))
+        .arg("--termination-log")
+        .arg(dir.join(format!("{step}.message")));
+    command
+        .arg("--secrets")
+        .arg(dir.join("secrets"))
+        .arg("--claims")
+        .arg(dir.join("pvc"));
+    command
+        .env(INPUTS_ENV, serde_json::to_string(inputs).unwrap())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    command
+        .stderr(fs::File::create(dir.join(format!("{step}.log"))).unwrap())
+        .spawn()
+        .unwrap()
 }
 
 pub(crate) fn message(step: &str, dir: &Path) -> Option<Termination> {
@@ -50,7 +64,11 @@ fn a_killed_step_ends_all_that_follow_at_once_and_in_silence() {
     fetch.kill().unwrap();
     fetch.wait().unwrap();
     let codes: Vec<u8> = waiting.iter_mut().map(code).collect();
-    assert!(begun.elapsed() < Duration::from_secs(1), "the last step ended {:?} after the first", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(1),
+        "the last step ended {:?} after the first",
+        begun.elapsed()
+    );
     assert_eq!(codes, [exit_code::EARLIER_STEP_FAILED; 4]);
     for step in STEPS {
         assert_eq!(message(step, dir.path()), None, "{step} has nothing to say");
@@ -65,9 +83,18 @@ fn a_step_that_is_asked_to_end_says_that_it_was() {
     let mut fetch = start("fetch", dir.path(), &inputs);
     let _connection = listener.accept().unwrap();
     for child in [&convert, &fetch] {
-        assert!(std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+        assert!(
+            std::process::Command::new("kill")
+                .args(["-TERM", &child.id().to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
-    assert_eq!((code(&mut fetch), code(&mut convert)), (exit_code::TRANSIENT, exit_code::EARLIER_STEP_FAILED));
+    assert_eq!(
+        (code(&mut fetch), code(&mut convert)),
+        (exit_code::TRANSIENT, exit_code::EARLIER_STEP_FAILED)
+    );
     assert!(matches!(message("fetch", dir.path()), Some(Termination::Failed(failed)) if failed.reason == FailureReason::Interrupted));
     assert_eq!(message("convert", dir.path()), None);
 }
@@ -88,10 +115,17 @@ fn the_step_that_fails_is_the_only_one_that_speaks() {
             let message = message(step, dir.path());
             if *step == failing {
                 assert_eq!(codes[index], exit_code::UNUSABLE, "{file}");
-                assert!(matches!(&message, Some(Termination::Failed(failed)) if failed.reason == reason), "{file}: {message:?}");
+                assert!(
+                    matches!(&message, Some(Termination::Failed(failed)) if failed.reason == reason),
+                    "{file}: {message:?}"
+                );
             } else {
                 assert_eq!(message, None, "{file}: {step}");
-                let expected = if codes[..index].contains(&exit_code::UNUSABLE) { exit_code::EARLIER_STEP_FAILED } else { exit_code::DONE };
+                let expected = if codes[..index].contains(&exit_code::UNUSABLE) {
+                    exit_code::EARLIER_STEP_FAILED
+                } else {
+                    exit_code::DONE
+                };
                 assert_eq!(codes[index], expected, "{file}: {step}");
             }
         }
@@ -104,7 +138,9 @@ fn a_custom_operator_is_named() {
     let inputs = inputs(model("unsupported/custom-operator.onnx").to_str().unwrap(), "127.0.0.1:9/models");
     let mut children = ["fetch", "convert"].map(|step| start(step, dir.path(), &inputs));
     children.iter_mut().for_each(|child| drop(child.wait()));
-    let Some(Termination::Failed(failed)) = message("convert", dir.path()) else { panic!("convert says nothing") };
+    let Some(Termination::Failed(failed)) = message("convert", dir.path()) else {
+        panic!("convert says nothing")
+    };
     for word in ["Murmurate", "com.example.birds", "flock"] {
         assert!(failed.message.contains(word), "{failed}");
     }

@@ -30,7 +30,15 @@ struct Requests {
 /// `/breaks/N`: breaks off after N bytes, each time, but lets a range go on. `/changes`: breaks off, and is another file the next time.
 async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<String>, headers: HeaderMap) -> Response<Body> {
     let number = requests.all.fetch_add(1, Ordering::SeqCst);
-    let start = headers.get(header::RANGE).and_then(|range| range.to_str().ok()?.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+    let start = headers.get(header::RANGE).and_then(|range| {
+        range
+            .to_str()
+            .ok()?
+            .strip_prefix("bytes=")?
+            .strip_suffix('-')?
+            .parse::<usize>()
+            .ok()
+    });
     let answer = Response::builder();
     let (first, last) = path.split_once('/').unwrap_or((&path, ""));
     match first {
@@ -57,13 +65,18 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
                 bytes.truncate(LENGTH / 2);
             }
             let tag = if number == 0 { "\"old\"" } else { "\"new\"" };
-            answer.header(header::ETAG, tag).header(header::CONTENT_LENGTH, LENGTH).body(breaking(bytes, number == 0))
+            answer
+                .header(header::ETAG, tag)
+                .header(header::CONTENT_LENGTH, LENGTH)
+                .body(breaking(bytes, number == 0))
         }
         "endless" => {
             let pieces = futures::stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![0; 64 << 10])));
             answer.body(Body::from_stream(pieces))
         }
-        "announced" => answer.header(header::CONTENT_LENGTH, 5_000_000_000_u64).body(breaking(vec![0; 10], true)),
+        "announced" => answer
+            .header(header::CONTENT_LENGTH, 5_000_000_000_u64)
+            .body(breaking(vec![0; 10], true)),
         "status" => answer.status(last.parse::<u16>().unwrap()).body(Body::empty()),
         "secret" => {
             let known = headers.get(header::AUTHORIZATION).is_some_and(|value| value == "Bearer t0k");
@@ -77,7 +90,11 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
 /// A body that ends in a broken connection after `bytes`.
 fn breaking(bytes: Vec<u8>, breaks: bool) -> Body {
     let end = breaks.then(|| Err(std::io::Error::other("broken off")));
-    let pieces = bytes.chunks(32 << 10).map(|piece| Ok(Bytes::copy_from_slice(piece))).chain(end).collect::<Vec<_>>();
+    let pieces = bytes
+        .chunks(32 << 10)
+        .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+        .chain(end)
+        .collect::<Vec<_>>();
     Body::from_stream(futures::stream::unfold(pieces.into_iter(), async |mut pieces| {
         let piece = pieces.next()?;
         // Lets what came before go out.
@@ -96,11 +113,25 @@ async fn start() -> (String, Arc<Requests>) {
 }
 
 fn limits() -> Limits {
-    Limits { size_max: 2_000_000, plain_http_hosts: vec!["127.0.0.1".into()], extra_ca: None, claims: "/nowhere".into(), retries: 1 }
+    Limits {
+        size_max: 2_000_000,
+        plain_http_hosts: vec!["127.0.0.1".into()],
+        extra_ca: None,
+        claims: "/nowhere".into(),
+        retries: 1,
+    }
 }
 
 async fn fetch(uri: &str, limits: &Limits, credentials: Credentials, destination: &Path) -> Result<Content, Failure> {
-    source::fetch("model", uri, credentials, limits, destination, Console::silent().activity("", "bytes")).await
+    source::fetch(
+        "model",
+        uri,
+        credentials,
+        limits,
+        destination,
+        Console::silent().activity("", "bytes"),
+    )
+    .await
 }
 
 #[tokio::test]
@@ -109,10 +140,21 @@ async fn a_download_that_breaks_off_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("model");
     // More breaks than retries: each attempt gets somewhere.
-    let fetched = fetch(&format!("{address}/breaks/300000"), &limits(), Credentials::Anonymous, &file).await.unwrap();
-    assert_eq!(fetched, Content { digest: Digest::of(&content()), size: LENGTH as u64 });
+    let fetched = fetch(&format!("{address}/breaks/300000"), &limits(), Credentials::Anonymous, &file)
+        .await
+        .unwrap();
+    assert_eq!(
+        fetched,
+        Content {
+            digest: Digest::of(&content()),
+            size: LENGTH as u64
+        }
+    );
     assert_eq!(std::fs::read(&file).unwrap(), content());
-    assert_eq!((requests.all.load(Ordering::SeqCst), requests.ranged.load(Ordering::SeqCst)), (4, 3));
+    assert_eq!(
+        (requests.all.load(Ordering::SeqCst), requests.ranged.load(Ordering::SeqCst)),
+        (4, 3)
+    );
 }
 
 #[tokio::test]
@@ -120,7 +162,9 @@ async fn a_file_that_changed_meanwhile_is_fetched_from_its_beginning() {
     let (address, _) = start().await;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("model");
-    let fetched = fetch(&format!("{address}/changes"), &limits(), Credentials::Anonymous, &file).await.unwrap();
+    let fetched = fetch(&format!("{address}/changes"), &limits(), Credentials::Anonymous, &file)
+        .await
+        .unwrap();
     assert_eq!(fetched.digest, Digest::of(&content()));
     assert_eq!(std::fs::read(&file).unwrap(), content());
 }
@@ -130,7 +174,14 @@ async fn what_is_too_large_is_refused_at_once_or_when_it_has_come_that_far() {
     let (address, requests) = start().await;
     let dir = tempfile::tempdir().unwrap();
     for path in ["announced", "endless"] {
-        let failed = fetch(&format!("{address}/{path}"), &limits(), Credentials::Anonymous, &dir.path().join("model")).await.unwrap_err();
+        let failed = fetch(
+            &format!("{address}/{path}"),
+            &limits(),
+            Credentials::Anonymous,
+            &dir.path().join("model"),
+        )
+        .await
+        .unwrap_err();
         assert_eq!(failed.reason, FailureReason::SourceTooLarge, "{failed}");
         assert!(failed.message.contains("the limit is 2000000 bytes"), "{failed}");
         assert!(std::fs::metadata(dir.path().join("model")).unwrap().len() <= 2_000_000);
@@ -149,27 +200,46 @@ async fn each_refusal_says_whether_it_may_pass_and_what_to_do() {
         (403, FailureReason::SourceRefused, "credentialsSecret"),
         (503, FailureReason::SourceUnreachable, "503"),
     ] {
-        let failed = fetch(&format!("{address}/status/{status}"), &limits(), Credentials::Anonymous, &file).await.unwrap_err();
+        let failed = fetch(&format!("{address}/status/{status}"), &limits(), Credentials::Anonymous, &file)
+            .await
+            .unwrap_err();
         assert_eq!(failed.reason, reason, "{status}: {failed}");
         assert!(failed.message.contains(words), "{status}: {failed}");
     }
-    let closed = fetch("http://127.0.0.1:9/model", &limits(), Credentials::Anonymous, &file).await.unwrap_err();
+    let closed = fetch("http://127.0.0.1:9/model", &limits(), Credentials::Anonymous, &file)
+        .await
+        .unwrap_err();
     assert_eq!(closed.reason, FailureReason::SourceUnreachable);
 
     let token = Credentials::Token("t0k".into());
-    assert_eq!(fetch(&format!("{address}/secret"), &limits(), token, &file).await.unwrap().digest, Digest::of(b"secret"));
+    assert_eq!(
+        fetch(&format!("{address}/secret"), &limits(), token, &file).await.unwrap().digest,
+        Digest::of(b"secret")
+    );
 }
 
 #[tokio::test]
 async fn plain_http_goes_only_where_it_is_allowed() {
     let (address, requests) = start().await;
     let dir = tempfile::tempdir().unwrap();
-    let limits = Limits { plain_http_hosts: vec!["other.example".into()], ..limits() };
-    let failed = fetch(&format!("{address}/breaks/1"), &limits, Credentials::Anonymous, &dir.path().join("model")).await.unwrap_err();
+    let limits = Limits {
+        plain_http_hosts: vec!["other.example".into()],
+        ..limits()
+    };
+    let failed = fetch(
+        &format!("{address}/breaks/1"),
+        &limits,
+        Credentials::Anonymous,
+        &dir.path().join("model"),
+    )
+    .await
+    .unwrap_err();
     assert_eq!(failed.reason, FailureReason::SourceRefused);
     assert!(failed.message.contains("plainHttpHosts"), "{failed}");
     assert_eq!(requests.all.load(Ordering::SeqCst), 0);
-    let failed = fetch("s3://bucket/model", &limits, Credentials::Anonymous, &dir.path().join("model")).await.unwrap_err();
+    let failed = fetch("s3://bucket/model", &limits, Credentials::Anonymous, &dir.path().join("model"))
+        .await
+        .unwrap_err();
     assert_eq!(failed.reason, FailureReason::Unsupported, "{failed}");
 }
 
@@ -185,7 +255,11 @@ async fn a_claim_gives_its_files_and_no_others() {
     let limits = Limits { claims, ..limits() };
     let target = dir.path().join("fetched");
     for uri in ["pvc://data/sub/model", "pvc://data/latest"] {
-        assert_eq!(fetch(uri, &limits, Credentials::Anonymous, &target).await.unwrap().digest, Digest::of(b"model"), "{uri}");
+        assert_eq!(
+            fetch(uri, &limits, Credentials::Anonymous, &target).await.unwrap().digest,
+            Digest::of(b"model"),
+            "{uri}"
+        );
     }
     for (uri, reason) in [
         ("pvc://data/leak", FailureReason::SourceRefused),
@@ -194,6 +268,10 @@ async fn a_claim_gives_its_files_and_no_others() {
         ("pvc://data/../../outside", FailureReason::InvalidInputs),
         ("pvc://data", FailureReason::InvalidInputs),
     ] {
-        assert_eq!(fetch(uri, &limits, Credentials::Anonymous, &target).await.unwrap_err().reason, reason, "{uri}");
+        assert_eq!(
+            fetch(uri, &limits, Credentials::Anonymous, &target).await.unwrap_err().reason,
+            reason,
+            "{uri}"
+        );
     }
 }

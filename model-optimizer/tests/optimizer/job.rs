@@ -18,9 +18,25 @@ fn digits(repository: &str) -> Inputs {
     let uri = model("digits/digits-heldout.npz").to_str().unwrap().to_owned();
     Inputs {
         optimize: Optimization {
-            recipe: vec![Technique { quantize: Some(Quantize { scheme: QuantizeScheme::Int8Dynamic }), ..Technique::default() }],
-            evaluation: Some(Evaluation { dataset: Dataset { uri, digest: None, credentials_secret: None }, metric: None, labels: None }),
-            budget: Some(Budget { max_accuracy_drop: Some("1%".parse().unwrap()), ..Budget::default() }),
+            recipe: vec![Technique {
+                quantize: Some(Quantize {
+                    scheme: QuantizeScheme::Int8Dynamic,
+                }),
+                ..Technique::default()
+            }],
+            evaluation: Some(Evaluation {
+                dataset: Dataset {
+                    uri,
+                    digest: None,
+                    credentials_secret: None,
+                },
+                metric: None,
+                labels: None,
+            }),
+            budget: Some(Budget {
+                max_accuracy_drop: Some("1%".parse().unwrap()),
+                ..Budget::default()
+            }),
             ..Optimization::default()
         },
         run_tag: Some("run-1".into()),
@@ -30,11 +46,18 @@ fn digits(repository: &str) -> Inputs {
 
 fn run(dir: &Path, inputs: &Inputs) -> Vec<u8> {
     let mut children: Vec<Child> = STEPS.iter().map(|step| start(step, dir, inputs)).collect();
-    children.iter_mut().map(|child| child.wait().unwrap().code().unwrap() as u8).collect()
+    children
+        .iter_mut()
+        .map(|child| child.wait().unwrap().code().unwrap() as u8)
+        .collect()
 }
 
 fn succeeded(step: &str, dir: &Path) -> Summary {
-    let log = || STEPS.map(|step| fs::read_to_string(dir.join(format!("{step}.log"))).unwrap()).concat();
+    let log = || {
+        STEPS
+            .map(|step| fs::read_to_string(dir.join(format!("{step}.log"))).unwrap())
+            .concat()
+    };
     match message(step, dir) {
         Some(Termination::Succeeded(summary)) => *summary,
         other => panic!("{other:?}\n{}", log()),
@@ -42,7 +65,11 @@ fn succeeded(step: &str, dir: &Path) -> Summary {
 }
 
 fn registry(server: &Server) -> Registry {
-    Registry::new(Access { plain_http_hosts: vec![server.host()], ..Access::default() }).unwrap()
+    Registry::new(Access {
+        plain_http_hosts: vec![server.host()],
+        ..Access::default()
+    })
+    .unwrap()
 }
 
 #[tokio::test]
@@ -52,13 +79,21 @@ async fn a_job_publishes_what_it_measured_and_a_second_one_reuses_it() {
     let dir = tempfile::tempdir().unwrap();
     let inputs = digits(&repository);
     let begun = Instant::now();
-    assert_eq!(run(dir.path(), &inputs), [exit_code::DONE; 5], "{:?}", STEPS.map(|step| message(step, dir.path())));
+    assert_eq!(
+        run(dir.path(), &inputs),
+        [exit_code::DONE; 5],
+        "{:?}",
+        STEPS.map(|step| message(step, dir.path()))
+    );
     println!("the whole job took {:?}", begun.elapsed());
     let summary = succeeded("publish", dir.path());
     assert!(summary.size_before as f64 / summary.size_after as f64 >= 3.5, "{summary:?}");
     let metric = summary.metric.unwrap();
     assert!(metric.before - metric.after <= 0.01 && metric.samples == 450, "{metric:?}");
-    assert!(STEPS[..4].iter().all(|step| message(step, dir.path()).is_none()), "only the last step has a result");
+    assert!(
+        STEPS[..4].iter().all(|step| message(step, dir.path()).is_none()),
+        "only the last step has a result"
+    );
 
     let artifact = summary.artifact.clone().unwrap();
     let found = registry(&server).lookup(&format!("{repository}:run-1")).await.unwrap().unwrap();
@@ -70,11 +105,22 @@ async fn a_job_publishes_what_it_measured_and_a_second_one_reuses_it() {
     assert_eq!(manifest.files["model.onnx"].size, summary.size_after);
 
     let again = tempfile::tempdir().unwrap();
-    let inputs = Inputs { run_tag: Some("run-2".into()), ..inputs };
+    let inputs = Inputs {
+        run_tag: Some("run-2".into()),
+        ..inputs
+    };
     assert_eq!(run(again.path(), &inputs), [exit_code::DONE; 5]);
     assert_eq!(succeeded("fetch", again.path()), Summary { reused: true, ..summary });
     assert!(STEPS[1..].iter().all(|step| message(step, again.path()).is_none()));
-    assert_eq!(registry(&server).lookup(&format!("{repository}:run-2")).await.unwrap().unwrap().digest, artifact);
+    assert_eq!(
+        registry(&server)
+            .lookup(&format!("{repository}:run-2"))
+            .await
+            .unwrap()
+            .unwrap()
+            .digest,
+        artifact
+    );
 }
 
 #[test]
@@ -83,10 +129,15 @@ fn a_result_outside_of_the_budget_is_measured_and_not_published() {
     let repository = format!("{}/models", server.host());
     let dir = tempfile::tempdir().unwrap();
     let mut inputs = digits(&repository);
-    inputs.optimize.budget = Some(Budget { max_size: Some("10Ki".parse().unwrap()), ..Budget::default() });
+    inputs.optimize.budget = Some(Budget {
+        max_size: Some("10Ki".parse().unwrap()),
+        ..Budget::default()
+    });
     let codes = run(dir.path(), &inputs);
     assert_eq!(codes, [0, 0, 0, exit_code::BUDGET_EXCEEDED, exit_code::EARLIER_STEP_FAILED]);
-    let Some(Termination::Failed(failed)) = message("evaluate", dir.path()) else { panic!("evaluate says nothing") };
+    let Some(Termination::Failed(failed)) = message("evaluate", dir.path()) else {
+        panic!("evaluate says nothing")
+    };
     assert_eq!(failed.reason, FailureReason::BudgetExceeded);
     assert!(failed.message.contains("maxSize allows 10Ki"), "{failed}");
     assert!(failed.measured.unwrap().size_after > 10 << 10);
@@ -97,7 +148,9 @@ fn a_registry_that_is_down_fails_the_publication_alone() {
     let dir = tempfile::tempdir().unwrap();
     let codes = run(dir.path(), &digits("127.0.0.1:9/models"));
     assert_eq!(codes, [0, 0, 0, 0, exit_code::TRANSIENT]);
-    assert!(matches!(message("publish", dir.path()), Some(Termination::Failed(failed)) if failed.reason == FailureReason::RegistryUnavailable));
+    assert!(
+        matches!(message("publish", dir.path()), Some(Termination::Failed(failed)) if failed.reason == FailureReason::RegistryUnavailable)
+    );
 }
 
 #[test]
@@ -114,9 +167,16 @@ fn what_this_version_does_not_have_is_refused_before_anything_is_fetched() {
     let dir = tempfile::tempdir().unwrap();
     let mut inputs = digits("127.0.0.1:9/models");
     inputs.source.uri = "http://127.0.0.1:9/never".into();
-    inputs.optimize.recipe[0].quantize = Some(Quantize { scheme: QuantizeScheme::Int4 });
+    inputs.optimize.recipe[0].quantize = Some(Quantize {
+        scheme: QuantizeScheme::Int4,
+    });
     assert_eq!(run(dir.path(), &inputs)[0], exit_code::UNUSABLE);
-    let Some(Termination::Failed(failed)) = message("fetch", dir.path()) else { panic!("fetch says nothing") };
+    let Some(Termination::Failed(failed)) = message("fetch", dir.path()) else {
+        panic!("fetch says nothing")
+    };
     assert_eq!(failed.reason, FailureReason::Unsupported);
-    assert!(failed.message.contains("optimize.recipe[0].quantize.scheme") && failed.message.contains("Int4"), "{failed}");
+    assert!(
+        failed.message.contains("optimize.recipe[0].quantize.scheme") && failed.message.contains("Int4"),
+        "{failed}"
+    );
 }

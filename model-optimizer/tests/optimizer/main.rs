@@ -29,7 +29,14 @@ fn onnxruntime() -> PathBuf {
         return path;
     }
     let pins = std::fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../xtask/onnxruntime.txt")).unwrap();
-    let version = pins.lines().find_map(|line| line.strip_prefix("onnxruntime==")).unwrap().split_whitespace().next().unwrap().to_owned();
+    let version = pins
+        .lines()
+        .find_map(|line| line.strip_prefix("onnxruntime=="))
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .to_owned();
     let home = || std::env::home_dir().unwrap().join(".cache");
     let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
     let library = cache.join("plimsoll/onnxruntime").join(version).join("libonnxruntime.so");
@@ -39,7 +46,11 @@ fn onnxruntime() -> PathBuf {
 
 fn inputs(uri: &str, repository: &str) -> Inputs {
     Inputs {
-        source: SourceLocation { uri: uri.into(), digest: None, format: None },
+        source: SourceLocation {
+            uri: uri.into(),
+            digest: None,
+            format: None,
+        },
         optimize: Optimization::default(),
         toolchain: "0.1.0".into(),
         repository: repository.into(),

@@ -79,7 +79,7 @@ impl Registry {
     ) -> Result<FetchedFile, RegistryError> {
         let image = self.authorised(reference).await?;
         let auth = self.credentials.for_registry(image.registry());
-        let pulled = self.client.pull_image_manifest(&image, &auth).await;
+        let pulled = self.client(&image).pull_image_manifest(&image, &auth).await;
         let (manifest, _) = pulled.map_err(|source| RegistryError::from_client(reference, source))?;
         match plain_file(&manifest).map_err(|why| invalid(reference, &why))? {
             Some((name, layer)) => {
@@ -119,7 +119,7 @@ impl Registry {
         progress: &Progress,
         read: impl FnOnce(&mut dyn Read) -> io::Result<T> + Send + 'static,
     ) -> Result<T, RegistryError> {
-        let blob = self.client.pull_blob_stream(image, layer).await;
+        let blob = self.client(image).pull_blob_stream(image, layer).await;
         let mut blob = blob.map_err(|source| RegistryError::from_client(reference, source))?.stream;
         let (sender, receiver) = mpsc::channel(8);
         let reader = tokio::task::spawn_blocking(move || {

@@ -55,7 +55,10 @@ fn package() -> tempfile::TempDir {
 
 async fn push(registry: &Registry, dir: &Path, repository: &str) -> Digest {
     let annotations = BTreeMap::from([("org.opencontainers.image.title".to_owned(), "digits".to_owned())]);
-    registry.push(dir, repository, &["opt-1", "run-1"], &annotations, &summary()).await.unwrap()
+    registry
+        .push(dir, repository, &["opt-1", "run-1"], &annotations, &summary())
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
@@ -78,7 +81,10 @@ async fn a_package_is_found_by_its_tag_and_comes_back_as_it_was() {
 
     registry.tag(&repository, &digest, "run-2").await.unwrap();
     for tag in ["run-1", "run-2"] {
-        assert_eq!(registry.lookup(&format!("{repository}:{tag}")).await.unwrap().unwrap().digest, digest);
+        assert_eq!(
+            registry.lookup(&format!("{repository}:{tag}")).await.unwrap().unwrap().digest,
+            digest
+        );
     }
 
     for reference in [format!("{repository}:opt-1"), format!("{repository}@{digest}")] {

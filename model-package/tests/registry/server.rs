@@ -132,15 +132,24 @@ fn free_port() -> u16 {
 
 fn binary() -> PathBuf {
     if let Some(named) = std::env::var_os("PLIMSOLL_REGISTRY_BINARY").map(PathBuf::from) {
-        assert!(named.is_file(), "PLIMSOLL_REGISTRY_BINARY names {}, which is no file", named.display());
+        assert!(
+            named.is_file(),
+            "PLIMSOLL_REGISTRY_BINARY names {}, which is no file",
+            named.display()
+        );
         return named;
     }
     let home = || std::env::home_dir().unwrap().join(".cache");
-    let cluster = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("plimsoll/cluster");
+    let cluster = std::env::var_os("XDG_CACHE_HOME")
+        .map_or_else(home, PathBuf::from)
+        .join("plimsoll/cluster");
     // Where `cargo xtask cluster` keeps what it built, under the hash of what it is made of.
     let built = fs::read_dir(&cluster).into_iter().flatten().map(|entry| entry.unwrap().path());
     let built = built.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("registry-")));
-    let newest = built.map(|path| path.join("registry")).filter(|path| path.is_file()).max_by_key(|path| fs::metadata(path).unwrap().modified().unwrap());
+    let newest = built
+        .map(|path| path.join("registry"))
+        .filter(|path| path.is_file())
+        .max_by_key(|path| fs::metadata(path).unwrap().modified().unwrap());
     newest.expect(
         "these tests need a registry: run `cargo xtask cluster up --control-plane` once, or \
          `go install github.com/distribution/distribution/v3/cmd/registry@v3.0.0` and set PLIMSOLL_REGISTRY_BINARY to it",

@@ -2,6 +2,7 @@
 
 pub mod budget;
 pub mod dataset;
+pub mod engines;
 pub mod fidelity;
 pub mod latency;
 pub mod metric;

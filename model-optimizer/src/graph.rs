@@ -3,7 +3,9 @@
 use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::{DataLocation, DataType};
-use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, attribute_proto::AttributeType};
+use plimsoll_runtime::onnx::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, attribute_proto::AttributeType,
+};
 
 pub mod operators;
 pub mod opset;
@@ -27,7 +29,7 @@ pub fn reads(graph: &GraphProto) -> HashMap<&str, usize> {
 
 fn count_reads<'a>(graph: &'a GraphProto, reads: &mut HashMap<&'a str, usize>) {
     let inputs = graph.node.iter().flat_map(|node| node.input.iter().map(String::as_str));
-    let outputs = graph.output.iter().map(|output| output.name());
+    let outputs = graph.output.iter().map(ValueInfoProto::name);
     for name in inputs.chain(outputs).filter(|name| !name.is_empty()) {
         *reads.entry(name).or_default() += 1;
     }

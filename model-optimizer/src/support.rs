@@ -1,6 +1,7 @@
 //! What this version of the optimiser has, and what it refuses by name.
 
 use plimsoll_package::recipe::{Budget, Inputs, Metric, ModelFormat, PruneStructure, QuantizeScheme};
+use plimsoll_package::units::{Percentage, Ratio, Size};
 
 use crate::failure::{Failure, FailureReason, failure};
 
@@ -65,13 +66,13 @@ fn check_budget(budget: &Budget, metric: Option<Option<Metric>>) -> Result<(), F
             "optimize.budget.maxAccuracyDrop needs labelled data in optimize.evaluation; without labels use minFidelity".into(),
         );
     }
-    if let Some(Err(error)) = budget.max_accuracy_drop.as_ref().map(|drop| drop.value()) {
+    if let Some(Err(error)) = budget.max_accuracy_drop.as_ref().map(Percentage::value) {
         return invalid(format!("optimize.budget.maxAccuracyDrop: {error}"));
     }
-    if let Some(Err(error)) = budget.min_fidelity.as_ref().map(|least| least.value()) {
+    if let Some(Err(error)) = budget.min_fidelity.as_ref().map(Ratio::value) {
         return invalid(format!("optimize.budget.minFidelity: {error}"));
     }
-    match budget.max_size.as_ref().map(|size| size.value()) {
+    match budget.max_size.as_ref().map(Size::value) {
         Some(Err(error)) => invalid(format!("optimize.budget.maxSize: {error}")),
         _ => Ok(()),
     }

@@ -150,7 +150,7 @@ impl Registry {
         let layers = layers
             .map_err(std::io::Error::other)
             .flatten()
-            .map_err(|source| RegistryError::from_io(&reference, source))?;
+            .map_err(|source| RegistryError::from_io(&reference, &source))?;
 
         let config = image_config(layers.iter().map(|layer| &layer.digest));
         let mut descriptors = Vec::with_capacity(layers.len());
@@ -239,7 +239,7 @@ impl Registry {
     pub async fn pull(&self, reference: &str, dir: &Path) -> Result<Digest, RegistryError> {
         let image = self.authorised(reference).await?;
         let (manifest, digest) = self.manifest(reference).await?;
-        let to_disk = |source| RegistryError::from_io(reference, source);
+        let to_disk = |source| RegistryError::from_io(reference, &source);
         tokio::fs::create_dir_all(dir).await.map_err(to_disk)?;
         // In `dir` itself, which may be a mount: a rename must not cross file systems.
         let staging = tempfile::Builder::new().prefix(".pull-").tempdir_in(dir).map_err(to_disk)?;

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, weights};
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, weights};
 use prost::Message as _;
 
 use super::{Change, Technique, skipped};
@@ -283,7 +283,7 @@ impl Product {
         match operator {
             Operator::MatMul => Some(Self { bias: None, alpha: 1.0 }),
             Operator::Gemm { .. } => {
-                let float = |name: &str| attribute(node, name).map_or(1.0, |attribute| attribute.f());
+                let float = |name: &str| attribute(node, name).map_or(1.0, AttributeProto::f);
                 let bias = node.input.get(2).filter(|name| !name.is_empty()).cloned();
                 let plain =
                     attribute(node, "transA").is_none_or(|attribute| attribute.i() == 0) && (bias.is_none() || float("beta") == 1.0);

@@ -2,7 +2,7 @@
 
 use plimsoll_package::recipe::Budget;
 use plimsoll_package::report::{Failure, FailureReason, OutputFidelity, Summary};
-use plimsoll_package::units::{display_percent, display_size};
+use plimsoll_package::units::{Percentage, Ratio, Size, display_percent, display_size};
 
 use crate::failure::failure;
 
@@ -87,16 +87,11 @@ impl Limits {
             accuracy_drop: budget
                 .max_accuracy_drop
                 .as_ref()
-                .map(|drop| drop.value())
+                .map(Percentage::value)
                 .transpose()
                 .map_err(invalid)?,
-            fidelity: budget
-                .min_fidelity
-                .as_ref()
-                .map(|least| least.value())
-                .transpose()
-                .map_err(invalid)?,
-            size: budget.max_size.as_ref().map(|size| size.value()).transpose().map_err(invalid)?,
+            fidelity: budget.min_fidelity.as_ref().map(Ratio::value).transpose().map_err(invalid)?,
+            size: budget.max_size.as_ref().map(Size::value).transpose().map_err(invalid)?,
         })
     }
 }

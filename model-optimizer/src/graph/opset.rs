@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, type_proto};
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, type_proto};
 
 use super::{Names, attribute, integer, is_standard, subgraphs, tensor};
 
@@ -18,7 +18,7 @@ const IR_VERSION: i64 = 7;
 #[must_use]
 pub fn version(model: &ModelProto) -> i64 {
     let standard = model.opset_import.iter().find(|import| matches!(import.domain(), "" | "ai.onnx"));
-    standard.map_or(1, |import| import.version())
+    standard.map_or(1, OperatorSetIdProto::version)
 }
 
 /// Raises `model` to version 13 where it is of an older one.
@@ -94,7 +94,7 @@ fn raise_node(
             Ok(())
         }
         "Softmax" | "LogSoftmax" | "Hardmax" => {
-            let axis = attribute(node, "axis").map_or(1, |attribute| attribute.i());
+            let axis = attribute(node, "axis").map_or(1, AttributeProto::i);
             let rank = node.output.iter().chain(&node.input).find_map(|name| ranks.get(name));
             let last = axis == -1 || rank.is_some_and(|&rank| axis == rank as i64 - 1);
             if !last {
@@ -128,7 +128,6 @@ fn known_ranks(graph: &GraphProto) -> HashMap<String, usize> {
 mod tests {
     use super::*;
     use crate::graph::node;
-    use plimsoll_runtime::onnx::{AttributeProto, OperatorSetIdProto};
 
     fn model(version: i64, nodes: Vec<NodeProto>) -> ModelProto {
         let graph = GraphProto {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto, TensorProto};
+use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 
 use super::{attribute, is_standard, reads, subgraphs, tensor};
 
@@ -31,7 +31,7 @@ pub fn simplify(model: &mut ModelProto) {
 /// Moves the values of `Constant` nodes to the initialisers.
 fn constants_to_initializers(graph: &mut GraphProto) {
     // A graph's output must be made by a node.
-    let outputs: HashSet<&str> = graph.output.iter().map(|output| output.name()).collect();
+    let outputs: HashSet<&str> = graph.output.iter().map(ValueInfoProto::name).collect();
     let mut initializers = Vec::new();
     graph.node.retain(|node| {
         if node.op_type() != "Constant" || !is_standard(node) || node.output.iter().any(|output| outputs.contains(output.as_str())) {
@@ -73,7 +73,7 @@ fn constant(node: &NodeProto) -> Option<TensorProto> {
 
 /// Lets readers of an `Identity` read its input.
 fn forward_identities(graph: &mut GraphProto) {
-    let outputs: HashSet<&str> = graph.output.iter().map(|output| output.name()).collect();
+    let outputs: HashSet<&str> = graph.output.iter().map(ValueInfoProto::name).collect();
     // A subgraph may read it by its name.
     let inner: HashSet<String> = graph
         .node
@@ -124,7 +124,7 @@ pub fn remove_dead(graph: &mut GraphProto) {
 mod tests {
     use super::*;
     use crate::graph::{float_tensor, node};
-    use plimsoll_runtime::onnx::{AttributeProto, ValueInfoProto};
+    use plimsoll_runtime::onnx::AttributeProto;
 
     fn value(name: &str) -> ValueInfoProto {
         ValueInfoProto {

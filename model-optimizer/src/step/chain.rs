@@ -85,7 +85,9 @@ impl Place {
         loop {
             // After the watch began, so that nothing slips between.
             match File::open(self.folder.join(name)) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => drop(events.next()?),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    events.next()?;
+                }
                 opened => return opened,
             }
         }

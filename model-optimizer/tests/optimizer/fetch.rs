@@ -56,7 +56,7 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
                 .header(header::ETAG, "\"v1\"")
                 .header(header::CONTENT_RANGE, format!("bytes {start}-{}/{LENGTH}", LENGTH - 1))
                 .header(header::CONTENT_LENGTH, LENGTH - start)
-                .body(breaking(content()[start..end].to_vec(), end < LENGTH))
+                .body(breaking(&content()[start..end], end < LENGTH))
         }
         "changes" => {
             let mut bytes = content();
@@ -68,7 +68,7 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
             answer
                 .header(header::ETAG, tag)
                 .header(header::CONTENT_LENGTH, LENGTH)
-                .body(breaking(bytes, number == 0))
+                .body(breaking(&bytes, number == 0))
         }
         "endless" => {
             let pieces = futures::stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![0; 64 << 10])));
@@ -76,7 +76,7 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
         }
         "announced" => answer
             .header(header::CONTENT_LENGTH, 5_000_000_000_u64)
-            .body(breaking(vec![0; 10], true)),
+            .body(breaking(&[0; 10], true)),
         "status" => answer.status(last.parse::<u16>().unwrap()).body(Body::empty()),
         "secret" => {
             let known = headers.get(header::AUTHORIZATION).is_some_and(|value| value == "Bearer t0k");
@@ -88,7 +88,7 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
 }
 
 /// A body that ends in a broken connection after `bytes`.
-fn breaking(bytes: Vec<u8>, breaks: bool) -> Body {
+fn breaking(bytes: &[u8], breaks: bool) -> Body {
     let end = breaks.then(|| Err(std::io::Error::other("broken off")));
     let pieces = bytes
         .chunks(32 << 10)

@@ -147,7 +147,7 @@ impl Registry {
                 Ok(piece) => Ok(piece),
                 Err(error) => {
                     // Kept here, because what passes through an archive's reader comes out as another error.
-                    broken = Some(RegistryError::from_io(reference, error));
+                    broken = Some(RegistryError::from_io(reference, &error));
                     Err(io::Error::from(io::ErrorKind::ConnectionAborted))
                 }
             };
@@ -160,7 +160,7 @@ impl Registry {
         let made = reader.await.map_err(io::Error::other).flatten();
         match broken {
             Some(error) => Err(error),
-            None => made.map_err(|source| RegistryError::from_io(reference, source)),
+            None => made.map_err(|source| RegistryError::from_io(reference, &source)),
         }
     }
 }

@@ -54,7 +54,7 @@ impl RegistryError {
     }
 
     /// From a file's error, or from the error of a body that streamed.
-    pub(super) fn from_io(reference: &str, source: io::Error) -> Self {
+    pub(super) fn from_io(reference: &str, source: &io::Error) -> Self {
         let inner = source.get_ref().map(|inner| inner as &(dyn Error + 'static));
         if let Some(error) = inner.and_then(|inner| inner.downcast_ref::<Self>()) {
             return error.clone();
@@ -75,7 +75,7 @@ impl RegistryError {
 
     pub(super) fn from_client(reference: &str, source: OciDistributionError) -> Self {
         let (problem, message) = match source {
-            OciDistributionError::IoError(source) => return Self::from_io(reference, source),
+            OciDistributionError::IoError(source) => return Self::from_io(reference, &source),
             OciDistributionError::RequestError(error) => match error.status() {
                 Some(status) => (from_status(status.as_u16()), format!("the registry answers {status}")),
                 None => (Problem::Unreachable, chain(&error)),

@@ -151,7 +151,7 @@ fn binary() -> PathBuf {
         .filter(|path| path.is_file())
         .max_by_key(|path| fs::metadata(path).unwrap().modified().unwrap());
     newest.expect(
-        "these tests need a registry: run `cargo xtask cluster up --control-plane` once, or \
+        "these tests need a registry: run `cargo xtask cluster tool registry` once, or \
          `go install github.com/distribution/distribution/v3/cmd/registry@v3.0.0` and set PLIMSOLL_REGISTRY_BINARY to it",
     )
 }

@@ -6,7 +6,7 @@ use plimsoll_package::report::LatencyChange;
 use plimsoll_runtime::engine::{Engine, EngineError, Tensor};
 
 /// Time spent on one engine, but for models of which a single inference takes longer.
-const BUDGET: Duration = Duration::from_millis(120);
+const BUDGET: Duration = Duration::from_millis(80);
 /// Most inferences of each model.
 const RUNS_MAX: usize = 200;
 /// Inferences before the clock counts.

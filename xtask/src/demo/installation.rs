@@ -59,17 +59,11 @@ fn values(delivery: &Delivery, archives: &[PathBuf]) -> Result<Vec<String>> {
         values.push(format!("images.repository={registry}"));
     }
     // The tag is the same for every build of a version: only a change of the pods lets a newer build run.
-    for (image, key) in [("operator", "operator"), ("registry", "registry.internal")] {
-        let archive = archives
-            .iter()
-            .find(|path| path.file_stem().is_some_and(|stem| stem == image))
-            .context("every image has an archive")?;
-        let content = fs::read(archive).with_context(|| format!("cannot read {}", archive.display()))?;
-        values.push(format!(
-            "{key}.podAnnotations.plimsoll\\.dev/image={}",
-            &hex::encode(Sha256::digest(content))[..16]
-        ));
-    }
+    let archive = archives.iter().find(|path| path.file_stem().is_some_and(|stem| stem == "operator"));
+    let archive = archive.context("every image has an archive")?;
+    let content = fs::read(archive).with_context(|| format!("cannot read {}", archive.display()))?;
+    let digest = hex::encode(Sha256::digest(content));
+    values.push(format!("operator.podAnnotations.plimsoll\\.dev/image={}", &digest[..16]));
     Ok(values)
 }
 
@@ -124,14 +118,12 @@ fn made(namespace: &Value) -> Option<Vec<String>> {
 
 fn release_status(target: &Target) -> Result<Option<String>> {
     let mut helm = target.helm()?;
-    match text_of(helm.args(["status", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--output", "json"])) {
-        Ok(text) => {
-            let status: Value = serde_json::from_str(&text).context("helm's answer is no JSON")?;
-            Ok(status["info"]["status"].as_str().map(str::to_owned))
-        }
-        Err(error) if error.to_string().contains("not found") => Ok(None),
-        Err(error) => Err(error),
-    }
+    // Helm 3 lists a pending release only when asked for it.
+    helm.args(["list", "--deployed", "--failed", "--pending", "--uninstalling", "--output", "json"]);
+    let list = text_of(helm.args(["--namespace", SYSTEM_NAMESPACE]))?;
+    let list: Value = serde_json::from_str(&list).context("helm's answer is no JSON")?;
+    let release = list.as_array().into_iter().flatten().find(|release| release["name"] == RELEASE);
+    Ok(release.and_then(|release| release["status"].as_str()).map(str::to_owned))
 }
 
 /// helm refuses to go on where it was once interrupted. The models stay, as the CRDs do.

@@ -110,7 +110,7 @@ impl Record {
     pub(super) fn story(&self) -> String {
         let mut table = Table::new();
         table
-            .load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY)
+            .load_style(comfy_table::presets::UTF8_FULL_CONDENSED)
             .set_header(["", "revision", "name", "apply to Ready"]);
         for (what, revision) in ["first version", "second version", "undo"].iter().zip(&self.revisions) {
             table.add_row([
@@ -154,7 +154,7 @@ pub(super) fn before_and_after(report: &Report) -> Table {
     let summary = &report.summary;
     let mut table = Table::new();
     table
-        .load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY)
+        .load_style(comfy_table::presets::UTF8_FULL_CONDENSED)
         .set_header(["", "before", "after"]);
     let times = summary.size_before as f64 / summary.size_after as f64;
     table.add_row([

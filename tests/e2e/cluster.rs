@@ -83,7 +83,7 @@ impl Namespace {
             "-n",
             &self.name,
             "wait",
-            &format!("--for=condition={condition}"),
+            &format!("--for={condition}"),
             &timeout,
             &format!("md/{model}"),
         ]));

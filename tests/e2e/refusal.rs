@@ -107,7 +107,7 @@ fn a_model_with_an_operator_that_no_engine_runs_names_it() {
         "operator",
         &json!({ "source": { "uri": push(&file, "e2e/unsupported:v1") } }),
         "UnsupportedOperator",
-        &["HoughTransform", "example.vision"],
+        &["Murmurate", "com.example.birds"],
     );
 }
 

@@ -44,13 +44,19 @@ pub(crate) fn check() -> Result<()> {
 
 /// The files whose content differs from what the types say, with what they should hold.
 fn stale() -> Result<Vec<(PathBuf, String)>> {
-    let output = workspace::cargo().args(["run", "--quiet", "--package", "plimsoll-crds", "--example", "yaml"]).output()?;
+    let output = workspace::cargo()
+        .args(["run", "--quiet", "--package", "plimsoll-crds", "--example", "yaml"])
+        .output()?;
     if !output.status.success() {
         bail!("cannot generate the CRDs:\n{}", String::from_utf8_lossy(&output.stderr));
     }
     let documents: Vec<Document> = serde_json::from_slice(&output.stdout)?;
     // The chart carries a copy, for Helm reads nothing outside of the chart's folder.
     let folders = ["crds/yaml", "charts/plimsoll/files/crds"];
-    let files = documents.iter().flat_map(|document| folders.map(|folder| (workspace::root().join(folder).join(&document.file), document.yaml.clone())));
-    Ok(files.filter(|(path, yaml)| fs::read_to_string(path).ok().as_ref() != Some(yaml)).collect())
+    let files = documents
+        .iter()
+        .flat_map(|document| folders.map(|folder| (workspace::root().join(folder).join(&document.file), document.yaml.clone())));
+    Ok(files
+        .filter(|(path, yaml)| fs::read_to_string(path).ok().as_ref() != Some(yaml))
+        .collect())
 }

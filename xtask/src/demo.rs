@@ -69,7 +69,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     installation::install(&target, &delivery, &archives)?;
     let gateway = phase("opening a way to the cluster's API (kubectl proxy)", |_| Gateway::open(&target))?;
     let artifacts = Artifacts::new(gateway.client());
-    phase("uploading the models and the held-out images to the cluster's registry", |_| artifacts.upload_models())?;
+    phase("uploading the models and the held-out images to the cluster's registry", |_| {
+        artifacts.upload_models()
+    })?;
 
     heading("The first version");
     let accelerated = target.has_gpus()?;
@@ -99,7 +101,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     println!("Written to {}. To go on playing:\n", path.display());
     println!("{}", commands(&target, arguments));
     if record.requests_failed > 0 {
-        bail!("{} of {} requests failed: {}", record.requests_failed, record.requests_total, record.first_failure.as_deref().unwrap_or("?"));
+        bail!(
+            "{} of {} requests failed: {}",
+            record.requests_failed,
+            record.requests_total,
+            record.first_failure.as_deref().unwrap_or("?")
+        );
     }
     Ok(())
 }
@@ -115,14 +122,30 @@ fn heading(what: &str) {
 
 fn commands(target: &Target, arguments: &Arguments) -> String {
     let mut commands = Vec::new();
-    commands.extend(target.kubectl_folder().map(|folder| format!("export PATH={}:$PATH", folder.display())));
+    commands.extend(
+        target
+            .kubectl_folder()
+            .map(|folder| format!("export PATH={}:$PATH", folder.display())),
+    );
     commands.push(format!("export KUBECONFIG={}", target.kubeconfig_text()));
-    for command in ["get md,mr -o wide", "describe md digits", "scale md digits --replicas 1", "edit md digits", "get mr --watch"] {
+    for command in [
+        "get md,mr -o wide",
+        "describe md digits",
+        "scale md digits --replicas 1",
+        "edit md digits",
+        "get mr --watch",
+    ] {
         commands.push(format!("kubectl -n {NAMESPACE} {command}"));
     }
     commands.push("kubectl explain md.spec.optimize.budget".to_owned());
-    let again = arguments.kubeconfig.as_ref().map(|path| format!(" --kubeconfig {}", path.display()));
-    commands.push(format!("cargo xtask demo --down{}    # takes everything away", again.unwrap_or_default()));
+    let again = arguments
+        .kubeconfig
+        .as_ref()
+        .map(|path| format!(" --kubeconfig {}", path.display()));
+    commands.push(format!(
+        "cargo xtask demo --down{}    # takes everything away",
+        again.unwrap_or_default()
+    ));
     format!("  {}", commands.join("\n  "))
 }
 

@@ -47,11 +47,23 @@ enum Part {
     EndToEnd,
 }
 
-const PARTS: [Part; 8] =
-    [Part::Format, Part::Generated, Part::Chart, Part::Clippy, Part::Dependencies, Part::Unit, Part::Go, Part::EndToEnd];
+const PARTS: [Part; 8] = [
+    Part::Format,
+    Part::Generated,
+    Part::Chart,
+    Part::Clippy,
+    Part::Dependencies,
+    Part::Unit,
+    Part::Go,
+    Part::EndToEnd,
+];
 
 /// Sets of packages that are compiled together, so that tests and images share what is compiled (see `images`).
-const TEST_GROUPS: [&[&str]; 3] = [&["plimsoll-operator", "plimsoll-crds"], &["plimsoll-package", "plimsoll-runtime", "plimsoll-optimizer"], &["xtask"]];
+const TEST_GROUPS: [&[&str]; 3] = [
+    &["plimsoll-operator", "plimsoll-crds"],
+    &["plimsoll-package", "plimsoll-runtime", "plimsoll-optimizer"],
+    &["xtask"],
+];
 
 /// Version of cargo-deny, installed into the user's cache.
 const CARGO_DENY: &str = "0.20.2";
@@ -77,7 +89,11 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
         }
     }
     tally.print();
-    if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if tally.failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn log(name: &str) -> PathBuf {
@@ -94,9 +110,16 @@ fn check(what: &str, command: &mut Command, tally: &mut Tally) -> Result<()> {
 fn format(tally: &mut Tally) -> Result<()> {
     check("rustfmt", workspace::cargo().args(["fmt", "--all", "--check"]), tally)?;
     let folder = workspace::root().join("tests/cluster");
-    let output = Command::new("gofmt").arg("-l").arg(&folder).output().context("cannot start gofmt")?;
+    let output = Command::new("gofmt")
+        .arg("-l")
+        .arg(&folder)
+        .output()
+        .context("cannot start gofmt")?;
     let unformatted = String::from_utf8_lossy(&output.stdout).into_owned();
-    anyhow::ensure!(output.status.success() && unformatted.is_empty(), "gofmt would change:\n{unformatted}");
+    anyhow::ensure!(
+        output.status.success() && unformatted.is_empty(),
+        "gofmt would change:\n{unformatted}"
+    );
     tally.passed += 1;
     Ok(())
 }
@@ -118,26 +141,44 @@ fn dependencies(tally: &mut Tally) -> Result<()> {
     let program = folder.join("bin/cargo-deny");
     if !program.is_file() {
         let mut install = workspace::cargo();
-        install.args(["install", "cargo-deny", "--locked", "--version", CARGO_DENY, "--no-default-features", "--root"]).arg(&folder);
+        install
+            .args([
+                "install",
+                "cargo-deny",
+                "--locked",
+                "--version",
+                CARGO_DENY,
+                "--no-default-features",
+                "--root",
+            ])
+            .arg(&folder);
         install.arg("--target-dir").arg(workspace::cache().join("cargo-deny-build"));
         phase("building cargo-deny", |bar| run_logged(&mut install, &log("cargo-deny-build"), bar))?;
         let _ = std::fs::remove_dir_all(workspace::cache().join("cargo-deny-build"));
     }
     let deny = |arguments: &[&str]| {
         let mut command = Command::new(&program);
-        command.current_dir(workspace::root()).args(["--all-features", "check"]).args(arguments);
+        command
+            .current_dir(workspace::root())
+            .args(["--all-features", "check"])
+            .args(arguments);
         command
     };
     for what in ["licenses", "bans", "sources"] {
         check(&format!("cargo deny {what}"), &mut deny(&[what]), tally)?;
     }
-    let advisories = phase("cargo deny advisories", |bar| run_logged(&mut deny(&["advisories"]), &log("advisories"), bar));
+    let advisories = phase("cargo deny advisories", |bar| {
+        run_logged(&mut deny(&["advisories"]), &log("advisories"), bar)
+    });
     match advisories {
         Ok(()) => tally.passed += 1,
         Err(error) => {
             let text = std::fs::read_to_string(log("advisories")).unwrap_or_default();
             // Without the database nothing can be said; with it, what it says counts.
-            if text.contains("failed to fetch advisory database") || text.contains("unable to fetch") || text.contains("failed to load advisory") {
+            if text.contains("failed to fetch advisory database")
+                || text.contains("unable to fetch")
+                || text.contains("failed to load advisory")
+            {
                 tally.skip("cargo deny advisories: the advisory database cannot be reached".to_owned());
             } else {
                 return Err(error);
@@ -152,7 +193,10 @@ fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     let registry = cluster::tool("registry")?;
     for group in TEST_GROUPS {
         let mut command = images::program::release("test")?;
-        command.args(["--locked", "--no-fail-fast"]).env("ORT_DYLIB_PATH", &library).env("PLIMSOLL_REGISTRY_BINARY", &registry);
+        command
+            .args(["--locked", "--no-fail-fast"])
+            .env("ORT_DYLIB_PATH", &library)
+            .env("PLIMSOLL_REGISTRY_BINARY", &registry);
         for package in group {
             command.args(["--package", package]);
         }
@@ -164,6 +208,9 @@ fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
 
 fn go(tally: &mut Tally) -> Result<()> {
     let mut command = Command::new("go");
-    command.current_dir(workspace::root().join("tests/cluster/fixture-server")).env("CGO_ENABLED", "0").args(["test", "./..."]);
+    command
+        .current_dir(workspace::root().join("tests/cluster/fixture-server"))
+        .env("CGO_ENABLED", "0")
+        .args(["test", "./..."]);
     check("tests of the fixture server", &mut command, tally)
 }

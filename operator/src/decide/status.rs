@@ -255,8 +255,18 @@ pub fn model_status(situation: &Situation) -> ModelDeploymentStatus {
     };
     let conditions = vec![
         condition(ConditionType::Ready, is(Progress::Done), &standing.reason, &standing.message),
-        condition(ConditionType::Reconciling, is(Progress::Working), &standing.reason, only_if(is(Progress::Working))),
-        condition(ConditionType::Stalled, is(Progress::Stalled), &standing.reason, only_if(is(Progress::Stalled))),
+        condition(
+            ConditionType::Reconciling,
+            is(Progress::Working),
+            &standing.reason,
+            only_if(is(Progress::Working)),
+        ),
+        condition(
+            ConditionType::Stalled,
+            is(Progress::Stalled),
+            &standing.reason,
+            only_if(is(Progress::Stalled)),
+        ),
         condition(ConditionType::Optimized, optimized, optimized_reason, &optimized_message),
         condition(ConditionType::Available, serving.is_some(), available_reason, &available_message),
         condition(ConditionType::RolledOut, rolled_out, &standing.reason, &standing.message),

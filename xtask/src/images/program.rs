@@ -58,7 +58,10 @@ pub(crate) fn build(packages: &[&str], profile: Profile) -> Result<Vec<PathBuf>>
 pub(crate) fn release(verb: &str) -> Result<std::process::Command> {
     let target = release_target();
     let mut command = workspace::cargo();
-    command.args([verb, "--release", "--target-dir"]).arg(&target).env("CARGO_ENCODED_RUSTFLAGS", flags(&target)?);
+    command
+        .args([verb, "--release", "--target-dir"])
+        .arg(&target)
+        .env("CARGO_ENCODED_RUSTFLAGS", flags(&target)?);
     Ok(command)
 }
 

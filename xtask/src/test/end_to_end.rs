@@ -48,11 +48,19 @@ fn tests(kubeconfig: &Path) -> Result<Command> {
     fetch.arg(workspace::root().join("tests/models/magika/fetch.py")).arg(&magika);
     phase("magika's model", |bar| run_logged(&mut fetch, &log("magika"), bar))?;
     let mut command = images::program::release("test")?;
-    command.args(["--locked", "--package", "plimsoll-tests", "--test", "e2e"]).env("KUBECONFIG", kubeconfig);
-    for (variable, tool) in [("PLIMSOLL_KUBECTL", "kubectl"), ("PLIMSOLL_HELM", "helm"), ("PLIMSOLL_CRANE", "crane")] {
+    command
+        .args(["--locked", "--package", "plimsoll-tests", "--test", "e2e"])
+        .env("KUBECONFIG", kubeconfig);
+    for (variable, tool) in [
+        ("PLIMSOLL_KUBECTL", "kubectl"),
+        ("PLIMSOLL_HELM", "helm"),
+        ("PLIMSOLL_CRANE", "crane"),
+    ] {
         command.env(variable, cluster::tool(tool)?);
     }
-    command.env("PLIMSOLL_MAGIKA", magika.join("magika.onnx")).env("PLIMSOLL_FIXTURE_SERVER_IMAGE", cluster::FIXTURE_SERVER_IMAGE);
+    command
+        .env("PLIMSOLL_MAGIKA", magika.join("magika.onnx"))
+        .env("PLIMSOLL_FIXTURE_SERVER_IMAGE", cluster::FIXTURE_SERVER_IMAGE);
     Ok(command)
 }
 
@@ -60,21 +68,38 @@ fn tests(kubeconfig: &Path) -> Result<Command> {
 fn install(kubeconfig: &Path) -> Result<()> {
     let archives = images::build(&["operator", "optimizer", "runtime", "registry"])?;
     phase("images onto the node", |_| cluster::import_images(&archives))?;
-    let hosts: Vec<String> = FILE_SERVER_NAMESPACES.iter().map(|name| format!("fixtures.e2e-{name}.svc.cluster.local")).collect();
+    let hosts: Vec<String> = FILE_SERVER_NAMESPACES
+        .iter()
+        .map(|name| format!("fixtures.e2e-{name}.svc.cluster.local"))
+        .collect();
     let mut helm = Command::new(cluster::tool("helm")?);
-    helm.env("KUBECONFIG", kubeconfig).args(["upgrade", "--install", "plimsoll"]).arg(workspace::root().join("charts/plimsoll"));
+    helm.env("KUBECONFIG", kubeconfig)
+        .args(["upgrade", "--install", "plimsoll"])
+        .arg(workspace::root().join("charts/plimsoll"));
     helm.args(["--namespace", SYSTEM_NAMESPACE, "--create-namespace", "--wait", "--timeout", "5m"]);
-    helm.args(["--set", "registry.internal.persistence.enabled=false", "--set", "models.maxFetchSize=64Mi"]);
-    helm.arg("--set-json").arg(format!("models.plainHttpHosts={}", serde_json::to_string(&hosts)?));
+    helm.args([
+        "--set",
+        "registry.internal.persistence.enabled=false",
+        "--set",
+        "models.maxFetchSize=64Mi",
+    ]);
+    helm.arg("--set-json")
+        .arg(format!("models.plainHttpHosts={}", serde_json::to_string(&hosts)?));
     // The tag is the same for every build of a version; the annotation makes a newer build run.
     for (image, key) in [("operator", "operator"), ("registry", "registry.internal")] {
-        helm.arg("--set-string").arg(format!("{key}.podAnnotations.plimsoll\\.dev/image={}", fingerprint(&archives, image)?));
+        helm.arg("--set-string").arg(format!(
+            "{key}.podAnnotations.plimsoll\\.dev/image={}",
+            fingerprint(&archives, image)?
+        ));
     }
     phase("installing the Helm chart", |bar| run_logged(&mut helm, &log("helm"), bar))
 }
 
 fn fingerprint(archives: &[PathBuf], image: &str) -> Result<String> {
-    let archive = archives.iter().find(|path| path.file_stem().is_some_and(|stem| stem == image)).context("every image has an archive")?;
+    let archive = archives
+        .iter()
+        .find(|path| path.file_stem().is_some_and(|stem| stem == image))
+        .context("every image has an archive")?;
     let content = std::fs::read(archive)?;
     use sha2::Digest as _;
     Ok(hex::encode(sha2::Sha256::digest(content))[..16].to_owned())
@@ -85,7 +110,9 @@ fn run_control_plane(reasons: &str, tally: &mut Tally) -> Result<()> {
     eprintln!("no containers on this machine: {reasons}");
     let kubeconfig = cluster::up_control_plane(1)?;
     let mut crds = Command::new(cluster::tool("kubectl")?);
-    crds.env("KUBECONFIG", &kubeconfig).args(["apply", "--server-side", "-f"]).arg(workspace::root().join("crds/yaml"));
+    crds.env("KUBECONFIG", &kubeconfig)
+        .args(["apply", "--server-side", "-f"])
+        .arg(workspace::root().join("crds/yaml"));
     phase("installing the CRDs", |bar| run_logged(&mut crds, &log("crds"), bar))?;
     let mut command = tests(&kubeconfig)?;
     command.args(["--", "--exact"]).args(CONTROL_PLANE_TESTS);
@@ -94,7 +121,10 @@ fn run_control_plane(reasons: &str, tally: &mut Tally) -> Result<()> {
     if !output.status.success() {
         bail!("cannot list the end-to-end tests: {}", String::from_utf8_lossy(&output.stderr));
     }
-    for test in String::from_utf8_lossy(&output.stdout).lines().filter_map(|line| line.strip_suffix(": test")) {
+    for test in String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| line.strip_suffix(": test"))
+    {
         if !CONTROL_PLANE_TESTS.contains(&test) {
             tally.skip(format!("{test}: it needs containers ({reasons})"));
         }

@@ -66,7 +66,11 @@ impl Tally {
         for failed in &self.failed {
             println!("failed: {}", failed.lines().next().unwrap_or_default());
         }
-        let skipped = if self.skipped.is_empty() { String::new() } else { format!(", {} skipped", self.skipped.len()) };
+        let skipped = if self.skipped.is_empty() {
+            String::new()
+        } else {
+            format!(", {} skipped", self.skipped.len())
+        };
         println!("{} passed, {} failed{skipped}", self.passed, self.failed.len());
     }
 }

@@ -164,10 +164,11 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         _ = signals.recv() => {}
         model = loaded => {
             let model = model.map_err(|_| ServeError::Loading)??;
+            // Served first, announced then.
+            let model = state.model.get_or_init(|| model);
             let seconds = started.elapsed().as_secs_f64();
-            state.metrics.loaded(&model, &state.config, seconds);
+            state.metrics.loaded(model, &state.config, seconds);
             tracing::info!(model = state.config.name, engine = %model.kind(), seconds, "ready");
-            let _ = state.model.set(model);
             signals.recv().await;
         }
     }

@@ -103,7 +103,8 @@ fn environment(library: Option<&Path>) -> Result<&'static Environment, EngineErr
     let builder = ort::init_from(&library).map_err(|error| EngineError::Library(one_line(&error)))?;
     let environment = builder.with_name("plimsoll").with_telemetry(false).build();
     let environment = environment.map_err(|error| EngineError::Library(one_line(&error)))?;
-    environment.set_log_level(ort::logging::LogLevel::Error);
+    // Its errors come back to us as errors; its own lines would break the log's form.
+    environment.set_log_level(ort::logging::LogLevel::Fatal);
     Ok(ENVIRONMENT.get_or_init(|| environment))
 }
 

@@ -151,6 +151,22 @@ fn a_refusal_names_what_is_wrong_and_what_would_be_right() {
 }
 
 #[test]
+fn a_failure_inside_of_the_engine_costs_one_request_and_is_logged_with_its_trace() {
+    let mut server = Server::ready(&model("two-inputs"), &["--engine", "onnxruntime"]);
+    let tensor = |name: &str, rows: usize| json!({"name": name, "datatype": "INT64", "shape": [rows, 2], "data": vec![0; 2 * rows]});
+    let body = |rows| json!({"inputs": [tensor("a", 2), tensor("b", rows)]}).to_string();
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let mut connection = Connection::open(server.http).unwrap();
+    let headers = format!("traceparent: 00-{trace}-00f067aa0ba902b7-01\r\n");
+    let answer = connection.send("POST", "/v2/models/two-inputs/infer", &headers, &body(3)).unwrap();
+    assert_eq!(answer.status, 500);
+    assert!(answer.error().starts_with("OnnxRuntime failed: "), "{}", answer.text);
+    let line = server.line("inference failed");
+    assert_eq!((&line["code"], &line["trace"]), (&json!(500), &json!(trace)));
+    assert_eq!(connection.send("POST", "/v2/models/two-inputs/infer", "", &body(2)).unwrap().status, 200);
+}
+
+#[test]
 fn metrics_count_requests_by_code_and_name_the_engine() {
     let package = package("mlp", Engine::Tract);
     let server = Server::ready(package.path(), &["--metrics", "127.0.0.1:0"]);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
@@ -16,6 +17,9 @@ use plimsoll_package::registry::{Access, Credentials, Registry};
 use plimsoll_package::units::Size;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+
+/// How long passes that are under way at the stop may still take; they are short writes.
+const LAST_PASSES: Duration = Duration::from_secs(2);
 
 /// The control plane of Plimsoll.
 #[derive(Parser)]
@@ -150,14 +154,19 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         let controllers = namespaces
             .into_iter()
             .map(|namespace| controller::run(context.clone(), namespace, wait(stopped.clone())));
+        let ended = async {
+            wait(stopped.clone()).await;
+            tokio::time::sleep(LAST_PASSES).await;
+        };
         tokio::select! {
-            _ = futures::future::join_all(controllers) => {
-                election.release().await;
-                Ok(())
-            }
+            _ = futures::future::join_all(controllers) => {}
+            // A controller was seen to outlive its stop by half a minute, for which nobody would lead.
+            () = ended => {}
             // Another may lead now; whatever this process still has in hand must not be written.
             () = election.keep() => anyhow::bail!("the lease was lost"),
         }
+        election.release().await;
+        Ok(())
     };
     tokio::select! {
         done = work => done,

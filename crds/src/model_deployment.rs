@@ -1,4 +1,5 @@
 //! ModelDeployment: what a user writes.
+#![allow(clippy::duplicated_attributes, reason = "each printer column repeats the keys of the others")]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;

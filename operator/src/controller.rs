@@ -52,6 +52,10 @@ pub enum Error {
 /// Works on the models of `namespace`, or of all, until `stop` resolves; a pass that is under way then is finished.
 pub async fn run(context: Arc<Context>, namespace: Option<String>, stop: impl Future<Output = ()> + Send + Sync + 'static) {
     let (stores, models, children) = Stores::watch(&context.client, namespace.as_deref());
+    if stores.ready().await.is_err() {
+        tracing::error!("a watch ended before its first list");
+        return;
+    }
     let scope = Arc::new(Scope {
         context,
         stores: stores.clone(),
@@ -59,9 +63,7 @@ pub async fn run(context: Arc<Context>, namespace: Option<String>, stop: impl Fu
     });
     Controller::for_stream(models, stores.models())
         .with_config(kube::runtime::controller::Config::default().concurrency(CONCURRENCY))
-        .reconcile_on(
-            children.filter_map(|change| async move { change.inspect_err(|error| tracing::warn!(%error, "a watch was interrupted")).ok() }),
-        )
+        .reconcile_on(children)
         .graceful_shutdown_on(stop)
         .run(reconcile, retry, scope)
         .map_err(|error| tracing::debug!(%error, "a pass did not run"))
@@ -87,10 +89,6 @@ async fn reconcile(model: Arc<ModelDeployment>, scope: Arc<Scope>) -> Result<Act
 }
 
 async fn pass(model: &ModelDeployment, scope: &Scope) -> Result<Action, Error> {
-    // Deciding before every store has its first list would take what is not listed yet for missing.
-    if scope.stores.ready().await.is_err() {
-        return Ok(Action::requeue(Duration::from_secs(1)));
-    }
     let context = &scope.context;
     let mut lookups = std::collections::BTreeMap::new();
     let (observed, plan) = loop {

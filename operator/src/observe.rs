@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::batch::v1::Job;
@@ -85,13 +85,13 @@ pub struct Stores {
 }
 
 /// The changes of the children, each as a reference to the model that it belongs to.
-pub type ChildChanges = futures::stream::BoxStream<'static, Result<ObjectRef<ModelDeployment>, watcher::Error>>;
+pub type ChildChanges = futures::stream::BoxStream<'static, ObjectRef<ModelDeployment>>;
 
 /// The changes of the models.
 pub type ModelChanges = futures::stream::BoxStream<'static, Result<ModelDeployment, watcher::Error>>;
 
 impl Stores {
-    /// Starts to watch `namespace`, or all. The streams must be polled for the stores to fill.
+    /// Starts to watch `namespace`, or all. The stores of the children fill by themselves; that of the models fills as its stream is polled.
     #[must_use]
     pub fn watch(client: &Client, namespace: Option<&str>) -> (Self, ModelChanges, ChildChanges) {
         let (models, model_changes) = store::<ModelDeployment>(client, namespace, watcher::Config::default());
@@ -112,7 +112,7 @@ impl Stores {
             disruption_budgets,
             network_policies,
         };
-        let changes = futures::stream::select_all([
+        let changes_of_children = futures::stream::select_all([
             revision_changes,
             job_changes,
             deployment_changes,
@@ -121,6 +121,12 @@ impl Stores {
             disruption_budget_changes,
             network_policy_changes,
         ]);
+        // Polled by a task of its own: a store must fill though nobody asks for its changes yet.
+        let (sender, changes) = futures::channel::mpsc::unbounded();
+        tokio::spawn(changes_of_children.for_each(move |change| {
+            let _ = sender.unbounded_send(change);
+            std::future::ready(())
+        }));
         (stores, Box::pin(model_changes), Box::pin(changes))
     }
 
@@ -130,12 +136,11 @@ impl Stores {
         self.models.clone()
     }
 
-    /// Waits until every store has its first full list.
+    /// Waits until every store of children has its first full list: deciding before would take what is not listed yet for missing.
     ///
     /// # Errors
     /// Where a watch ended before.
     pub async fn ready(&self) -> Result<(), reflector::store::WriterDropped> {
-        self.models.wait_until_ready().await?;
         self.revisions.wait_until_ready().await?;
         self.jobs.wait_until_ready().await?;
         self.deployments.wait_until_ready().await?;
@@ -185,9 +190,12 @@ where
     K: Resource<Scope = NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug + Send + Sync + 'static,
     K::DynamicType: Default + Clone + Eq + std::hash::Hash,
 {
-    use futures::TryStreamExt as _;
     let (reader, stream) = store::<K>(client, namespace, watcher::Config::default().labels(MODEL_LABEL));
-    let changes = stream.try_filter_map(|object| std::future::ready(Ok(model_of(&object))));
+    let changes = stream.filter_map(|change| {
+        // The watcher itself goes on with a backoff.
+        let object = change.inspect_err(|error| tracing::warn!(%error, "a watch was interrupted")).ok();
+        std::future::ready(object.and_then(|object| model_of(&object)))
+    });
     (reader, Box::pin(changes))
 }
 

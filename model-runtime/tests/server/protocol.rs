@@ -163,7 +163,10 @@ fn a_failure_inside_of_the_engine_costs_one_request_and_is_logged_with_its_trace
     assert!(answer.error().starts_with("OnnxRuntime failed: "), "{}", answer.text);
     let line = server.line("inference failed");
     assert_eq!((&line["code"], &line["trace"]), (&json!(500), &json!(trace)));
-    assert_eq!(connection.send("POST", "/v2/models/two-inputs/infer", "", &body(2)).unwrap().status, 200);
+    assert_eq!(
+        connection.send("POST", "/v2/models/two-inputs/infer", "", &body(2)).unwrap().status,
+        200
+    );
 }
 
 #[test]

@@ -94,7 +94,7 @@ fn decode(bytes: bytes::Bytes) -> Result<ModelProto, String> {
 /// Protocol, or an input of unknown rank.
 pub fn signature(model: &ModelProto) -> Result<(Vec<TensorSpec>, Vec<TensorSpec>), OnnxError> {
     let Some(graph) = &model.graph else { return Ok((vec![], vec![])) };
-    let given: HashSet<&str> = graph.initializer.iter().map(|tensor| tensor.name()).collect();
+    let given: HashSet<&str> = graph.initializer.iter().map(TensorProto::name).collect();
     let inputs = graph.input.iter().filter(|input| !given.contains(input.name()));
     Ok((
         inputs.map(|input| spec("input", input)).collect::<Result<_, _>>()?,

@@ -33,10 +33,10 @@ impl OnnxRuntime {
         let environment = environment(options.library.as_deref())?;
         let (inputs, outputs) = onnx::signature(&onnx::read(path)?)?;
         let session = session(environment, path, options);
-        let session = session.map_err(|reason| EngineError::Load {
+        let session = session.map_err(|error| EngineError::Load {
             engine: EngineKind::OnnxRuntime,
             path: path.to_owned(),
-            reason,
+            reason: one_line(&error),
         })?;
         Ok(Self {
             inputs,
@@ -108,20 +108,17 @@ fn environment(library: Option<&Path>) -> Result<&'static Environment, EngineErr
     Ok(ENVIRONMENT.get_or_init(|| environment))
 }
 
-fn session(environment: &Environment, path: &Path, options: &LoadOptions) -> Result<Session, String> {
-    // Spinning threads burn the CPU quota of a container that waits for requests.
-    let builder = Session::builder(environment).map_err(|error| one_line(&error))?;
-    let builder = builder
-        .with_optimization_level(GraphOptimizationLevel::All)
-        .and_then(|builder| builder.with_intra_threads(options.threads))
-        .and_then(|builder| builder.with_inter_threads(1))
-        .and_then(|builder| builder.with_intra_op_spinning(false))
-        .and_then(|builder| builder.with_config_entry("session.disable_quant_qdq", if options.fold_dequantize { "1" } else { "0" }))
-        .and_then(|builder| builder.with_execution_providers([ep::CPU::default().with_arena_allocator(true).build()]));
-    builder
-        .map_err(|error| one_line(&error))?
+/// A builder's error carries the builder, which only a further attempt would need: `?` drops it.
+fn session(environment: &Environment, path: &Path, options: &LoadOptions) -> ort::Result<Session> {
+    Session::builder(environment)?
+        .with_optimization_level(GraphOptimizationLevel::All)?
+        .with_intra_threads(options.threads)?
+        .with_inter_threads(1)?
+        // Spinning threads burn the CPU quota of a container that waits for requests.
+        .with_intra_op_spinning(false)?
+        .with_config_entry("session.disable_quant_qdq", if options.fold_dequantize { "1" } else { "0" })?
+        .with_execution_providers([ep::CPU::default().with_arena_allocator(true).build()])?
         .commit_from_file(path)
-        .map_err(|error| one_line(&error))
 }
 
 fn one_line(error: &dyn std::error::Error) -> String {

@@ -44,8 +44,9 @@ pub fn check(engine: &dyn Engine, probe: &Probe) -> Result<(), ProbeError> {
         } else {
             f64::INFINITY
         };
-        // Not `>`, which a NaN would pass.
-        if !(difference <= probe.tolerance) {
+        // Not `difference > tolerance`, which a NaN would pass.
+        let passes = difference <= probe.tolerance;
+        if !passes {
             return Err(ProbeError::Differs {
                 output: spec.name.clone(),
                 difference,

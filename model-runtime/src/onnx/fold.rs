@@ -2,8 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::tensor_proto::DataType;
 use super::weights::{channels, floats, shape};
-use super::{GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, tensor_proto::DataType};
+use super::{AttributeProto, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, ValueInfoProto};
 
 /// Replaces every `DequantizeLinear` whose inputs are all initialisers of its own graph by the float initialiser that it computes, and
 /// drops the initialisers that nothing reads any more. Returns how many were replaced.
@@ -27,7 +28,7 @@ fn fold(graph: &mut GraphProto) -> Result<usize, OnnxError> {
         folded += fold(subgraph)?;
     }
     let initializers: HashMap<&str, &TensorProto> = graph.initializer.iter().map(|tensor| (tensor.name(), tensor)).collect();
-    let outputs: HashSet<&str> = graph.output.iter().map(|output| output.name()).collect();
+    let outputs: HashSet<&str> = graph.output.iter().map(ValueInfoProto::name).collect();
     let mut results: HashMap<usize, TensorProto> = HashMap::new();
     for (index, node) in graph.node.iter().enumerate() {
         // A graph output must be a node's, so such a node stays.
@@ -76,7 +77,7 @@ fn dequantize(node: &NodeProto, initializers: &HashMap<&str, &TensorProto>) -> R
         node.attribute
             .iter()
             .find(|attribute| attribute.name() == name)
-            .map(|attribute| attribute.i())
+            .map(AttributeProto::i)
     };
     let narrow = [DataType::Int8, DataType::Uint8, DataType::Int16, DataType::Uint16, DataType::Int32];
     if attribute("block_size").unwrap_or(0) != 0
@@ -125,7 +126,6 @@ fn dequantize(node: &NodeProto, initializers: &HashMap<&str, &TensorProto>) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::onnx::{AttributeProto, ValueInfoProto};
 
     fn tensor(name: &str, kind: DataType, dims: &[i64], raw: impl IntoIterator<Item = u8>) -> TensorProto {
         TensorProto {
@@ -187,7 +187,7 @@ mod tests {
             let graph = model.graph.unwrap();
             assert_eq!(graph.node.len(), 1);
             assert_eq!(
-                graph.initializer.iter().map(|tensor| tensor.name()).collect::<Vec<_>>(),
+                graph.initializer.iter().map(TensorProto::name).collect::<Vec<_>>(),
                 ["w"],
                 "what is unread goes"
             );

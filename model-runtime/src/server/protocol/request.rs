@@ -137,7 +137,7 @@ impl<'de> Visitor<'de> for InputVisitor {
                             datatype,
                             shape,
                             name: name.as_deref(),
-                        })?)
+                        })?);
                     }
                     // Its type is told only after it.
                     _ => unread = Some(map.next_value()?),

@@ -287,34 +287,34 @@ fn published(pod: &Pod) -> Option<(String, Box<Summary>)> {
 
 /// The failure of a pod, and whether it may pass.
 fn failure(pod: &Pod) -> Option<(Trouble, bool)> {
-    terminated(pod)
-        .filter(|(_, state)| state.exit_code != 0 && state.exit_code != i32::from(exit_code::EARLIER_STEP_FAILED))
-        .find_map(|(step, state)| {
-            if let Some(Ok(Termination::Failed(failure))) = state.message.as_deref().map(serde_json::from_str) {
-                return Some((
-                    Trouble {
-                        reason: failure.reason.to_string(),
-                        message: failure.message,
-                    },
-                    failure.reason.is_transient(),
-                ));
-            }
-            let end = match state.reason.as_deref() {
-                Some("OOMKilled") => "ran out of memory; raise spec.optimize.job.resources.limits.memory".to_owned(),
-                _ => format!(
-                    "ended with exit code {}; see kubectl logs {} -c {step}",
-                    state.exit_code,
-                    pod.name_any()
-                ),
-            };
-            Some((
-                Trouble {
-                    reason: FailureReason::Interrupted.to_string(),
-                    message: format!("step {step} {end}"),
-                },
-                true,
-            ))
-        })
+    let failed = |state: &ContainerStateTerminated| state.exit_code != 0 && state.exit_code != i32::from(exit_code::EARLIER_STEP_FAILED);
+    let (step, state) = terminated(pod).find(|(_, state)| failed(state))?;
+    if let Some(Ok(Termination::Failed(failure))) = state.message.as_deref().map(serde_json::from_str) {
+        let reason = failure.reason.to_string();
+        return Some((
+            Trouble {
+                reason,
+                message: failure.message,
+            },
+            failure.reason.is_transient(),
+        ));
+    }
+    let end = match state.reason.as_deref() {
+        Some("OOMKilled") => "ran out of memory; raise spec.optimize.job.resources.limits.memory".to_owned(),
+        _ => format!(
+            "ended with exit code {}; see kubectl logs {} -c {step}",
+            state.exit_code,
+            pod.name_any()
+        ),
+    };
+    let reason = FailureReason::Interrupted.to_string();
+    Some((
+        Trouble {
+            reason,
+            message: format!("step {step} {end}"),
+        },
+        true,
+    ))
 }
 
 /// Why a pod does not start.

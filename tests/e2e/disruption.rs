@@ -151,7 +151,13 @@ fn a_registry_that_is_away_while_a_job_publishes_is_waited_for() {
 fn a_registry_that_is_away_while_a_pod_starts_is_named_and_waited_for() {
     let namespace = Namespace::alone("registry-pull");
     let mut spec = digits_spec("v1");
-    spec["optimize"]["recipe"][0]["prune"]["amount"] = json!("8%");
+    // A recipe that no earlier run had: the node must not have pulled the artifact yet.
+    let unique = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_millis()
+        % 10_000;
+    spec["optimize"]["recipe"][0]["prune"]["amount"] = json!(format!("8.{unique:04}%"));
     spec["replicas"] = json!(0);
     namespace.apply_model("digits", &spec);
     namespace.wait_ready("digits");

@@ -204,6 +204,10 @@ fn of_job(job: &Job, observed: &Observed, run_tag: Option<&str>, now: Timestamp)
         };
     }
     let trouble = pods.iter().rev().find_map(|pod| failure(pod));
+    // What trying again would not mend is said at once, without waiting for the Job's own bookkeeping.
+    if let Some((trouble, false)) = trouble {
+        return Optimization::Failed(trouble);
+    }
     if let Some(failed) = condition(job, "Failed") {
         if failed.reason.as_deref() == Some("DeadlineExceeded") {
             return Optimization::Failed(Trouble {

@@ -118,7 +118,7 @@ fn a_file_that_is_no_model_is_named_for_what_it_is() {
         "no-model",
         &json!({ "source": { "uri": push(&file, "e2e/html:v1") } }),
         "UnreadableModel",
-        &["HTML"],
+        &["web page"],
     );
 }
 

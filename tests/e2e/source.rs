@@ -33,7 +33,7 @@ fn a_source_larger_than_the_limit_is_cut_off() {
     namespace.apply_model("m", &json!({ "source": { "uri": format!("{host}/endless?bytes=5000000000") } }));
     let md = namespace.wait_reason("m", "SourceTooLarge");
     let message = condition(&md, "Stalled")["message"].as_str().unwrap().to_owned();
-    assert!(message.contains("64Mi"), "{message}");
+    assert!(message.contains("67108864 bytes") && message.contains("maxFetchSize"), "{message}");
 }
 
 #[test]

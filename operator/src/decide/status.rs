@@ -12,7 +12,7 @@ use plimsoll_package::report::Summary;
 use plimsoll_package::units::{display_percent, display_size};
 
 use super::optimization::{Optimization, Trouble, waiting};
-use super::revision::{self, Revision};
+use super::revision::Revision;
 use super::{Notice, rollout};
 use crate::observe::Observed;
 
@@ -439,14 +439,4 @@ pub fn events(old: Option<&ModelDeploymentStatus>, new: &ModelDeploymentStatus) 
         reason: now.reason,
         message: now.message,
     }]
-}
-
-/// The number of the revision `name`, for messages.
-#[must_use]
-pub fn number_of(observed: &Observed, name: &str) -> Option<i64> {
-    observed
-        .revisions
-        .iter()
-        .find(|revision| revision.name_any() == name)
-        .map(|revision| revision::number(revision))
 }

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
      "message": "maxSurge and maxUnavailable must not both be 0, or no pod could ever be replaced"},
     {"rule": "!has(self.maxSurge) || !(string(self.maxSurge) in ['0', '0%']) || has(self.maxUnavailable)",
      "message": "maxSurge: 0 needs maxUnavailable of at least 1, whose default is 0"},
+    {"rule": "[has(self.maxSurge) ? string(self.maxSurge) : '1', has(self.maxUnavailable) ? string(self.maxUnavailable) : '0'].all(x, x.matches('^([0-9]{1,4}|[0-9]{1,2}%|100%)$'))",
+     "message": "maxSurge and maxUnavailable are a number of pods, 0 to 9999, or a percentage from 0% to 100%"},
     {"rule": "!has(self.steps) || (has(self.strategy) && self.strategy == 'Canary')",
      "message": "steps belong to strategy: Canary"},
 ]))]
@@ -30,7 +32,8 @@ pub struct Rollout {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_unavailable: Option<IntOrString>,
 
-    /// Longest time without progress, after which the rollout counts as failed. Default: `"10m"`.
+    /// Longest time without progress, after which the rollout is `Stalled` with reason `ProgressDeadlineExceeded`, at least `"1s"`. The older
+    /// revision serves on, and the rollout ends well should a pod become ready later. Default: `"10m"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Duration>,
 

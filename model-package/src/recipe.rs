@@ -190,6 +190,12 @@ pub enum SearchTechnique {
 /// A dataset: where it lies and, where it is pinned, what it holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = [
+    {"rule": "self.uri.matches('^(https?|oci|pvc)://[^ ]+$')",
+     "message": "uri of a dataset must start with https://, oci:// or pvc://CLAIM/ (http:// for hosts that the operator allows)"},
+    {"rule": "!self.uri.matches('^[a-z]+://[^/]*@')",
+     "message": "uri of a dataset must not carry a user name or password; put them into a Secret and name it in credentialsSecret"},
+])))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Dataset {
     /// Where the dataset lies, by the schemes of `spec.source.uri`. An `.npz` holds one array per model input, named as the

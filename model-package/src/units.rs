@@ -114,8 +114,9 @@ impl Size {
 }
 
 written_unit!(
-    /// A duration: a number and its unit, `us`, `ms`, `s`, `m` or `h`: `"5ms"`, `"10m"`.
-    Duration, std::time::Duration, r"^[0-9]{1,6}(\.[0-9]{1,3})?(us|ms|s|m|h)$", "a duration such as \"5ms\" or \"10m\""
+    /// A duration above zero: a number and its unit, `us`, `ms`, `s`, `m` or `h`: `"5ms"`, `"10m"`.
+    Duration, std::time::Duration, r"^([1-9][0-9]{0,5}(\.[0-9]{1,3})?|0\.[0-9]{0,2}[1-9][0-9]{0,2})(us|ms|s|m|h)$",
+    "a duration above zero such as \"5ms\" or \"10m\""
 );
 
 impl Duration {
@@ -129,7 +130,8 @@ impl Duration {
             "h" => 3600.0,
             _ => return None,
         };
-        std::time::Duration::try_from_secs_f64(digits.parse::<f64>().ok()? * seconds).ok()
+        let duration = std::time::Duration::try_from_secs_f64(digits.parse::<f64>().ok()? * seconds).ok()?;
+        (!duration.is_zero()).then_some(duration)
     }
 }
 

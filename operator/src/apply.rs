@@ -67,6 +67,10 @@ impl Writer<'_> {
     /// # Errors
     /// The first write that fails; what was written before it stays, and the next pass goes on from there.
     pub async fn apply(&self, plan: &Plan) -> Result<(), Error> {
+        if self.model.metadata.deletion_timestamp.is_some() {
+            // The garbage collector is at its children; one made now would be refused, or collected again.
+            return Ok(());
+        }
         // Destructured without `..`, so that a new part of a plan cannot be forgotten.
         let Plan {
             revision,
@@ -124,7 +128,7 @@ impl Writer<'_> {
                 self.write_status::<ModelRevision>(name, status).await?;
             }
         }
-        if self.model.status.as_ref() != Some(status) && self.model.metadata.deletion_timestamp.is_none() {
+        if self.model.status.as_ref() != Some(status) {
             self.write_status::<ModelDeployment>(&self.model.name_any(), status).await?;
         }
         for name in delete_revisions {

@@ -142,6 +142,10 @@ pub fn decide(model: &ModelDeployment, observed: &Observed, settings: &Settings,
         now,
     };
     plan.status = status::model_status(&situation);
+    if situation.is_rolling_out() {
+        let left = Duration::try_from(situation.deadline().duration_since(now)).unwrap_or_default();
+        plan.requeue_after = Some(plan.requeue_after.map_or(left, |after| after.min(left)));
+    }
     plan.revision_status = status::revision_statuses(&situation);
     plan.revision_status.retain(|name, _| !plan.delete_revisions.contains(name));
     plan.events = status::events(model.status.as_ref(), &plan.status);

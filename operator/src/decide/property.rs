@@ -459,3 +459,40 @@ fn deployments_that_lie_about_their_status_do_not_empty_the_service() {
     edit(deployment, |deployment| deployment.status = None);
     assert_eq!(world.plan().replicas.values().sum::<i32>(), 2);
 }
+
+#[test]
+fn a_rollout_that_makes_no_progress_is_stalled_at_its_deadline_and_ends_well_should_a_pod_get_ready() {
+    let mut world = World::new(Some(Rollout {
+        deadline: Some("2m".parse().unwrap()),
+        ..Rollout::default()
+    }));
+    let ready = |plan: &Plan| {
+        let ready = plan.status.conditions.iter().find(|condition| condition.type_ == "Ready").unwrap();
+        ready.reason.clone()
+    };
+    world.pass();
+    // However long the Job takes, the rollout has not begun.
+    world.happen(Happening::TimePasses(1000));
+    world.happen(Happening::JobEnds(None));
+    for _ in 0..3 {
+        assert_eq!(ready(&world.pass()), "RollingOut");
+    }
+    world.happen(Happening::TimePasses(119));
+    let waiting = world.pass();
+    assert_eq!(ready(&waiting), "RollingOut");
+    assert_eq!(waiting.requeue_after, Some(std::time::Duration::from_secs(1)));
+    world.happen(Happening::TimePasses(1));
+    let stalled = world.pass();
+    assert_eq!(ready(&stalled), "ProgressDeadlineExceeded");
+    assert_eq!(stalled.replicas, waiting.replicas, "what is asked for stays asked for");
+    assert_eq!(stalled.requeue_after, None);
+    world.happen(Happening::PodGetsReady(0));
+    world.happen(Happening::PodGetsReady(0));
+    assert_eq!(ready(&world.pass()), "Serving");
+    // A new revision, hours later, begins anew.
+    world.happen(Happening::TimePasses(10_000));
+    world.happen(Happening::SpecChanges(1));
+    world.pass();
+    world.happen(Happening::JobEnds(None));
+    assert_eq!(ready(&world.pass()), "RollingOut");
+}

@@ -1,6 +1,7 @@
 //! What people are told: conditions, printer columns, events.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -18,6 +19,12 @@ use crate::observe::Observed;
 
 /// Longest message of a condition, in bytes (the API's limit is 32768; what is read at a prompt is shorter).
 const MESSAGE_BYTES_MAX: usize = 2048;
+
+/// How long a rollout may make no progress where the spec does not say; as of a Deployment.
+const ROLLOUT_DEADLINE: Duration = Duration::from_secs(600);
+
+/// The label that tells the pods of a Deployment from those of a Job.
+const POD_TEMPLATE_HASH: &str = "pod-template-hash";
 
 /// All that the status is made of.
 pub struct Situation<'a> {
@@ -139,7 +146,20 @@ impl Situation<'_> {
             );
             return Standing::new(Progress::Done, "Serving", message);
         }
-        if let Some(trouble) = self.pod_trouble(&desired.name) {
+        let trouble = self.pod_trouble(&desired.name);
+        if self.deadline() <= self.now {
+            let cause = trouble.map_or_else(
+                || format!("{} of {} replicas ready", desired.ready, self.replicas),
+                |trouble| format!("{}: {}", trouble.reason, trouble.message),
+            );
+            let message = format!(
+                "revision {} made no progress within spec.rollout.deadline; {cause}; what serves stays as it is, and the rollout goes on \
+                 should a pod become ready",
+                desired.number
+            );
+            return Standing::new(Progress::Stalled, "ProgressDeadlineExceeded", message);
+        }
+        if let Some(trouble) = trouble {
             return Standing::working(&trouble);
         }
         let going = if others == 0 {
@@ -154,6 +174,72 @@ impl Situation<'_> {
         Standing::new(Progress::Working, "RollingOut", message)
     }
 
+    /// Whether pods of the revision that is asked for are on their way.
+    #[must_use]
+    pub fn is_rolling_out(&self) -> bool {
+        matches!(self.optimization, Some(Optimization::Done { .. })) && self.standing().progress == Progress::Working
+    }
+
+    /// When the rollout counts as failed: `spec.rollout.deadline` after it last got on, which it does when it begins, when the artifact is
+    /// there, while pods are being made, and whenever one was made or became ready.
+    #[must_use]
+    pub fn deadline(&self) -> Timestamp {
+        let rollout = self.model.spec.rollout.as_ref();
+        let deadline = rollout.and_then(|rollout| rollout.deadline.as_ref()?.value().ok());
+        let deadline = jiff::SignedDuration::try_from(deadline.unwrap_or(ROLLOUT_DEADLINE)).unwrap_or(jiff::SignedDuration::MAX);
+        self.last_progress().checked_add(deadline).unwrap_or(Timestamp::MAX)
+    }
+
+    fn last_progress(&self) -> Timestamp {
+        let since = |conditions: &[Condition], kind: ConditionType, status: &str| {
+            let mut conditions = conditions.iter();
+            let found = conditions.find(|condition| condition.type_ == kind.to_string() && condition.status == status)?;
+            Some(found.last_transition_time.0)
+        };
+        let name = self.desired.map(|desired| desired.name_any());
+        let began = since(
+            self.model.status.as_ref().map_or(&[], |status| &status.conditions),
+            ConditionType::RolledOut,
+            "False",
+        );
+        let revision = self.observed.revisions.iter().find(|revision| Some(revision.name_any()) == name);
+        let optimized = revision.and_then(|revision| since(&revision.status.as_ref()?.conditions, ConditionType::Optimized, "True"));
+        let (Some(began), Some(optimized)) = (began, optimized) else {
+            return self.now;
+        };
+        if self.pods_are_being_made() {
+            return self.now;
+        }
+        let pods = self.observed.pods.iter().filter(|pod| pod.labels().contains_key(POD_TEMPLATE_HASH));
+        let pods = pods.flat_map(|pod| {
+            let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+            let ready = conditions.filter(|condition| condition.type_ == "Ready" && condition.status == "True");
+            ready
+                .filter_map(|condition| condition.last_transition_time.clone())
+                .chain(pod.creation_timestamp())
+        });
+        pods.map(|time| time.0).fold(began.max(optimized), Timestamp::max)
+    }
+
+    /// Whether the Deployment of the revision that is asked for has still to make pods, and nothing keeps it from it.
+    fn pods_are_being_made(&self) -> bool {
+        let Some(desired) = self.desired_revision() else { return false };
+        let deployment = self
+            .observed
+            .deployments
+            .iter()
+            .find(|deployment| deployment.name_any() == desired.name);
+        let kept_from_it = deployment
+            .and_then(|deployment| deployment.status.as_ref()?.conditions.as_ref())
+            .is_some_and(|conditions| {
+                conditions
+                    .iter()
+                    .any(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True")
+            });
+        let planned = self.planned.get(&desired.name).copied();
+        planned != desired.replicas || (desired.pods < planned.unwrap_or(0) && !kept_from_it)
+    }
+
     /// Why a pod of `revision` does not get ready.
     fn pod_trouble(&self, revision: &str) -> Option<Trouble> {
         let pods = self.observed.pods.iter().filter(|pod| {
@@ -161,7 +247,7 @@ impl Situation<'_> {
                 .get(plimsoll_crds::REVISION_NAME_LABEL)
                 .is_some_and(|name| name == revision)
         });
-        pods.filter(|pod| pod.labels().contains_key("pod-template-hash")).find_map(|pod| {
+        pods.filter(|pod| pod.labels().contains_key(POD_TEMPLATE_HASH)).find_map(|pod| {
             let crashed = pod
                 .status
                 .iter()

@@ -50,7 +50,8 @@ fn tests(kubeconfig: &Path) -> Result<Command> {
     let mut command = images::program::release("test")?;
     command
         .args(["--locked", "--package", "plimsoll-tests", "--test", "e2e"])
-        .env("KUBECONFIG", kubeconfig);
+        .env("KUBECONFIG", kubeconfig)
+        .env("KUBECACHEDIR", discovery_cache(kubeconfig));
     for (variable, tool) in [
         ("PLIMSOLL_KUBECTL", "kubectl"),
         ("PLIMSOLL_HELM", "helm"),
@@ -92,7 +93,17 @@ fn install(kubeconfig: &Path) -> Result<()> {
             fingerprint(&archives, image)?
         ));
     }
-    phase("installing the Helm chart", |bar| run_logged(&mut helm, &log("helm"), bar))
+    phase("installing the Helm chart", |bar| run_logged(&mut helm, &log("helm"), bar))?;
+    match std::fs::remove_dir_all(discovery_cache(kubeconfig)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Where kubectl keeps what the apiserver serves, for six hours: the tests start with an empty one, since what was
+/// discovered before the chart was in lacks the kinds of Plimsoll, and `kubectl explain md` never looks twice.
+fn discovery_cache(kubeconfig: &Path) -> PathBuf {
+    kubeconfig.with_file_name("kubectl-cache")
 }
 
 fn fingerprint(archives: &[PathBuf], image: &str) -> Result<String> {

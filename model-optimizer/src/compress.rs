@@ -1,10 +1,12 @@
 //! Techniques that make a model smaller, all behind one trait.
 
-use plimsoll_package::recipe::{self, QuantizeScheme};
+use plimsoll_package::recipe;
 use plimsoll_package::report::Skipped;
 use plimsoll_runtime::onnx::ModelProto;
 
+use crate::calibration::Calibration;
 use crate::failure::{Failure, FailureReason, failure};
+use crate::progress::Console;
 
 pub mod prune;
 pub mod quantize;
@@ -20,13 +22,38 @@ pub struct Change {
     pub fold_dequantize: bool,
 }
 
+/// What a technique may look at besides the model.
+pub struct Setting<'a> {
+    /// Samples that the model can be run on; `None` where there are no calibration data.
+    pub calibration: Option<&'a Calibration>,
+    /// The model before any technique was applied.
+    pub original: &'a ModelProto,
+    /// Threads to compute with, 1 or more.
+    pub threads: usize,
+    /// Where progress is shown.
+    pub console: &'a Console,
+}
+
+impl<'a> Setting<'a> {
+    /// The calibration data, for a technique that cannot do without.
+    ///
+    /// # Errors
+    /// [`FailureReason::InvalidInputs`] where there are none; `technique` is what the message says needs them.
+    pub fn calibration(&self, technique: &str) -> Result<&'a Calibration, Failure> {
+        self.calibration.ok_or_else(|| {
+            let message = format!("{technique} needs samples: name them in optimize.calibration (on the command line --calibration)");
+            failure(FailureReason::InvalidInputs, message)
+        })
+    }
+}
+
 /// A technique with its parameters.
 pub trait Technique {
     /// Changes the model.
     ///
     /// # Errors
     /// Where the model is not one that the technique works on; it is then not to be used further.
-    fn apply(&self, model: &mut ModelProto) -> Result<Change, Failure>;
+    fn apply(&self, model: &mut ModelProto, setting: &Setting) -> Result<Change, Failure>;
 }
 
 /// The technique that an entry of a recipe names.
@@ -41,23 +68,10 @@ pub fn technique(entry: &recipe::Technique) -> Result<Box<dyn Technique>, Failur
         )
     };
     match entry {
-        recipe::Technique { prune: Some(prune), .. } => {
-            let amount = prune
-                .amount
-                .value()
-                .map_err(|error| failure(FailureReason::InvalidInputs, error.to_string()))?;
-            Ok(Box::new(prune::Magnitude {
-                amount,
-                scope: prune.scope,
-            }))
-        }
+        recipe::Technique { prune: Some(prune), .. } => prune::technique(prune),
         recipe::Technique {
             quantize: Some(quantize), ..
-        } => match quantize.scheme {
-            QuantizeScheme::Int8 | QuantizeScheme::Int8Dynamic => Ok(Box::new(quantize::Int8 { dynamic: true })),
-            QuantizeScheme::Int8Weights => Ok(Box::new(quantize::Int8 { dynamic: false })),
-            _ => Err(unsupported()),
-        },
+        } => quantize::technique(quantize),
         _ => Err(unsupported()),
     }
 }

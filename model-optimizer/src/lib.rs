@@ -3,6 +3,7 @@
 //! Five steps (fetch, convert, compress, evaluate, publish) share a folder: in a Job each is a process of its own
 //! ([`step::chain`] lets one follow the other), on a laptop they run one after another ([`optimize`]).
 
+pub mod calibration;
 pub mod compress;
 pub mod convert;
 pub mod evaluate;

@@ -12,7 +12,7 @@ use plimsoll_optimizer::optimize;
 use plimsoll_optimizer::progress::Console;
 use plimsoll_optimizer::step::{self, Context, Step, chain};
 use plimsoll_package::recipe::{
-    Budget, Dataset, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, PruneScope, PruneStructure, Quantize, QuantizeScheme,
+    Budget, Dataset, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, Quantize, QuantizeScheme,
     SourceLocation, Technique,
 };
 use plimsoll_package::report::{Termination, exit_code};
@@ -183,9 +183,8 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
     };
     if let Some(amount) = arguments.prune {
         let prune = Prune {
-            amount,
-            scope: PruneScope::Global,
-            structure: PruneStructure::Unstructured,
+            amount: Some(amount),
+            ..Prune::default()
         };
         optimize.recipe.push(Technique {
             prune: Some(prune),
@@ -199,7 +198,7 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
             Scheme::Int8Weights => QuantizeScheme::Int8Weights,
         };
         optimize.recipe.push(Technique {
-            quantize: Some(Quantize { scheme }),
+            quantize: Some(Quantize::of(scheme)),
             ..Technique::default()
         });
     }

@@ -1,8 +1,9 @@
 //! What this version of the optimiser has, and what it refuses by name.
 
-use plimsoll_package::recipe::{Budget, Inputs, Metric, ModelFormat, PruneStructure, QuantizeScheme};
+use plimsoll_package::recipe::{Budget, Inputs, Metric, ModelFormat};
 use plimsoll_package::units::{Percentage, Ratio, Size};
 
+use crate::compress;
 use crate::failure::{Failure, FailureReason, failure};
 
 /// Refuses inputs that ask for what this version does not have, or that contradict themselves.
@@ -25,24 +26,11 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
         let field = format!("optimize.recipe[{index}]");
         match (&technique.prune, &technique.quantize, &technique.distill) {
             (Some(prune), None, None) => {
-                if prune.structure != PruneStructure::Unstructured {
-                    return unsupported(
-                        &format!("{field}.prune.structure"),
-                        &prune.structure.to_string(),
-                        "use Unstructured",
-                    );
-                }
-                if let Err(error) = prune.amount.value() {
-                    return invalid(format!("{field}.prune.amount: {error}"));
-                }
+                compress::prune::technique(prune)?;
             }
-            (None, Some(quantize), None) => match quantize.scheme {
-                QuantizeScheme::Int8 | QuantizeScheme::Int8Dynamic | QuantizeScheme::Int8Weights => {}
-                scheme => {
-                    let advice = "use Int8, Int8Dynamic or Int8Weights";
-                    return unsupported(&format!("{field}.quantize.scheme"), &scheme.to_string(), advice);
-                }
-            },
+            (None, Some(quantize), None) => {
+                compress::quantize::technique(quantize)?;
+            }
             (None, None, Some(_)) => return unsupported(&format!("{field}.distill"), "distillation", "leave it out"),
             _ => return invalid(format!("{field} has not exactly one key; write one list entry per technique")),
         }

@@ -63,13 +63,24 @@ pub struct Technique {
 }
 
 /// Pruning: which weights go, and how many.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = [
+    {"rule": "(has(self.structure) && self.structure == 'SemiStructured') ? (has(self.pattern) && !has(self.amount)) : (has(self.amount) && !has(self.pattern))",
+     "message": "prune needs amount, such as 50%; structure SemiStructured needs pattern, such as 2:4, in its place"},
+    {"rule": "!has(self.criterion) || self.criterion == 'Magnitude' || !has(self.structure) || self.structure in ['Unstructured', 'SemiStructured']",
+     "message": "criterion Wanda and SparseGpt choose single weights: structure Unstructured or SemiStructured"},
+])))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Prune {
-    /// The share of weights set to zero, `"0%"` to `"100%"`. A pruned model compresses better when pulled; it computes no faster
-    /// unless whole channels go.
-    pub amount: Percentage,
+    /// The share that goes, `"0%"` to `"100%"`: of the weights, or, by structure, of the channels, heads or feed-forward units.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub amount: Option<Percentage>,
+
+    /// N:M, for structure SemiStructured: of every M consecutive weights along a product's inner dimension, N stay: `"2:4"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^[1-9][0-9]?:[1-9][0-9]?$")))]
+    pub pattern: Option<String>,
 
     /// What the weights are ranked within. Default: Global.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -78,6 +89,10 @@ pub struct Prune {
     /// What is removed together. Default: Unstructured.
     #[serde(default, skip_serializing_if = "is_default")]
     pub structure: PruneStructure,
+
+    /// How weights are ranked. Wanda and SparseGpt look at calibration data and rank within each layer. Default: Magnitude.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub criterion: PruneCriterion,
 }
 
 /// What the weights are ranked within.
@@ -95,41 +110,160 @@ pub enum PruneScope {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
 pub enum PruneStructure {
-    /// Single weights, by magnitude.
+    /// Single weights, set to zero: the compressed layer that is pulled gets smaller, inference no faster.
     #[default]
     Unstructured,
-    /// Two of every four consecutive weights.
-    TwoOfFour,
-    /// Whole channels, heads and feed-forward units.
+    /// All but N of every M consecutive weights, set to zero, by `pattern`.
+    SemiStructured,
+    /// Whole channels of convolutions and features of matrix products: the model gets smaller and faster.
     Channels,
+    /// Whole attention heads.
+    Heads,
+    /// Whole units between the two matrix products of a transformer's feed-forward part.
+    FeedForward,
 }
 
-/// Quantisation: the scheme.
+/// How weights are ranked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+pub enum PruneCriterion {
+    /// By their absolute value (Han et al. 2015).
+    #[default]
+    Magnitude,
+    /// By their absolute value times the norm of the activations that they meet (Sun et al. 2023).
+    Wanda,
+    /// By the error that their removal causes, which the weights that stay make up for (Frantar and Alistarh 2023).
+    SparseGpt,
+}
+
+/// Quantisation: the scheme and, where it has any, its parameters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("x-kubernetes-validations" = [
+    {"rule": "self.scheme == 'Int8Static' || !(has(self.range) || has(self.smooth) || has(self.biasCorrection) || has(self.operators))",
+     "message": "range, smooth, biasCorrection and operators belong to scheme Int8Static"},
+    {"rule": "self.scheme in ['Int4', 'Int8Blocks'] || !(has(self.blockSize) || has(self.rounding))",
+     "message": "blockSize and rounding belong to the schemes Int4 and Int8Blocks"},
+    {"rule": "self.scheme in ['Int8', 'Int8Dynamic', 'Int8Weights', 'Int8Static'] || !has(self.granularity)",
+     "message": "granularity belongs to the schemes Int8, Int8Dynamic, Int8Weights and Int8Static"},
+])))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Quantize {
     /// The number format, and what is quantised.
     pub scheme: QuantizeScheme,
+
+    /// Whether each output channel of a weight has a scale of its own. Default: PerChannel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub granularity: Option<Granularity>,
+
+    /// Int8Static: how the range of an activation is taken from the calibration data. Default: Percentile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<ActivationRange>,
+
+    /// Int8Static: how much of the activations' outliers moves into the weights, `"0"` (nothing) to `"1"` (SmoothQuant's alpha).
+    /// Default: nothing moves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smooth: Option<Ratio>,
+
+    /// Int8Static: corrects each bias by the mean error that quantisation causes on the calibration data. Default: false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bias_correction: Option<bool>,
+
+    /// Int8Static: the types of operators that are quantised. Default: Conv, MatMul and Gemm. At most 32.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 32), inner(length(min = 1, max = 64))))]
+    pub operators: Vec<String>,
+
+    /// Int4 and Int8Blocks: how many consecutive weights share a scale; 16, 32, 64, 128 or 256. Default: 32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<BlockSize>,
+
+    /// Int4 and Int8Blocks: how weights are rounded. Default: Nearest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<Rounding>,
+
+    /// Names of nodes that stay as they are. At most 256.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 256), inner(length(min = 1, max = 512))))]
+    pub exclude: Vec<String>,
+}
+
+impl Quantize {
+    /// `scheme` with the defaults of all else.
+    #[must_use]
+    pub fn of(scheme: QuantizeScheme) -> Self {
+        Self {
+            scheme,
+            granularity: None,
+            range: None,
+            smooth: None,
+            bias_correction: None,
+            operators: vec![],
+            block_size: None,
+            rounding: None,
+            exclude: vec![],
+        }
+    }
 }
 
 /// The number format, and what is quantised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
 pub enum QuantizeScheme {
-    /// 8-bit integers, in the way that suits each operator: dynamic for MatMul and Gemm, weight-only for convolutions.
+    /// 8-bit integers, for each operator in the way that measures best: dynamic or weight-only.
     Int8,
-    /// 8-bit weights per channel and activations quantised on the fly, for MatMul and Gemm; weight-only for convolutions,
-    /// which dynamic quantisation makes slower.
+    /// 8-bit weights, and activations quantised on the fly, for MatMul and Gemm; weight-only for convolutions, which dynamic quantisation
+    /// makes slower.
     Int8Dynamic,
-    /// 8-bit weights per channel, computed in 32-bit floats.
+    /// 8-bit weights, computed in 32-bit floats.
     Int8Weights,
     /// 8-bit weights and activations with ranges taken from the calibration data.
     Int8Static,
-    /// 4-bit weights in blocks.
+    /// 8-bit weights of matrix products in blocks; ONNX Runtime only.
+    Int8Blocks,
+    /// 4-bit weights of matrix products in blocks; ONNX Runtime only.
     Int4,
     /// 16-bit floats.
     Float16,
+}
+
+/// What shares a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+pub enum Granularity {
+    /// Each output channel of a weight.
+    PerChannel,
+    /// The whole weight.
+    PerTensor,
+}
+
+/// How the range of an activation is taken from the calibration data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+pub enum ActivationRange {
+    /// From the smallest to the largest value.
+    MinMax,
+    /// Without the outermost 0.001 percent of values.
+    Percentile,
+    /// The range whose quantised distribution has the least relative entropy to the true one.
+    Entropy,
+}
+
+/// How many consecutive weights share a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("enum" = [16, 32, 64, 128, 256])))]
+#[serde(transparent)]
+pub struct BlockSize(pub u16);
+
+/// How weights are rounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+pub enum Rounding {
+    /// To the nearest.
+    Nearest,
+    /// One after another, each making up for the errors of those before it on the calibration data (Frantar et al. 2022).
+    Gptq,
 }
 
 /// Distillation: training the compressed model against its original.
@@ -141,6 +275,10 @@ pub struct Distill {
     #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1000)))]
     pub epochs: u32,
 
+    /// What is made small. Default: SoftTargets for outputs that end in a softmax or hold class scores, MeanSquaredError else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<DistillLoss>,
+
     /// Softens the targets of both models, 1 to 100. Default: 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 100)))]
@@ -151,13 +289,28 @@ pub struct Distill {
     #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 65536)))]
     pub batch_size: Option<u32>,
 
-    /// Step size as a ratio, `"0.001"`. Default: 0.0001.
+    /// Step size of AdamW as a ratio, `"0.001"`. Default: 0.0001.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<Ratio>,
 
     /// The training data. Default: the calibration data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<Dataset>,
+
+    /// Prunes step by step while training, up to this share of the weights, along a cubic curve (Zhu and Gupta 2017). Default: what was
+    /// pruned before stays, and no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prune_to: Option<Percentage>,
+}
+
+/// What distillation makes small.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+pub enum DistillLoss {
+    /// The relative entropy of the softened class scores (Hinton et al. 2015).
+    SoftTargets,
+    /// The mean squared difference of the outputs.
+    MeanSquaredError,
 }
 
 /// Which techniques a search may try, and for how long.
@@ -357,7 +510,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(optimization.recipe.len(), 2);
-        assert_eq!(optimization.recipe[0].prune.as_ref().unwrap().amount.value(), Ok(0.5));
+        assert_eq!(optimization.recipe[0].prune.as_ref().unwrap().amount.as_ref().unwrap().value(), Ok(0.5));
         assert_eq!(optimization.budget.unwrap().max_size.unwrap().value(), Ok(1 << 20));
     }
 

@@ -1,11 +1,33 @@
 //! Pruning: the weights of smallest magnitude become zero.
 
-use plimsoll_package::recipe::PruneScope;
+use plimsoll_package::recipe::{Prune, PruneCriterion, PruneScope, PruneStructure};
 use plimsoll_runtime::onnx::{ModelProto, TensorProto, weights};
 
-use super::{Change, Technique};
+use super::{Change, Setting, Technique};
 use crate::failure::{Failure, FailureReason, failure};
 use crate::graph::{float_tensor, weight};
+
+/// The way of pruning that `prune` asks for.
+///
+/// # Errors
+/// [`FailureReason::InvalidInputs`] where a parameter is wrong, [`FailureReason::Unsupported`] where this version does not have it.
+pub fn technique(prune: &Prune) -> Result<Box<dyn Technique>, Failure> {
+    let invalid = |message: String| failure(FailureReason::InvalidInputs, format!("optimize.recipe: prune: {message}"));
+    let amount = || {
+        let amount = prune.amount.as_ref().ok_or_else(|| invalid("amount is missing".into()))?;
+        amount.value().map_err(|error| invalid(error.to_string()))
+    };
+    match (prune.structure, prune.criterion) {
+        (PruneStructure::Unstructured, PruneCriterion::Magnitude) => Ok(Box::new(Magnitude {
+            amount: amount()?,
+            scope: prune.scope,
+        })),
+        (structure, criterion) => Err(failure(
+            FailureReason::Unsupported,
+            format!("optimize.recipe: this version does not prune {structure} by {criterion}; leave both out"),
+        )),
+    }
+}
 
 /// Unstructured pruning by magnitude.
 #[derive(Debug, Clone)]
@@ -17,7 +39,7 @@ pub struct Magnitude {
 }
 
 impl Technique for Magnitude {
-    fn apply(&self, model: &mut ModelProto) -> Result<Change, Failure> {
+    fn apply(&self, model: &mut ModelProto, _: &Setting) -> Result<Change, Failure> {
         let Some(graph) = &mut model.graph else {
             return Ok(Change::default());
         };

@@ -6,11 +6,12 @@
 
 use std::collections::HashMap;
 
+use plimsoll_package::recipe::{Quantize, QuantizeScheme};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, weights};
 use prost::Message as _;
 
-use super::{Change, Technique, skipped};
+use super::{Change, Setting, Technique, skipped};
 use crate::failure::{Failure, FailureReason, failure};
 use crate::graph::weight::{Operator, Weight};
 use crate::graph::{Names, attribute, float_tensor, integer, node, opset, reads, simplify, tensor, weight};
@@ -20,6 +21,21 @@ const WEIGHT_MAX: f32 = 127.0;
 /// Largest quantised weight where the product is taken in integers. Processors without VNNI add two products of 8-bit numbers in 16
 /// bits, which holds twice 255 times 64 but not twice 255 times 127: the result would depend on the processor that serves.
 const PRODUCT_WEIGHT_MAX: f32 = 64.0;
+
+/// The quantisation that `quantize` asks for.
+///
+/// # Errors
+/// [`FailureReason::Unsupported`] where this version does not have it.
+pub fn technique(quantize: &Quantize) -> Result<Box<dyn Technique>, Failure> {
+    match quantize.scheme {
+        QuantizeScheme::Int8 | QuantizeScheme::Int8Dynamic => Ok(Box::new(Int8 { dynamic: true })),
+        QuantizeScheme::Int8Weights => Ok(Box::new(Int8 { dynamic: false })),
+        scheme => Err(failure(
+            FailureReason::Unsupported,
+            format!("optimize.recipe: this version does not have the scheme {scheme}; use Int8, Int8Dynamic or Int8Weights"),
+        )),
+    }
+}
 
 /// 8-bit integers, in the way that suits each operator.
 #[derive(Debug, Clone)]
@@ -81,7 +97,7 @@ struct Replacement {
 }
 
 impl Technique for Int8 {
-    fn apply(&self, model: &mut ModelProto) -> Result<Change, Failure> {
+    fn apply(&self, model: &mut ModelProto, _: &Setting) -> Result<Change, Failure> {
         opset::raise(model).map_err(|why| failure(FailureReason::Unsupported, format!("cannot quantise: {why}")))?;
         let Some(graph) = &mut model.graph else {
             return Ok(Change::default());

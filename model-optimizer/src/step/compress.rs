@@ -2,11 +2,15 @@
 
 use plimsoll_package::report::{Skipped, TechniqueReport};
 use plimsoll_package::units::display_size;
+use plimsoll_runtime::onnx::{self, ModelProto};
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
-use crate::failure::Failure;
+use crate::calibration::Calibration;
+use crate::compress::Setting;
+use crate::evaluate::dataset::Dataset;
+use crate::failure::{Failure, FailureReason, failure};
 use crate::{compress, convert};
 
 /// The record of this step.
@@ -29,9 +33,17 @@ pub struct Compressed {
 /// Where a technique does not work on the model.
 pub fn run(context: &Context) -> Result<(), Failure> {
     let mut model = convert::read(&context.inputs.source.uri, &context.converted())?;
+    let original = model.clone();
+    let calibration = calibration(context, &original)?;
+    let setting = Setting {
+        calibration: calibration.as_ref(),
+        original: &original,
+        threads: context.threads,
+        console: &context.console,
+    };
     let mut record = Compressed::default();
     for entry in &context.inputs.optimize.recipe {
-        let change = compress::technique(entry)?.apply(&mut model)?;
+        let change = compress::technique(entry)?.apply(&mut model, &setting)?;
         let size_after = model.encoded_len() as u64;
         let name = if entry.prune.is_some() { "pruned" } else { "quantised" };
         context.console.info(&format!(
@@ -49,4 +61,21 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     }
     convert::write(&model, &context.compressed())?;
     context.write(RECORD, &record)
+}
+
+/// The calibration data, where there are any.
+fn calibration(context: &Context, model: &ModelProto) -> Result<Option<Calibration>, Failure> {
+    if context.inputs.optimize.calibration.is_none() {
+        return Ok(None);
+    }
+    let unfit = |why: String| {
+        failure(
+            FailureReason::InvalidDataset,
+            format!("the calibration data do not fit the model: {why}"),
+        )
+    };
+    let (inputs, _) = onnx::signature(model).map_err(|error| unfit(error.to_string()))?;
+    let bytes_max = context.inputs.max_fetch_size.value().unwrap_or(u64::MAX);
+    let samples = Dataset::read(&context.source("calibration"), &inputs, None, bytes_max).map_err(unfit)?;
+    Ok(Some(Calibration::new(samples, context.threads)))
 }

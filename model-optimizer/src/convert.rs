@@ -5,15 +5,11 @@ use std::path::Path;
 use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_runtime::engine::{self, EngineError, LoadOptions};
 use plimsoll_runtime::onnx::{self, ModelProto, OnnxError};
-use prost::Message as _;
 
 use crate::failure::{Failure, FailureReason, chain, disk, failure};
 use crate::graph::{self, operators};
 
 mod content;
-
-/// Most bytes of an ONNX file: protobuf's own limit.
-const FILE_BYTES_MAX: u64 = i32::MAX as u64;
 
 /// Reads the model at `path`, simplifies it, writes it to `destination`, and sees that an engine loads it. `uri` is what a user
 /// knows it as.
@@ -22,20 +18,8 @@ const FILE_BYTES_MAX: u64 = i32::MAX as u64;
 /// [`FailureReason::UnreadableModel`] where it is no model, [`FailureReason::Unsupported`] where it is one of another format, and
 /// [`FailureReason::UnsupportedOperator`] where no engine runs one of its operators.
 pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: usize) -> Result<(), Failure> {
-    let size = std::fs::metadata(path).map_err(disk("read", path))?.len();
     content::check_is_onnx(uri, path)?;
-    if size > FILE_BYTES_MAX {
-        return Err(failure(
-            FailureReason::Unsupported,
-            format!("{uri} has {size} bytes, and an ONNX file has at most 2 GiB"),
-        ));
-    }
     let mut model = read(uri, path)?;
-    if let Some(tensor) = graph::external_tensor(&model) {
-        let message =
-            format!("{uri} keeps the weight `{tensor}` in a file of its own (external data); save the model with its weights in one file");
-        return Err(failure(FailureReason::Unsupported, message));
-    }
     graph::simplify::simplify(&mut model);
     onnx::signature(&model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))?;
     write(&model, destination)?;
@@ -56,13 +40,13 @@ pub fn read(uri: &str, path: &Path) -> Result<ModelProto, Failure> {
     })
 }
 
-/// Writes an ONNX model.
+/// Writes an ONNX model, the weights of a large one as external data beside it.
 ///
 /// # Errors
 /// Where the disk does not take it.
 pub fn write(model: &ModelProto, destination: &Path) -> Result<(), Failure> {
     crate::step::make_folder_of(destination)?;
-    std::fs::write(destination, model.encode_to_vec()).map_err(disk("write", destination))
+    graph::serialize::write(model, destination).map_err(disk("write", destination))
 }
 
 /// The engines that may serve, with ONNX Runtime only where its library is.

@@ -2,13 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 
-use plimsoll_runtime::onnx::tensor_proto::{DataLocation, DataType};
+use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, attribute_proto::AttributeType,
 };
 
 pub mod operators;
 pub mod opset;
+pub mod serialize;
 pub mod simplify;
 pub mod weight;
 
@@ -38,27 +39,6 @@ fn count_reads<'a>(graph: &'a GraphProto, reads: &mut HashMap<&'a str, usize>) {
         .iter()
         .flat_map(subgraphs)
         .for_each(|subgraph| count_reads(subgraph, reads));
-}
-
-/// The name of a tensor whose data lies in another file.
-#[must_use]
-pub fn external_tensor(model: &ModelProto) -> Option<String> {
-    fn search(graph: &GraphProto) -> Option<String> {
-        let attributes = graph
-            .node
-            .iter()
-            .flat_map(|node| &node.attribute)
-            .filter_map(|attribute| attribute.t.as_ref());
-        let external = graph
-            .initializer
-            .iter()
-            .chain(attributes)
-            .find(|tensor| tensor.data_location() == DataLocation::External);
-        external
-            .map(|tensor| tensor.name().to_owned())
-            .or_else(|| graph.node.iter().flat_map(subgraphs).find_map(search))
-    }
-    search(model.graph.as_ref()?)
 }
 
 /// Names that are not taken in a graph.
@@ -131,7 +111,7 @@ pub fn tensor(name: &str, kind: DataType, dims: &[usize], raw: Vec<u8>) -> Tenso
         name: Some(name.to_owned()),
         dims: dims.iter().map(|&size| size as i64).collect(),
         data_type: Some(kind as i32),
-        raw_data: Some(raw.into()),
+        raw_data: Some(serialize::spilled(raw)),
         ..TensorProto::default()
     }
 }

@@ -269,6 +269,10 @@ fn fail(failed: &Failure, console: &Console, termination_log: &Path) -> ExitCode
 
 fn step_in_chain(arguments: &StepArgs, console: &Console) -> Result<u8, Failure> {
     let StepArgs { step, work, .. } = arguments;
+    // The container's own file system is read-only.
+    if let Err(default) = tempfile::env::override_temp_dir(work) {
+        console.warn(&format!("large tensors spill to {}", default.display()));
+    }
     let ended = {
         let (console, termination_log, step) = (console.clone(), arguments.termination_log.clone(), *step);
         move |working: bool| {

@@ -50,12 +50,46 @@ pub async fn fetch(
     destination: &Path,
     activity: Activity,
 ) -> Result<Content, Failure> {
+    fetch_file(what, uri, None, credentials, limits, destination, activity).await
+}
+
+/// Fetches the file `name` that lies beside `uri`: in the same folder, or in the same artifact.
+///
+/// # Errors
+/// As [`fetch`].
+pub async fn fetch_beside(
+    uri: &str,
+    name: &str,
+    credentials: Credentials,
+    limits: &Limits,
+    destination: &Path,
+    activity: Activity,
+) -> Result<Content, Failure> {
+    let what = "model's external data";
+    if uri.starts_with("oci://") {
+        return fetch_file(what, uri, Some(name), credentials, limits, destination, activity).await;
+    }
+    // A query is the model's own, such as a signature of its address.
+    let path = if uri.starts_with("http") { uri.split(['?', '#']).next().unwrap_or(uri) } else { uri };
+    let folder = path.rfind('/').map_or("", |end| &path[..=end]);
+    fetch_file(what, &format!("{folder}{name}"), None, credentials, limits, destination, activity).await
+}
+
+async fn fetch_file(
+    what: &str,
+    uri: &str,
+    name: Option<&str>,
+    credentials: Credentials,
+    limits: &Limits,
+    destination: &Path,
+    activity: Activity,
+) -> Result<Content, Failure> {
     let Some((scheme, rest)) = uri.split_once("://") else {
         return file::copy(what, Path::new(uri), destination, limits.size_max);
     };
     match scheme {
         "https" | "http" => http::download(what, uri, credentials, limits, destination, &activity).await,
-        "oci" => oci::fetch(what, rest, credentials, limits, destination, activity).await,
+        "oci" => oci::fetch(what, rest, name, credentials, limits, destination, activity).await,
         "pvc" => file::copy_from_claim(what, rest, limits, destination),
         "file" => file::copy(what, Path::new(rest), destination, limits.size_max),
         _ => Err(failure(

@@ -3,7 +3,7 @@
 //! The folder holds:
 //!
 //! ```text
-//! source/model, source/calibration, source/evaluation    what was fetched
+//! source/{model,calibration,evaluation}/content    what was fetched, a model's external data beside it
 //! fetched.json     digests and sizes                      [`fetch::Fetched`]
 //! converted/model.onnx
 //! compressed/model.onnx, compressed.json                  [`compress::Compressed`]
@@ -29,6 +29,9 @@ pub mod convert;
 pub mod evaluate;
 pub mod fetch;
 pub mod publish;
+
+/// The name of every file that was fetched.
+const CONTENT: &str = "content";
 
 /// A step, in the order of the Job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, strum::Display, strum::IntoStaticStr, strum::EnumIter, clap::ValueEnum)]
@@ -82,7 +85,7 @@ impl Context {
     /// What was fetched: `model`, `calibration` or `evaluation`.
     #[must_use]
     pub fn source(&self, name: &str) -> PathBuf {
-        self.work.join("source").join(name)
+        self.work.join("source").join(name).join(CONTENT)
     }
 
     /// The model after conversion.

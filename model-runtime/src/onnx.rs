@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use plimsoll_package::manifest::{Datatype, TensorSpec};
 use prost::Message as _;
 
+pub mod external;
 mod fold;
+pub mod mapping;
 #[allow(missing_docs, clippy::all, rustdoc::all)]
 mod proto;
 pub mod weights;
@@ -57,20 +59,27 @@ pub enum OnnxError {
     },
 }
 
-/// Reads the model at `path`; the weights stay in the mapped file.
+/// Reads the model at `path` with its external data; the weights stay in the mapped files.
+///
+/// # Errors
+/// [`OnnxError::Read`] and [`OnnxError::NotOnnx`]; [`OnnxError::Weight`] where external data is missing or does not fit.
+pub fn read(path: &Path) -> Result<ModelProto, OnnxError> {
+    let mut model = read_alone(path)?;
+    external::resolve(&mut model, path.parent().unwrap_or(Path::new("")))?;
+    Ok(model)
+}
+
+/// Reads the model at `path` without its external data, which stays a reference.
 ///
 /// # Errors
 /// [`OnnxError::Read`] and [`OnnxError::NotOnnx`].
-pub fn read(path: &Path) -> Result<ModelProto, OnnxError> {
+pub fn read_alone(path: &Path) -> Result<ModelProto, OnnxError> {
     let unreadable = |source| OnnxError::Read {
         path: path.to_owned(),
         source,
     };
     let file = File::open(path).map_err(unreadable)?;
-    // Mapping is unsafe because another process may change the file meanwhile: a package is immutable once it is published.
-    #[allow(unsafe_code)]
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(unreadable)?;
-    let model = decode(bytes::Bytes::from_owner(map));
+    let model = decode(mapping::map(&file).map_err(unreadable)?);
     model.map_err(|reason| OnnxError::NotOnnx {
         path: path.to_owned(),
         reason,

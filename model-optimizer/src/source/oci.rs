@@ -9,10 +9,11 @@ use super::{Content, Limits};
 use crate::failure::{Failure, of_source};
 use crate::progress::Activity;
 
-/// Fetches the file that the artifact holds; an attempt that breaks off starts again.
+/// Fetches the file that the artifact holds, or of several the one called `name`; an attempt that breaks off starts again.
 pub(super) async fn fetch(
     what: &str,
     reference: &str,
+    name: Option<&str>,
     credentials: Credentials,
     limits: &Limits,
     destination: &Path,
@@ -28,7 +29,7 @@ pub(super) async fn fetch(
     let progress = Progress::new(move |done, total| activity.report(done, total));
     let mut delays: Delays = delays(limits.retries);
     loop {
-        match registry.fetch_artifact(reference, destination, limits.size_max, &progress).await {
+        match registry.fetch_artifact(reference, name, destination, limits.size_max, &progress).await {
             Ok(fetched) => {
                 return Ok(Content {
                     digest: fetched.digest,

@@ -1,6 +1,7 @@
 //! `fetch`: brings the model and the datasets, checks their digests, and looks whether their artifact exists already.
 
 use std::fs;
+use std::io::{self, Read};
 
 use plimsoll_package::digest::Digest;
 use plimsoll_package::key::{ArtifactKey, Contents};
@@ -8,6 +9,7 @@ use plimsoll_package::recipe::{Dataset, Inputs};
 use plimsoll_package::registry::{Access, Credentials, Registry, RegistryError};
 use plimsoll_package::report::Summary;
 use plimsoll_package::units::display_size;
+use plimsoll_runtime::onnx::{self, OnnxError};
 use serde::{Deserialize, Serialize};
 
 use super::Context;
@@ -55,7 +57,6 @@ pub fn run(context: &Context) -> Result<Option<Summary>, Failure> {
 
 async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
     let inputs = &context.inputs;
-    fs::create_dir_all(context.source("")).map_err(disk("make", &context.source("")))?;
     let size_max = inputs
         .max_fetch_size
         .value()
@@ -119,8 +120,13 @@ async fn fetch_one(context: &Context, limits: &Limits, wanted: Wanted<'_>) -> Re
     let Wanted { what, name, uri, digest } = wanted;
     let secret = context.secrets.join(if name == "model" { "source" } else { name });
     let credentials = Credentials::read(&secret).map_err(|error| of_source(what, &error))?;
+    let destination = context.source(name);
+    super::make_folder_of(&destination)?;
     let activity = context.console.activity(&format!("fetching the {what}"), "bytes");
-    let content = source::fetch(what, uri, credentials, limits, &context.source(name), activity).await?;
+    let mut content = source::fetch(what, uri, credentials.clone(), limits, &destination, activity).await?;
+    if name == "model" {
+        content = with_external_data(context, limits, uri, &credentials, content).await?;
+    }
     if let Some(expected) = digest.filter(|expected| **expected != content.digest) {
         let found = &content.digest;
         let advice = "set the digest to the new content's, or put the old content back";
@@ -134,6 +140,47 @@ async fn fetch_one(context: &Context, limits: &Limits, wanted: Wanted<'_>) -> Re
         display_size(content.size),
         content.digest
     ));
+    Ok(content)
+}
+
+/// Fetches the files in which the model keeps its weights, where it does. The content is then that of the model's file followed by those of the
+/// others in the order of their names, as `cat model.onnx model.onnx.data` gives it.
+async fn with_external_data(
+    context: &Context,
+    limits: &Limits,
+    uri: &str,
+    credentials: &Credentials,
+    model: Content,
+) -> Result<Content, Failure> {
+    let path = context.source("model");
+    // What is no ONNX model keeps nothing elsewhere; the next step says what it is.
+    let Ok(mut proto) = onnx::read_alone(&path) else { return Ok(model) };
+    let unreadable = |error: OnnxError| failure(FailureReason::UnreadableModel, format!("{uri}: {error}"));
+    let names = onnx::external::locations(&mut proto).map_err(unreadable)?;
+    let mut content = model;
+    for name in &names {
+        let destination = path.with_file_name(name);
+        if destination == path {
+            let message = format!("{uri} keeps its weights in a file called `{name}`, a name that is taken here; give that file another name");
+            return Err(failure(FailureReason::UnreadableModel, message));
+        }
+        super::make_folder_of(&destination)?;
+        let limits = Limits {
+            size_max: limits.size_max.saturating_sub(content.size),
+            ..limits.clone()
+        };
+        let activity = context.console.activity(&format!("fetching {name}"), "bytes");
+        content.size += source::fetch_beside(uri, name, credentials.clone(), &limits, &destination, activity)
+            .await?
+            .size;
+    }
+    if !names.is_empty() {
+        let mut all: Box<dyn Read> = Box::new(io::empty());
+        for file in std::iter::once(path.clone()).chain(names.iter().map(|name| path.with_file_name(name))) {
+            all = Box::new(all.chain(fs::File::open(&file).map_err(disk("read", &file))?));
+        }
+        content.digest = Digest::of_reader(all).map_err(disk("read", &path))?;
+    }
     Ok(content)
 }
 

@@ -65,7 +65,8 @@ impl Registry {
     /// Fetches the one model or dataset that `reference` holds into the file `destination`, of at most `size_max` bytes.
     ///
     /// Taken are a layer that is the file itself (as ORAS pushes it, by its title) and tar archives, plain or gzipped, in OCI's or
-    /// Docker's form, that hold one file, or one `.onnx` or `.npz` among others (as `crane append` and Docker make them).
+    /// Docker's form, that hold one file, or one `.onnx` or `.npz` among others (as `crane append` and Docker make them). Where `name` is
+    /// given, it is the file of that name that is fetched.
     ///
     /// # Errors
     /// Where the registry cannot be reached, refuses or does not have it, where it is too large, or where no or more than one file
@@ -73,6 +74,7 @@ impl Registry {
     pub async fn fetch_artifact(
         &self,
         reference: &str,
+        name: Option<&str>,
         destination: &Path,
         size_max: u64,
         progress: &Progress,
@@ -81,7 +83,7 @@ impl Registry {
         let auth = self.credentials.for_registry(image.registry());
         let pulled = self.client(&image).pull_image_manifest(&image, &auth).await;
         let (manifest, _) = pulled.map_err(|source| RegistryError::from_client(reference, source))?;
-        match plain_file(&manifest).map_err(|why| invalid(reference, &why))? {
+        match plain_file(&manifest, name).map_err(|why| invalid(reference, &why))? {
             Some((name, layer)) => {
                 check_size(reference, layer, size_max)?;
                 let target = destination.to_owned();
@@ -91,6 +93,7 @@ impl Registry {
             }
             None => {
                 let mut choice = Choice {
+                    wanted: name.map(ToOwned::to_owned),
                     destination: destination.to_owned(),
                     size_max,
                     chosen: None,
@@ -186,7 +189,7 @@ impl Read for Pieces {
 }
 
 /// The layer that is a file itself, with its name; `None` where layers are archives.
-fn plain_file(manifest: &OciImageManifest) -> Result<Option<(String, &OciDescriptor)>, String> {
+fn plain_file<'a>(manifest: &'a OciImageManifest, wanted: Option<&str>) -> Result<Option<(String, &'a OciDescriptor)>, String> {
     let title = |layer: &OciDescriptor| {
         let annotations = layer.annotations.as_ref()?;
         let packed = annotations.get(PACKED_FOLDER).is_some_and(|packed| packed == "true");
@@ -202,11 +205,19 @@ fn plain_file(manifest: &OciImageManifest) -> Result<Option<(String, &OciDescrip
     }
     let names = titled.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
     let only = titled.len() == 1;
-    let mut candidates = titled.into_iter().filter(|(name, _)| only || is_model(name));
+    let mut candidates = titled
+        .into_iter()
+        .filter(|(name, _)| wanted.map_or(only || is_model(name), |wanted| name == wanted));
     match (candidates.next(), candidates.next()) {
         (Some(candidate), None) => Ok(Some(candidate)),
+        (None, _) if wanted.is_some() => Err(format!("it holds no file `{}` ({names})", wanted.unwrap_or_default())),
         _ => Err(format!("it holds several files ({names}); push the one that is meant by itself")),
     }
+}
+
+/// Whether the archive's entry `path` is the file `name`, in whatever folder.
+fn is_named(path: &str, name: &str) -> bool {
+    path.strip_suffix(name).is_some_and(|folder| folder.is_empty() || folder.ends_with('/'))
 }
 
 fn is_model(name: &str) -> bool {
@@ -255,6 +266,7 @@ fn too_large(size_max: u64) -> io::Error {
 
 /// Which of the files that pass by is the one that is meant.
 struct Choice {
+    wanted: Option<String>,
     destination: PathBuf,
     size_max: u64,
     chosen: Option<FetchedFile>,
@@ -282,6 +294,7 @@ impl Choice {
             let name = entry.path()?.to_string_lossy().into_owned();
             self.seen += 1;
             match &self.chosen {
+                _ if self.wanted.as_ref().is_some_and(|wanted| !is_named(&name, wanted)) => continue,
                 Some(chosen) if is_model(&chosen.name) && is_model(&name) => {
                     return Err(layer::invalid(format!(
                         "it holds several models ({}, {name}); push the one that is meant by itself",
@@ -299,8 +312,9 @@ impl Choice {
 
     fn decide(self) -> Result<FetchedFile, String> {
         match self.chosen {
+            None if self.wanted.is_some() => Err(format!("its layers hold no file `{}`", self.wanted.unwrap_or_default())),
             None => Err("its layers hold no file".into()),
-            Some(chosen) if self.seen > 1 && !is_model(&chosen.name) => {
+            Some(chosen) if self.wanted.is_none() && self.seen > 1 && !is_model(&chosen.name) => {
                 Err(format!("it holds {} files and none ends in .onnx or .npz", self.seen))
             }
             Some(chosen) => Ok(chosen),

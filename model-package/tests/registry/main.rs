@@ -245,7 +245,7 @@ async fn a_model_is_found_in_whatever_form_other_tools_push_it() {
     for (tag, name, layers) in forms {
         let reference = push_foreign(&server, tag, layers).await;
         let fetched = registry
-            .fetch_artifact(&reference, &target, 1000, &Progress::default())
+            .fetch_artifact(&reference, None, &target, 1000, &Progress::default())
             .await
             .unwrap();
         assert_eq!((fetched.name.as_str(), fetched.size), (name, 5), "{tag}");
@@ -299,7 +299,7 @@ async fn a_model_is_found_in_whatever_form_other_tools_push_it() {
     for (tag, problem, words, layers) in refused {
         let reference = push_foreign(&server, tag, layers).await;
         let error = registry
-            .fetch_artifact(&reference, &target, 1000, &Progress::default())
+            .fetch_artifact(&reference, None, &target, 1000, &Progress::default())
             .await
             .unwrap_err();
         assert_eq!(error.problem, problem, "{tag}: {error}");
@@ -315,7 +315,7 @@ async fn a_package_serves_as_a_source_again() {
     push(&registry, package.path(), &repository).await;
     let target = package.path().join("again");
     let fetched = registry
-        .fetch_artifact(&format!("{repository}:opt-1"), &target, 10_000_000, &Progress::default())
+        .fetch_artifact(&format!("{repository}:opt-1"), None, &target, 10_000_000, &Progress::default())
         .await
         .unwrap();
     assert_eq!((fetched.name.as_str(), fetched.size), ("model/model.onnx", 3_000_001));

@@ -10,13 +10,33 @@ use super::{OnnxError, TensorProto};
 /// The dimensions of a tensor.
 ///
 /// # Errors
-/// [`OnnxError::Weight`] where one is negative.
+/// [`OnnxError::Weight`] where one is negative, or the number of values overflows.
 pub fn shape(tensor: &TensorProto) -> Result<Vec<usize>, OnnxError> {
-    tensor
+    let shape: Vec<usize> = tensor
         .dims
         .iter()
         .map(|&size| usize::try_from(size).map_err(|_| refuse(tensor, "has a negative dimension")))
-        .collect()
+        .collect::<Result<_, _>>()?;
+    // Eight bytes are the widest element; what fits so fits into memory's addresses.
+    let bytes = shape.iter().try_fold(8_isize, |product, &size| product.checked_mul(isize::try_from(size).ok()?));
+    bytes.map(|_| shape).ok_or_else(|| refuse(tensor, "has more values than memory has addresses"))
+}
+
+/// The number of bytes that a tensor's shape and type ask for; `None` where the type has no fixed width.
+///
+/// # Errors
+/// [`OnnxError::Weight`] where the shape makes no sense.
+pub fn byte_length(tensor: &TensorProto) -> Result<Option<u64>, OnnxError> {
+    let values = shape(tensor)?.iter().product::<usize>() as u64;
+    Ok(match DataType::try_from(tensor.data_type()) {
+        Ok(DataType::Uint4 | DataType::Int4 | DataType::Float4e2m1) => Some(values.div_ceil(2)),
+        Ok(DataType::Bool | DataType::Int8 | DataType::Uint8) => Some(values),
+        Ok(DataType::Float8e4m3fn | DataType::Float8e4m3fnuz | DataType::Float8e5m2 | DataType::Float8e5m2fnuz) => Some(values),
+        Ok(DataType::Int16 | DataType::Uint16 | DataType::Float16 | DataType::Bfloat16) => Some(values * 2),
+        Ok(DataType::Int32 | DataType::Uint32 | DataType::Float) => Some(values * 4),
+        Ok(DataType::Int64 | DataType::Uint64 | DataType::Double | DataType::Complex64) => Some(values * 8),
+        _ => None,
+    })
 }
 
 /// A tensor's values as single-precision floats, in row-major order; 8-bit and wider integers are taken exactly where a float can.

@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use memmap2::{Mmap, UncheckedAdvice};
 
-/// The mappings that there are: start and end.
-static MAPPINGS: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+/// The mappings that there are, by the address of their first byte.
+static MAPPINGS: Mutex<BTreeMap<usize, Arc<Mmap>>> = Mutex::new(BTreeMap::new());
 
-fn mappings() -> MutexGuard<'static, BTreeMap<usize, usize>> {
+fn mappings() -> MutexGuard<'static, BTreeMap<usize, Arc<Mmap>>> {
     MAPPINGS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-struct Mapping(memmap2::Mmap);
+struct Mapping(Arc<Mmap>);
 
 impl AsRef<[u8]> for Mapping {
     fn as_ref(&self) -> &[u8] {
@@ -39,33 +40,26 @@ pub fn map(file: &File) -> io::Result<Bytes> {
     // Mapping is unsafe because another process may change the file meanwhile: a package is immutable once it is published, and a Job's
     // folder is its own.
     #[allow(unsafe_code)]
-    let map = unsafe { memmap2::Mmap::map(file) }?;
-    let start = map.as_ptr() as usize;
-    mappings().insert(start, start + map.len());
+    let map = Arc::new(unsafe { Mmap::map(file) }?);
+    mappings().insert(map.as_ptr() as usize, Arc::clone(&map));
     Ok(Bytes::from_owner(Mapping(map)))
 }
 
 /// Gives the pages of `bytes` back to the system where they are of a mapped file; touched again, they are read again. Bytes of other
 /// memory are left alone.
 pub fn release(bytes: &[u8]) {
-    let (start, end) = (bytes.as_ptr() as usize, bytes.as_ptr() as usize + bytes.len());
+    let start = bytes.as_ptr() as usize;
     let mappings = mappings();
-    let Some((_, mapped_end)) = mappings.range(..=start).next_back() else {
-        return;
-    };
-    if end > *mapped_end {
+    let Some((first, map)) = mappings.range(..=start).next_back() else { return };
+    let offset = start - first;
+    if offset + bytes.len() > map.len() || bytes.is_empty() {
         return;
     }
-    // Whole pages alone: a neighbour may be in use.
-    let page = rustix::param::page_size();
-    let (first, last) = (start.next_multiple_of(page), end / page * page);
-    if first < last {
-        // Sound: the range is of a read-only mapping of a file that cannot go while the registry of mappings is locked; its pages come back
-        // from the file.
-        #[allow(unsafe_code)]
-        let released = unsafe { rustix::mm::madvise(first as *mut _, last - first, rustix::mm::Advice::LinuxDontNeed) };
-        drop(released);
-    }
+    // Sound: the mapping is of a file and read-only, so that its pages come back as they were.
+    #[allow(unsafe_code)]
+    let released = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, bytes.len()) };
+    // Where the system does not take the advice, the pages stay.
+    drop(released);
 }
 
 #[cfg(test)]

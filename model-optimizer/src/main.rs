@@ -242,6 +242,7 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         max_fetch_size: arguments.max_fetch_size,
         plain_http_hosts: arguments.plain_http,
         annotations: Default::default(),
+        no_gate: arguments.no_gate,
         run_tag: None,
     })
 }

@@ -33,6 +33,10 @@ const BATCH_BYTES_MAX: usize = 8 << 20;
 const BATCH_SAMPLES_MAX: usize = 32;
 /// Samples drawn where there is no data.
 const DRAWN: usize = 8;
+/// The seed of drawn samples.
+pub const DRAWN_SEED: u64 = 0x5eed;
+/// The seed by which one dataset is split into two.
+pub const SPLIT_SEED: u64 = 0x5911;
 /// Most values that are drawn for one input.
 const DRAWN_VALUES_MAX: usize = 1 << 28;
 /// The fields that are labels by default.
@@ -135,7 +139,10 @@ impl Dataset {
     /// # Errors
     /// In words, where a tensor does not fit its input or the tensors differ in their number of samples.
     pub fn of_tensors(tensors: Vec<Tensor>, specs: &[TensorSpec], labels: Option<Vec<f64>>) -> Result<Self, String> {
-        let samples = tensors.first().and_then(|tensor| tensor.shape().first().copied()).unwrap_or_default();
+        let samples = tensors
+            .first()
+            .and_then(|tensor| tensor.shape().first().copied())
+            .unwrap_or_default();
         let mut columns = Vec::with_capacity(tensors.len());
         for (spec, tensor) in specs.iter().zip(tensors) {
             if tensor.shape().first() != Some(&samples) {
@@ -159,7 +166,7 @@ impl Dataset {
     /// the inputs' first axes contradict each other.
     #[must_use]
     pub fn drawn(specs: &[TensorSpec], open_dimension: usize, whole: bool) -> Option<Self> {
-        let mut random = Random(0x5eed);
+        let mut random = Random(DRAWN_SEED);
         let largest_batch = specs.iter().filter_map(|spec| usize::try_from(*spec.shape.first()?).ok()).max();
         let samples = if whole { DRAWN } else { largest_batch.unwrap_or(1).max(DRAWN) };
         let mut columns = Vec::with_capacity(specs.len());
@@ -210,7 +217,11 @@ impl Dataset {
             .fixed_batch
             .unwrap_or_else(|| (BATCH_BYTES_MAX / bytes.max(1)).clamp(1, BATCH_SAMPLES_MAX));
         let samples = self.samples();
-        let last = if self.fixed_batch.is_some() { samples / size * size } else { samples };
+        let last = if self.fixed_batch.is_some() {
+            samples / size * size
+        } else {
+            samples
+        };
         (0..last).step_by(size).map(move |start| start..(start + size).min(last))
     }
 
@@ -219,7 +230,12 @@ impl Dataset {
     /// # Errors
     /// [`FailureReason::Internal`] where the disk does not give them, or there are not so many.
     pub fn batch(&self, range: Range<usize>) -> Result<Vec<Tensor>, Failure> {
-        let unreadable = |why: String| failure(FailureReason::Internal, format!("cannot read samples {range:?} of the dataset: {why}"));
+        let unreadable = |why: String| {
+            failure(
+                FailureReason::Internal,
+                format!("cannot read samples {range:?} of the dataset: {why}"),
+            )
+        };
         if range.end > self.samples() || range.is_empty() {
             return Err(unreadable(format!("it holds {}", self.samples())));
         }
@@ -357,7 +373,11 @@ fn decode(datatype: Datatype, bytes: &[u8]) -> Data {
     macro_rules! decode {
         ($type:ty) => {{
             let (values, _) = bytes.as_chunks::<{ size_of::<$type>() }>();
-            values.iter().map(|value| <$type>::from_le_bytes(*value)).collect::<Vec<$type>>().into()
+            values
+                .iter()
+                .map(|value| <$type>::from_le_bytes(*value))
+                .collect::<Vec<$type>>()
+                .into()
         }};
     }
     match datatype {

@@ -3,6 +3,7 @@
 use plimsoll_package::manifest::{Engine as EngineKind, Probe, TensorSpec};
 use plimsoll_package::report::{EngineReport, MemoryChange};
 use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor, probe};
+use plimsoll_runtime::onnx::ModelProto;
 
 use super::dataset::Dataset;
 use super::{latency, memory};
@@ -78,31 +79,14 @@ pub fn load(context: &Context, fold_dequantize: bool, data: &mut Vec<Dataset>) -
     Ok(candidates)
 }
 
-fn load_pair(
-    context: &Context,
-    kind: EngineKind,
-    options: &LoadOptions,
-    data: &mut Vec<Dataset>,
-) -> Result<Result<Pair, String>, Failure> {
+fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &mut Vec<Dataset>) -> Result<Result<Pair, String>, Failure> {
     let empty = memory::resident();
     // The compressed model first: what loading frees may serve the second, so that no model looks smaller than it is but the original.
     let after = match engine::load(kind, &context.compressed(), options) {
         Ok(after) => after,
         Err(error) => return Ok(Err(chain(&error))),
     };
-    let mut first = after.run(&data[0].first()?);
-    while first.is_err() && data.len() > 1 {
-        let next = after.run(&data[1].first()?);
-        if next.is_ok() || data.len() > 2 {
-            data.remove(0);
-            first = next;
-        } else {
-            data.truncate(1);
-        }
-    }
-    if first.is_ok() {
-        data.truncate(1);
-    }
+    let first = run_first(&*after, data)?;
     let with_after = memory::resident();
     let before = match engine::load(kind, &context.converted(), options) {
         Ok(before) => before,
@@ -114,9 +98,26 @@ fn load_pair(
     Ok(Ok(Pair {
         before,
         after,
-        first: first.map_err(|error| chain(&error)),
+        first,
         memory,
     }))
+}
+
+/// The outputs for the first sample of the first dataset that the model runs on; the others are dropped then.
+fn run_first(engine: &dyn Engine, data: &mut Vec<Dataset>) -> Result<Result<Vec<Tensor>, String>, Failure> {
+    let mut refusal = "there is no sample".to_owned();
+    for index in 0..data.len() {
+        match engine.run(&data[index].first()?) {
+            Ok(outputs) => {
+                data.drain(..index);
+                data.truncate(1);
+                return Ok(Ok(outputs));
+            }
+            Err(error) if index == 0 => refusal = chain(&error),
+            Err(_) => {}
+        }
+    }
+    Ok(Err(refusal))
 }
 
 fn refusal(engine: EngineKind, why: String) -> EngineReport {
@@ -141,9 +142,13 @@ pub struct MeasuredEngine<'a> {
 ///
 /// # Errors
 /// [`FailureReason::UnsupportedOperator`] where no engine gives outputs that a probe can check.
-pub fn compare<'a>(candidates: &'a Candidates, sample: &[Tensor], context: &Context) -> Result<(Vec<MeasuredEngine<'a>>, Probe), Failure> {
-    let dynamic = convert::read("the compressed model", &context.compressed())?;
-    let dynamic = dynamic
+pub fn compare<'a>(
+    candidates: &'a Candidates,
+    compressed: &ModelProto,
+    sample: &[Tensor],
+    context: &Context,
+) -> Result<(Vec<MeasuredEngine<'a>>, Probe), Failure> {
+    let dynamic = compressed
         .graph
         .as_ref()
         .is_some_and(|graph| graph.node.iter().any(|node| node.op_type() == "DynamicQuantizeLinear"));

@@ -162,14 +162,21 @@ impl Comparison {
         };
         for (before, after) in before.chunks_exact(width).zip(after.chunks_exact(width)) {
             self.rows += 1;
-            let agreed = if is_float { largest(before) == largest(after) } else { before == after };
+            let agreed = if is_float {
+                largest(before) == largest(after)
+            } else {
+                before == after
+            };
             self.rows_agreed += u64::from(agreed);
         }
     }
 
-    /// What was compared.
+    /// What was compared; `None` of strings.
     #[must_use]
-    pub fn finish(self) -> OutputFidelity {
+    pub fn finish(self) -> Option<OutputFidelity> {
+        if self.whole.count == 0 && !self.broken {
+            return None;
+        }
         let signal_min = SIGNAL_MIN * SIGNAL_MIN * self.whole.before / self.whole.count.max(1) as f64;
         let (mut slices, mut silent) = (Vec::new(), 0);
         for (axis, sums) in &self.axes {
@@ -190,7 +197,7 @@ impl Comparison {
         slices.sort_by(|a, b| a.cosine.total_cmp(&b.cosine));
         let count = slices.len() as u64;
         slices.truncate(SLICES_SHOWN);
-        OutputFidelity {
+        Some(OutputFidelity {
             name: self.name,
             cosine: if self.broken { 0.0 } else { self.whole.cosine() },
             sqnr_db: self.whole.sqnr_db(),
@@ -200,7 +207,7 @@ impl Comparison {
             slices: count,
             silent_slices: silent,
             worst_slices: slices,
-        }
+        })
     }
 }
 
@@ -222,7 +229,7 @@ mod tests {
         let tensor = |values: &[f32]| Tensor::new(shape.to_vec(), values.to_vec()).unwrap();
         let mut comparison = Comparison::new("y");
         comparison.add(&tensor(before), &tensor(after));
-        comparison.finish()
+        comparison.finish().unwrap()
     }
 
     #[test]
@@ -247,7 +254,7 @@ mod tests {
         let mut other_shape = Comparison::new("y");
         let tensor = |count: usize| Tensor::new(vec![count], vec![1.0_f32; count]).unwrap();
         other_shape.add(&tensor(2), &tensor(1));
-        assert_eq!(other_shape.finish().cosine, 0.0);
+        assert_eq!(other_shape.finish().unwrap().cosine, 0.0);
     }
 
     #[test]
@@ -266,10 +273,23 @@ mod tests {
             4 => 0.001,
             _ => 0.0,
         };
-        let shape = if channels_last { vec![1, places, channels] } else { vec![1, channels, places] };
-        let at = |index: usize| if channels_last { (index % channels, index / channels) } else { (index / places, index % places) };
+        let shape = if channels_last {
+            vec![1, places, channels]
+        } else {
+            vec![1, channels, places]
+        };
+        let at = |index: usize| {
+            if channels_last {
+                (index % channels, index / channels)
+            } else {
+                (index / places, index % places)
+            }
+        };
         let before: Vec<f32> = (0..channels * places).map(|index| value(at(index).0, at(index).1)).collect();
-        let dead = before.iter().enumerate().map(|(index, value)| if at(index).0 >= 4 { 0.0 } else { *value });
+        let dead = before
+            .iter()
+            .enumerate()
+            .map(|(index, value)| if at(index).0 >= 4 { 0.0 } else { *value });
         (shape, before.clone(), dead.collect())
     }
 
@@ -295,7 +315,7 @@ mod tests {
             let after = Tensor::new(vec![2, 2], vec![1.0_f32, 0.0, 3.0, 0.0]).unwrap();
             comparison.add(&before, &after);
         }
-        let fidelity = comparison.finish();
+        let fidelity = comparison.finish().unwrap();
         assert_eq!(fidelity.slices, 2);
         assert_eq!((fidelity.worst_slices[0].index, fidelity.worst_slices[0].cosine), (1, 0.0));
     }

@@ -38,7 +38,11 @@ pub fn measure(before: &dyn Engine, after: &dyn Engine, input: &[Tensor]) -> Res
             times_before.push(time(before, input)?);
         }
     }
-    let ratios = times_before.iter().zip(&times_after).map(|(before, after)| after / before).collect();
+    let ratios = times_before
+        .iter()
+        .zip(&times_after)
+        .map(|(before, after)| after / before)
+        .collect();
     let latency = LatencyChange {
         before_us: spread(times_before).median,
         after_us: spread(times_after).median,

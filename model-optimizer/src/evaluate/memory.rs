@@ -2,11 +2,12 @@
 
 use plimsoll_package::report::MemoryChange;
 
-/// The process's resident bytes, by `/proc/self/statm` (proc(5)); `None` where there is none.
+/// The process's resident bytes, by `/proc/self/status` (proc(5)); `None` where there is none.
 pub(super) fn resident() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = text.split_whitespace().nth(1)?.parse().ok()?;
-    Some(pages * rustix::param::page_size() as u64)
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes << 10)
 }
 
 /// What the compressed model and then the original added; `None` where either added nothing, so that the measurement says nothing.

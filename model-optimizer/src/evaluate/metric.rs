@@ -65,7 +65,9 @@ impl Meter {
             Metric::Fidelity => return Err("Fidelity compares two models and needs no meter".into()),
         };
         let output = output.ok_or_else(|| match metric {
-            Metric::Perplexity => "the model has no output of logits [batch, sequence, vocabulary]; Perplexity is for language models".to_owned(),
+            Metric::Perplexity => {
+                "the model has no output of logits [batch, sequence, vocabulary]; Perplexity is for language models".to_owned()
+            }
             _ => format!("the model has no output of numbers that {metric} could be measured on; use the metric Fidelity"),
         })?;
         let tokens = match metric {
@@ -84,7 +86,14 @@ impl Meter {
     ///
     /// # Errors
     /// In words, where outputs or labels are not such as the metric is defined on.
-    pub fn add(&mut self, inputs: &[Tensor], outputs: &[Tensor], labels: Option<&[f64]>, first: usize, samples: usize) -> Result<(), String> {
+    pub fn add(
+        &mut self,
+        inputs: &[Tensor],
+        outputs: &[Tensor],
+        labels: Option<&[f64]>,
+        first: usize,
+        samples: usize,
+    ) -> Result<(), String> {
         let output = &outputs[self.output];
         let values = output.data().to_f64().unwrap_or_default();
         let width = values.len() / samples.max(1);
@@ -137,16 +146,31 @@ impl Meter {
                     hits.push(is_among_largest(scores, label, TOP));
                 }
             }
-            Kept::Values { values: kept, width: known } => {
+            Kept::Values {
+                values: kept,
+                width: known,
+            } => {
                 *known = width;
                 if let Some(place) = values.iter().position(|value| !value.is_finite()) {
-                    return Err(format!("the output holds {} for sample {}", values[place], first + place / width + 1));
+                    return Err(format!(
+                        "the output holds {} for sample {}",
+                        values[place],
+                        first + place / width + 1
+                    ));
                 }
                 kept.extend(values);
             }
             Kept::Surprise { nats, tokens } => {
                 let (ids, mask) = self.tokens.ok_or("the model takes no token ids")?;
-                surprise(&values, output.shape(), &inputs[ids], mask.map(|mask| &inputs[mask]), first, nats, tokens)?;
+                surprise(
+                    &values,
+                    output.shape(),
+                    &inputs[ids],
+                    mask.map(|mask| &inputs[mask]),
+                    first,
+                    nats,
+                    tokens,
+                )?;
             }
         }
         Ok(())
@@ -159,7 +183,9 @@ impl Meter {
     pub fn value(&self, labels: &[f64]) -> Result<f64, String> {
         let classes = || {
             let labels = labels.iter().enumerate();
-            labels.map(|(sample, label)| class_of(*label, sample)).collect::<Result<Vec<i64>, _>>()
+            labels
+                .map(|(sample, label)| class_of(*label, sample))
+                .collect::<Result<Vec<i64>, _>>()
         };
         let value = match &self.kept {
             Kept::Classes { predicted, .. } if self.metric == Metric::F1 => f1(predicted, &classes()?),
@@ -271,9 +297,8 @@ fn auroc(values: &[f64], width: usize, labels: &[i64]) -> Result<f64, String> {
     for (sample, label) in labels.iter().enumerate() {
         label_within(*label, width, sample)?;
     }
-    let is_distribution = |row: &[f64]| {
-        row.iter().all(|value| *value >= 0.0) && (row.iter().sum::<f64>() - 1.0).abs() <= PROBABILITY_TOLERANCE
-    };
+    let is_distribution =
+        |row: &[f64]| row.iter().all(|value| *value >= 0.0) && (row.iter().sum::<f64>() - 1.0).abs() <= PROBABILITY_TOLERANCE;
     let mut probabilities = values.to_vec();
     if !values.chunks_exact(width).all(is_distribution) {
         for row in probabilities.chunks_exact_mut(width) {
@@ -357,7 +382,9 @@ fn surprise(
     tokens: &mut u64,
 ) -> Result<(), String> {
     let &[batch, sequence, vocabulary] = shape else {
-        return Err(format!("the logits have shape {shape:?}, which is not [batch, sequence, vocabulary]"));
+        return Err(format!(
+            "the logits have shape {shape:?}, which is not [batch, sequence, vocabulary]"
+        ));
     };
     if ids.shape() != [batch, sequence] {
         return Err(format!("the logits have shape {shape:?} for token ids of shape {:?}", ids.shape()));
@@ -452,7 +479,12 @@ mod tests {
         assert!(cases.len() >= 12);
         for case in cases {
             let measured = measure_of(case.metric, &case.values, &case.labels, case.samples).unwrap();
-            assert!((measured - case.expected).abs() < 1e-9, "{}: {measured}, expected {}", case.name, case.expected);
+            assert!(
+                (measured - case.expected).abs() < 1e-9,
+                "{}: {measured}, expected {}",
+                case.name,
+                case.expected
+            );
         }
     }
 
@@ -480,7 +512,10 @@ mod tests {
 
     #[test]
     fn perplexity_is_of_next_tokens_that_the_mask_shows() {
-        let inputs = [spec("input_ids", Datatype::Int64, &[-1, -1]), spec("attention_mask", Datatype::Int64, &[-1, -1])];
+        let inputs = [
+            spec("input_ids", Datatype::Int64, &[-1, -1]),
+            spec("attention_mask", Datatype::Int64, &[-1, -1]),
+        ];
         let mut meter = Meter::new(Metric::Perplexity, &inputs, &[spec("logits", Datatype::Fp32, &[-1, -1, 2])]).unwrap();
         let ids = Tensor::new(vec![1, 4], vec![0_i64, 1, 0, 1]).unwrap();
         let mask = Tensor::new(vec![1, 4], vec![1_i64, 1, 1, 0]).unwrap();

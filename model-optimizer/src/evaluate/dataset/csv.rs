@@ -41,11 +41,15 @@ pub(super) fn read(request: &Request, file: File) -> Result<Dataset, String> {
                 Ok(number) => Some(Value::number(number)),
                 Err(_) if takes_text => Some(Value::text(text.as_bytes().to_vec())),
                 Err(_) => {
-                    return Err(format!("line {line} holds `{text}` in column `{}`, which is no number", names[*index]));
+                    return Err(format!(
+                        "line {line} holds `{text}` in column `{}`, which is no number",
+                        names[*index]
+                    ));
                 }
             };
         }
-        rows.push(|index| values[index].as_ref()).map_err(|why| format!("line {line}: {why}"))?;
+        rows.push(|index| values[index].as_ref())
+            .map_err(|why| format!("line {line}: {why}"))?;
     }
     rows.finish()
 }

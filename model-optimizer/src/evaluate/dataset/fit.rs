@@ -52,7 +52,9 @@ impl Plan {
             if let Some(index) = find(&spec.name).filter(|index| Some(*index) != labels) {
                 return Some(vec![index]);
             }
-            let numbered: Vec<usize> = (0..names.len()).map_while(|index| find(&format!("{}_{index}", spec.name))).collect();
+            let numbered: Vec<usize> = (0..names.len())
+                .map_while(|index| find(&format!("{}_{index}", spec.name)))
+                .collect();
             if !numbered.is_empty() {
                 return Some(numbered);
             }

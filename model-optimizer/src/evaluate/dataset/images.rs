@@ -69,7 +69,10 @@ pub(super) fn read(request: &Request, kind: Kind) -> Result<Dataset, String> {
         // Unlabelled ones serve for calibration.
         None => (pictures, None),
     };
-    if row_bytes.checked_mul(files.len() as u64).is_none_or(|bytes| bytes > request.bytes_max) {
+    if row_bytes
+        .checked_mul(files.len() as u64)
+        .is_none_or(|bytes| bytes > request.bytes_max)
+    {
         return Err(too_large(request.bytes_max));
     }
     let mut places: HashMap<&str, usize> = HashMap::with_capacity(files.len());
@@ -169,7 +172,11 @@ fn parse_labels(text: &[u8], folder: &str, named: Option<&str>) -> Result<Labell
     for record in reader.records() {
         let record = record.map_err(broken)?;
         let name = &record[file];
-        files.push(if folder.is_empty() { name.to_owned() } else { format!("{folder}/{name}") });
+        files.push(if folder.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{folder}/{name}")
+        });
         if let Some(label) = label {
             let text = &record[label];
             let value = text.parse::<f64>();
@@ -202,7 +209,11 @@ impl Form {
             Some(layout) => layout,
             None if is_channels(a) => Layout::Nchw,
             None if is_channels(c) => Layout::Nhwc,
-            None => return Err(unfit(&format!("does not tell which axis counts channels; write layout into {PREPROCESSING_FILE}"))),
+            None => {
+                return Err(unfit(&format!(
+                    "does not tell which axis counts channels; write layout into {PREPROCESSING_FILE}"
+                )));
+            }
         };
         let (channels, height, width) = match layout {
             Layout::Nchw => (a, b, c),
@@ -225,7 +236,9 @@ impl Form {
         let height = side(height, preprocessing.size.map(|size| size[0]))?;
         let width = side(width, preprocessing.size.map(|size| size[1]))?;
         if height == 0 || width == 0 || height.max(width) > SIDE_MAX as usize {
-            return Err(unfit(&format!("takes pictures of {height} x {width}; each side is from 1 to {SIDE_MAX}")));
+            return Err(unfit(&format!(
+                "takes pictures of {height} x {width}; each side is from 1 to {SIDE_MAX}"
+            )));
         }
         let is_float = matches!(spec.datatype, Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
         if spec.datatype == Datatype::Bytes || !is_float && !(preprocessing.mean.is_empty() && preprocessing.std.is_empty()) {
@@ -235,7 +248,10 @@ impl Form {
             [] => Ok(vec![default; channels]),
             [one] => Ok(vec![*one; channels]),
             several if several.len() == channels => Ok(several.to_vec()),
-            several => Err(format!("{PREPROCESSING_FILE}: {name} has {} values for {channels} channels", several.len())),
+            several => Err(format!(
+                "{PREPROCESSING_FILE}: {name} has {} values for {channels} channels",
+                several.len()
+            )),
         };
         let mean = of_channel(&preprocessing.mean, 0.0, "mean")?;
         let std = of_channel(&preprocessing.std, 1.0, "std")?;
@@ -249,7 +265,11 @@ impl Form {
             width,
             channels,
             datatype: spec.datatype,
-            linear: mean.iter().zip(&std).map(|(mean, std)| (1.0 / (scale * std), -mean / std)).collect(),
+            linear: mean
+                .iter()
+                .zip(&std)
+                .map(|(mean, std)| (1.0 / (scale * std), -mean / std))
+                .collect(),
         })
     }
 
@@ -288,9 +308,19 @@ impl Form {
             f64::from(pixel) * factor + offset
         };
         let values: Vec<f64> = match self.layout {
-            Layout::Nhwc => pixels.iter().enumerate().map(|(index, pixel)| value(index % self.channels, *pixel)).collect(),
+            Layout::Nhwc => pixels
+                .iter()
+                .enumerate()
+                .map(|(index, pixel)| value(index % self.channels, *pixel))
+                .collect(),
             Layout::Nchw => (0..self.channels)
-                .flat_map(|channel| pixels.iter().skip(channel).step_by(self.channels).map(move |pixel| (channel, *pixel)))
+                .flat_map(|channel| {
+                    pixels
+                        .iter()
+                        .skip(channel)
+                        .step_by(self.channels)
+                        .map(move |pixel| (channel, *pixel))
+                })
                 .map(|(channel, pixel)| value(channel, pixel))
                 .collect(),
         };

@@ -21,7 +21,11 @@ pub(super) fn read(request: &Request, file: File) -> Result<Dataset, String> {
     loop {
         line.clear();
         let limit = LINE_BYTES_MAX.min(left.saturating_add(1));
-        let read = reader.by_ref().take(limit).read_until(b'\n', &mut line).map_err(|error| error.to_string())? as u64;
+        let read = reader
+            .by_ref()
+            .take(limit)
+            .read_until(b'\n', &mut line)
+            .map_err(|error| error.to_string())? as u64;
         if read == 0 {
             break;
         }
@@ -51,7 +55,8 @@ pub(super) fn read(request: &Request, file: File) -> Result<Dataset, String> {
                 values[index] = Some(value(json).map_err(why)?);
             }
         }
-        rows.push(|index| values[index].as_ref()).map_err(|why| format!("line {number}: {why}"))?;
+        rows.push(|index| values[index].as_ref())
+            .map_err(|why| format!("line {number}: {why}"))?;
     }
     match rows {
         Some((rows, _)) => rows.finish(),
@@ -94,9 +99,7 @@ fn value(json: &Json) -> Result<Value, String> {
 
 fn flatten(json: &Json, shape: &[usize], take: &mut impl FnMut(&Json) -> Option<()>) -> Result<(), String> {
     match (json, shape.split_first()) {
-        (Json::Array(items), Some((size, rest))) if items.len() == *size => {
-            items.iter().try_for_each(|item| flatten(item, rest, take))
-        }
+        (Json::Array(items), Some((size, rest))) if items.len() == *size => items.iter().try_for_each(|item| flatten(item, rest, take)),
         (Json::Array(_), _) | (_, Some(_)) => Err("holds lists of different lengths".into()),
         (leaf, None) => take(leaf).ok_or_else(|| format!("holds {leaf} where its first value is of another kind")),
     }

@@ -36,7 +36,7 @@ struct Array {
 /// Whether the zip archive holds arrays.
 pub(super) fn is_archive(file: File) -> Result<bool, String> {
     let archive = open(file)?;
-    Ok(archive.file_names().any(|name| name.ends_with(".npy")))
+    Ok(archive.file_names().any(|name| name.is_ok_and(|name| name.ends_with(".npy"))))
 }
 
 fn open(file: File) -> Result<ZipArchive<BufReader<File>>, String> {
@@ -67,7 +67,8 @@ pub(super) fn read(request: &Request, file: File) -> Result<Dataset, String> {
             None => {
                 let mut unpacked = unnamed_file(request.path)?;
                 // What the directory says of the size is not to be believed.
-                let length = io::copy(&mut entry.take(size), &mut unpacked).map_err(|error| format!("its array `{name}` is broken: {error}"))?;
+                let length =
+                    io::copy(&mut entry.take(size), &mut unpacked).map_err(|error| format!("its array `{name}` is broken: {error}"))?;
                 unpacked.seek(SeekFrom::Start(0)).map_err(|error| error.to_string())?;
                 let mut reader = unpacked.try_clone().map_err(|error| error.to_string())?;
                 array(name, &mut reader, Arc::new(unpacked), 0, length)

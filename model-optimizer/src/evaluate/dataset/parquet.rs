@@ -25,7 +25,11 @@ fn read_rows(request: &Request, file: File) -> Result<Dataset, String> {
     let broken = |error: parquet::errors::ParquetError| format!("it is a broken Parquet file: {error}");
     let reader = SerializedFileReader::new(file).map_err(broken)?;
     let metadata = reader.metadata();
-    let size: u64 = metadata.row_groups().iter().map(|group| group.total_byte_size().max(0) as u64).sum();
+    let size: u64 = metadata
+        .row_groups()
+        .iter()
+        .map(|group| group.total_byte_size().max(0) as u64)
+        .sum();
     if size > request.bytes_max {
         return Err(too_large(request.bytes_max));
     }
@@ -48,7 +52,8 @@ fn read_rows(request: &Request, file: File) -> Result<Dataset, String> {
                 values[field] = Some(field_value(value).map_err(|why| place(name, why))?);
             }
         }
-        rows.push(|index| values[index].as_ref()).map_err(|why| format!("row {}: {why}", index + 1))?;
+        rows.push(|index| values[index].as_ref())
+            .map_err(|why| format!("row {}: {why}", index + 1))?;
     }
     rows.finish()
 }

@@ -104,7 +104,10 @@ impl<'a> Rows<'a> {
             let numbers = match field(index) {
                 Some(Value::Numbers { values, .. }) => values,
                 Some(Value::Texts { values, .. }) => {
-                    let text = values.first().map(|text| String::from_utf8_lossy(text).into_owned()).unwrap_or_default();
+                    let text = values
+                        .first()
+                        .map(|text| String::from_utf8_lossy(text).into_owned())
+                        .unwrap_or_default();
                     return Err(format!(
                         "the label of sample {row} is `{text}`; write the number of the class, or the value"
                     ));
@@ -183,10 +186,14 @@ impl RowColumn {
                 (Kept::Numbers(file), Value::Numbers { values, .. }) => {
                     let encoded = encode(&converted(spec, values, row)?);
                     bytes += encoded.len() as u64;
-                    file.write_all(&encoded).map_err(|error| format!("cannot lay down its samples: {error}"))?;
+                    file.write_all(&encoded)
+                        .map_err(|error| format!("cannot lay down its samples: {error}"))?;
                 }
                 (Kept::Texts(texts), Value::Texts { values, .. }) => {
-                    bytes += values.iter().map(|text| text.len() as u64 + size_of::<Vec<u8>>() as u64).sum::<u64>();
+                    bytes += values
+                        .iter()
+                        .map(|text| text.len() as u64 + size_of::<Vec<u8>>() as u64)
+                        .sum::<u64>();
                     texts.extend(values.iter().cloned());
                 }
                 (Kept::Texts(texts), Value::Numbers { values, .. }) => {
@@ -194,7 +201,10 @@ impl RowColumn {
                     texts.extend(values.iter().map(|value| value.to_string().into_bytes()));
                 }
                 (Kept::Numbers(_), Value::Texts { values, .. }) => {
-                    let text = values.first().map(|text| String::from_utf8_lossy(text).into_owned()).unwrap_or_default();
+                    let text = values
+                        .first()
+                        .map(|text| String::from_utf8_lossy(text).into_owned())
+                        .unwrap_or_default();
                     return Err(format!(
                         "sample {row} holds the text `{text}` for `{}`, which takes {}",
                         spec.name, spec.datatype
@@ -210,16 +220,23 @@ impl RowColumn {
 fn converted(spec: &TensorSpec, values: &[f64], row: usize) -> Result<Data, String> {
     let data = Data::from_f64(spec.datatype, values);
     let is_float = matches!(spec.datatype, Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
-    if !is_float && let Some(back) = data.to_f64()
+    if !is_float
+        && let Some(back) = data.to_f64()
         && let Some((given, _)) = values.iter().zip(&back).find(|(given, back)| given != back)
     {
-        return Err(format!("sample {row} holds {given} for `{}`, which takes {}", spec.name, spec.datatype));
+        return Err(format!(
+            "sample {row} holds {given} for `{}`, which takes {}",
+            spec.name, spec.datatype
+        ));
     }
     Ok(data)
 }
 
 /// A file beside `path` that goes away with its last reader.
 pub(super) fn unnamed_file(path: &Path) -> Result<File, String> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     tempfile::tempfile_in(folder).map_err(|error| format!("cannot lay down its samples in {}: {error}", folder.display()))
 }

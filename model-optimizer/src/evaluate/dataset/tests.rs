@@ -79,7 +79,10 @@ fn arrays_are_found_by_name_and_read_packed_or_not() {
         for name in ["image", "x", "pixels"] {
             let file = zipped(
                 &[
-                    (&format!("{name}.npy"), npy("<f4", "(3, 2)", &floats([0.0, 1.0, 2.0, 3.0, 4.0, 5.0]))),
+                    (
+                        &format!("{name}.npy"),
+                        npy("<f4", "(3, 2)", &floats([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])),
+                    ),
                     ("y.npy", npy("<i8", "(3,)", &integers([1, 0, 2]))),
                 ],
                 method,
@@ -104,7 +107,10 @@ fn a_sample_comes_with_or_without_the_batch_dimension_of_one() {
     for shape in ["(3, 2, 2)", "(3, 1, 2, 2)"] {
         for first in [-1, 1] {
             let dataset = read(npy("<f4", shape, &values()), &[spec("x", Datatype::Fp32, &[first, 2, 2])]).unwrap();
-            let shapes: Vec<Vec<usize>> = dataset.batches().map(|range| dataset.batch(range).unwrap()[0].shape().to_vec()).collect();
+            let shapes: Vec<Vec<usize>> = dataset
+                .batches()
+                .map(|range| dataset.batch(range).unwrap()[0].shape().to_vec())
+                .collect();
             if first == 1 {
                 assert_eq!(shapes, vec![vec![1, 2, 2]; 3], "{shape}");
             } else {
@@ -238,8 +244,15 @@ fn pictures_become_values_in_the_order_of_their_labels() {
         read(tarred(&entries), &[spec("image", Datatype::Fp32, &[-1, 3, -1, -1])])
     };
     let dataset = with("{\"size\": [2, 2], \"mean\": [0.5], \"std\": [0.5, 0.5, 0.25]}").unwrap();
-    assert_eq!(all(&dataset)[..12], [-1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 2.0, 2.0, 2.0, 2.0]);
-    assert!(with("{}").unwrap_err().contains("write size, such as [224, 224], into preprocessing.json"));
+    assert_eq!(
+        all(&dataset)[..12],
+        [-1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 2.0, 2.0, 2.0, 2.0]
+    );
+    assert!(
+        with("{}")
+            .unwrap_err()
+            .contains("write size, such as [224, 224], into preprocessing.json")
+    );
     assert!(with("{\"sice\": 3}").unwrap_err().contains("unknown field `sice`"));
 }
 
@@ -263,7 +276,10 @@ fn what_does_not_fit_is_refused_in_a_sentence() {
         (b"1,2\n3,4\n".to_vec(), "the first line of a CSV file names the columns"),
         (b"a,b\n".to_vec(), "it holds no sample"),
         (b"a,b\n1.5,2\n".to_vec(), "holds 1.5 for `image`, which takes INT32"),
-        (b"{\"image\": [1, 2]}\n{\"image\": [1]}\n".to_vec(), "line 2: sample 2 has shape [1] for `image` and the first sample has [2]"),
+        (
+            b"{\"image\": [1, 2]}\n{\"image\": [1]}\n".to_vec(),
+            "line 2: sample 2 has shape [1] for `image` and the first sample has [2]",
+        ),
         (b"{\"image\": [[1], [2, 3]]}\n".to_vec(), "holds lists of different lengths"),
         (b"{\"image\": [1, 2]\n".to_vec(), "line 1 is no JSON object"),
         (b"{\"image\": [1, 2], \"y\": \"cat\"}\n".to_vec(), "the label of sample 1 is `cat`"),

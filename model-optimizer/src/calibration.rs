@@ -42,15 +42,8 @@ impl Calibration {
         mut visit: impl FnMut(&[Tensor]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let engine = self.tapped(model, values)?;
-        let size = self.samples.batch_size(&*engine);
-        let mut start = 0;
-        while start < self.samples.samples {
-            let end = (start + size).min(self.samples.samples);
-            // A model of a fixed batch takes no incomplete one; its last samples are left out.
-            if start > 0 && end - start < size && has_fixed_batch(&*engine) {
-                break;
-            }
-            let mut outputs = engine.run(&self.samples.batch(start..end)).map_err(|error| {
+        for range in self.samples.batches() {
+            let mut outputs = engine.run(&self.samples.batch(range)?).map_err(|error| {
                 failure(
                     FailureReason::InvalidDataset,
                     format!("the model does not run on the calibration data: {}", chain(&error)),
@@ -58,7 +51,6 @@ impl Calibration {
             })?;
             outputs.drain(..outputs.len() - values.len());
             visit(&outputs)?;
-            start = end;
         }
         Ok(())
     }
@@ -92,13 +84,6 @@ impl Calibration {
         let message = format!("no engine shows what values inside of the model are: {}", refusals.join("; "));
         Err(failure(FailureReason::UnsupportedOperator, message))
     }
-}
-
-fn has_fixed_batch(engine: &dyn Engine) -> bool {
-    engine
-        .inputs()
-        .iter()
-        .any(|spec| spec.shape.first().is_some_and(|size| *size >= 0))
 }
 
 fn float_value(name: &str) -> ValueInfoProto {

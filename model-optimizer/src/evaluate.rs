@@ -4,6 +4,7 @@ pub mod budget;
 pub mod dataset;
 pub mod engines;
 pub mod fidelity;
+pub mod judgement;
 pub mod latency;
+mod memory;
 pub mod metric;
-pub mod npz;

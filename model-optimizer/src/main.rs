@@ -8,15 +8,14 @@ use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_optimizer::failure::{Failure, FailureReason, disk, failure, internal};
-use plimsoll_optimizer::optimize;
+use plimsoll_optimizer::optimize::{self, Failed};
 use plimsoll_optimizer::progress::Console;
 use plimsoll_optimizer::step::{self, Context, Step, chain};
 use plimsoll_package::recipe::{
-    Budget, Dataset, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, Quantize, QuantizeScheme,
-    SourceLocation, Technique,
+    Budget, Dataset, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, Quantize, QuantizeScheme, SourceLocation, Technique,
 };
-use plimsoll_package::report::{Termination, exit_code};
-use plimsoll_package::units::{Percentage, Ratio, Size};
+use plimsoll_package::report::{Report, Termination, exit_code};
+use plimsoll_package::units::{Duration, Percentage, Ratio, Size};
 
 /// Makes a model smaller and faster, and measures what that cost.
 #[derive(Parser)]
@@ -50,24 +49,33 @@ struct OptimizeArgs {
     /// 8-bit integers.
     #[arg(long, value_name = "SCHEME")]
     quantize: Option<Scheme>,
-    /// Unlabelled samples (.npz) to measure fidelity on.
+    /// Unlabelled samples: .npz, CSV, Parquet, JSON lines, or pictures in a folder, .zip or .tar.
     #[arg(long, value_name = "DATA")]
     calibration: Option<String>,
-    /// Held-out samples (.npz) to measure on; labels are the array `y`.
+    /// Held-out samples to measure on, in the same forms; labels are the field `y`, or the column `label` of pictures' labels.csv.
     #[arg(long, value_name = "DATA")]
     evaluation: Option<String>,
     /// What to measure on the held-out samples. Default: accuracy where they have labels, fidelity where not.
     #[arg(long, requires = "evaluation")]
     metric: Option<MetricName>,
-    /// Most that accuracy may fall, in percentage points, such as 1%.
+    /// Most that the metric may fall, in percentage points, or an error may rise, such as 1%.
     #[arg(long, value_name = "PERCENT")]
     max_accuracy_drop: Option<Percentage>,
-    /// Least cosine similarity of each output to the original's, such as 0.99.
+    /// Most that the accuracy of any one class may fall, in percentage points. Default: 50% of classes with 5 samples or more.
+    #[arg(long, value_name = "PERCENT")]
+    max_class_accuracy_drop: Option<Percentage>,
+    /// Least cosine similarity of each output to the original's. Default: 0.99, but of what a limited metric judges.
     #[arg(long, value_name = "RATIO")]
     min_fidelity: Option<Ratio>,
     /// Most that the model may weigh, such as 10Mi.
     #[arg(long, value_name = "SIZE")]
     max_size: Option<Size>,
+    /// Most that one inference may take, such as 5ms; a model slower than the original is refused then, too.
+    #[arg(long, value_name = "DURATION")]
+    max_latency: Option<Duration>,
+    /// Hands the result out whatever it lost; the report says so.
+    #[arg(long, conflicts_with_all = ["max_accuracy_drop", "max_class_accuracy_drop", "min_fidelity", "max_size", "max_latency"])]
+    no_gate: bool,
     /// Threads that an inference may use. Default: as many as there are.
     #[arg(long, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
@@ -117,7 +125,31 @@ enum Scheme {
 #[derive(Clone, Copy, ValueEnum)]
 enum MetricName {
     Accuracy,
+    #[value(name = "top5-accuracy")]
+    Top5Accuracy,
+    F1,
+    Auroc,
+    MeanAbsoluteError,
+    RootMeanSquaredError,
+    R2,
+    Perplexity,
     Fidelity,
+}
+
+impl From<MetricName> for Metric {
+    fn from(name: MetricName) -> Self {
+        match name {
+            MetricName::Accuracy => Self::Accuracy,
+            MetricName::Top5Accuracy => Self::Top5Accuracy,
+            MetricName::F1 => Self::F1,
+            MetricName::Auroc => Self::Auroc,
+            MetricName::MeanAbsoluteError => Self::MeanAbsoluteError,
+            MetricName::RootMeanSquaredError => Self::RootMeanSquaredError,
+            MetricName::R2 => Self::R2,
+            MetricName::Perplexity => Self::Perplexity,
+            MetricName::Fidelity => Self::Fidelity,
+        }
+    }
 }
 
 fn share(text: &str) -> Result<Percentage, String> {
@@ -159,19 +191,30 @@ fn optimize_on_laptop(arguments: OptimizeArgs) -> ExitCode {
         Console::terminal()
     };
     let (output, json, threads) = (arguments.output.clone(), arguments.json, threads(arguments.threads));
-    let report = inputs(arguments).and_then(|inputs| optimize::optimize(inputs, &output, threads, extra_ca(), &console));
+    let report = inputs(arguments)
+        .map_err(Failed::from)
+        .and_then(|inputs| optimize::optimize(inputs, &output, threads, extra_ca(), &console));
+    let print = |report: &Report| {
+        if json {
+            println!("{}", serde_json::to_string_pretty(report).unwrap_or_default());
+        } else {
+            println!("{}", optimize::table(report));
+        }
+    };
     match report {
-        Ok(report) if json => {
-            println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
-            ExitCode::SUCCESS
-        }
         Ok(report) => {
-            println!("{}\npackage written to {}", optimize::table(&report), output.display());
+            print(&report);
+            if !json {
+                println!("package written to {}", output.display());
+            }
             ExitCode::SUCCESS
         }
-        Err(failed) => {
-            eprintln!("error: {failed}");
-            ExitCode::from(failed.reason.exit_code())
+        Err(Failed { failure, report }) => {
+            if let Some(report) = &report {
+                print(report);
+            }
+            eprintln!("error: {failure}");
+            ExitCode::from(failure.reason.exit_code())
         }
     }
 }
@@ -218,16 +261,24 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         });
     }
     if let (Some(evaluation), Some(metric)) = (&mut optimize.evaluation, arguments.metric) {
-        evaluation.metric = Some(match metric {
-            MetricName::Accuracy => Metric::Accuracy,
-            MetricName::Fidelity => Metric::Fidelity,
-        });
+        evaluation.metric = Some(metric.into());
     }
-    if arguments.max_accuracy_drop.is_some() || arguments.min_fidelity.is_some() || arguments.max_size.is_some() {
+    let stated = Budget {
+        max_accuracy_drop: arguments.max_accuracy_drop,
+        max_class_accuracy_drop: arguments.max_class_accuracy_drop,
+        min_fidelity: arguments.min_fidelity,
+        max_size: arguments.max_size,
+        max_latency: arguments.max_latency,
+    };
+    if stated != Budget::default() {
         let budget = optimize.budget.get_or_insert_with(Budget::default);
-        budget.max_accuracy_drop = arguments.max_accuracy_drop.or(budget.max_accuracy_drop.take());
-        budget.min_fidelity = arguments.min_fidelity.or(budget.min_fidelity.take());
-        budget.max_size = arguments.max_size.or(budget.max_size.take());
+        *budget = Budget {
+            max_accuracy_drop: stated.max_accuracy_drop.or(budget.max_accuracy_drop.take()),
+            max_class_accuracy_drop: stated.max_class_accuracy_drop.or(budget.max_class_accuracy_drop.take()),
+            min_fidelity: stated.min_fidelity.or(budget.min_fidelity.take()),
+            max_size: stated.max_size.or(budget.max_size.take()),
+            max_latency: stated.max_latency.or(budget.max_latency.take()),
+        };
     }
     Ok(Inputs {
         source: SourceLocation {
@@ -242,6 +293,7 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         max_fetch_size: arguments.max_fetch_size,
         plain_http_hosts: arguments.plain_http,
         annotations: Default::default(),
+        no_gate: arguments.no_gate,
         run_tag: None,
     })
 }

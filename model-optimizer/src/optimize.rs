@@ -1,33 +1,42 @@
 //! The whole way on a laptop: from a model to a package in a folder.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use comfy_table::Table;
 use plimsoll_package::manifest::{MANIFEST_FILE, REPORT_FILE};
-use plimsoll_package::recipe::Inputs;
-use plimsoll_package::report::{Report, Summary};
+use plimsoll_package::recipe::{Inputs, Metric};
+use plimsoll_package::report::{LatencyChange, Report, Spread, Summary, Verdict, exit_code};
 use plimsoll_package::units::{display_percent, display_size};
 
 use crate::failure::{Failure, FailureReason, disk, failure, internal};
 use crate::progress::Console;
 use crate::step::{self, Context, Step, chain};
 
-/// Optimises as `inputs` say, writes the package to `output`, and returns its report.
+/// Held while files take their place.
+static PLACING: Mutex<()> = Mutex::new(());
+/// Most attempts to remove the folder of the work.
+const REMOVAL_TRIES: usize = 100;
+
+/// Optimises as `inputs` say, writes the package to `output`, and returns its report. Where the result is outside of its budget `output`
+/// holds the report alone. All of it appears at once and in place of what was there, or nothing does.
 ///
 /// # Errors
 /// Whatever a step fails with, or where `output` is a folder that holds something else.
-pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<PathBuf>, console: &Console) -> Result<Report, Failure> {
+pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<PathBuf>, console: &Console) -> Result<Report, Failed> {
     let occupied = fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
-    if occupied && !output.join(MANIFEST_FILE).is_file() {
+    if occupied && !output.join(MANIFEST_FILE).is_file() && !output.join(REPORT_FILE).is_file() {
         let message = format!(
             "{} is not empty and no package; name another folder with --output",
             output.display()
         );
-        return Err(failure(FailureReason::InvalidInputs, message));
+        return Err(failure(FailureReason::InvalidInputs, message).into());
     }
     let work = tempfile::tempdir().map_err(|error| internal("cannot make a folder for the work", &error))?;
+    remove_when_ended(work.path())?;
     let context = Context {
         inputs,
         work: work.path().to_owned(),
@@ -37,18 +46,109 @@ pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<
         threads,
         console: console.clone(),
     };
-    for step in [Step::Fetch, Step::Convert, Step::Compress, Step::Evaluate] {
-        let begun = Instant::now();
-        let place = chain::Place::take(&context.work, step).map_err(disk("write", &context.work))?;
-        step::run(step, &context)?;
-        place.done(begun.elapsed(), false).map_err(disk("write", &context.work))?;
+    let ran = [Step::Fetch, Step::Convert, Step::Compress, Step::Evaluate]
+        .into_iter()
+        .try_for_each(|step| run_step(step, &context));
+    match ran {
+        Ok(()) => {}
+        Err(failure) if failure.reason == FailureReason::BudgetExceeded && context.package().join(REPORT_FILE).is_file() => {
+            place(&context.package(), output)?;
+            let report = Some(context.read(&format!("package/{REPORT_FILE}"))?);
+            return Err(Failed { failure, report });
+        }
+        Err(failure) => return Err(failure.into()),
     }
-    fs::create_dir_all(output).map_err(disk("make", output))?;
-    for entry in fs::read_dir(context.package()).map_err(disk("read", &context.package()))? {
-        let entry = entry.map_err(disk("read", &context.package()))?;
-        fs::copy(entry.path(), output.join(entry.file_name())).map_err(disk("write", output))?;
+    place(&context.package(), output)?;
+    Ok(context.read(&format!("package/{REPORT_FILE}"))?)
+}
+
+/// Why there is no package.
+#[derive(Debug)]
+pub struct Failed {
+    /// Why.
+    pub failure: Failure,
+    /// What was measured, where the result is outside of its budget.
+    pub report: Option<Report>,
+}
+
+impl From<Failure> for Failed {
+    fn from(failure: Failure) -> Self {
+        Self { failure, report: None }
     }
-    context.read(&format!("package/{REPORT_FILE}"))
+}
+
+fn run_step(step: Step, context: &Context) -> Result<(), Failure> {
+    let begun = Instant::now();
+    let place = chain::Place::take(&context.work, step).map_err(disk("write", &context.work))?;
+    step::run(step, context)?;
+    place.done(begun.elapsed(), false).map_err(disk("write", &context.work))
+}
+
+/// Removes the folder of the work when the process is asked to end.
+fn remove_when_ended(work: &Path) -> Result<(), Failure> {
+    let work = work.to_owned();
+    let ended = move |_| {
+        // What is about to appear appears whole.
+        let _placed = PLACING.lock();
+        // What is still being written there keeps a folder from going at the first try.
+        for _ in 0..REMOVAL_TRIES {
+            if fs::remove_dir_all(&work).is_ok() {
+                break;
+            }
+        }
+        std::process::exit(i32::from(exit_code::TRANSIENT));
+    };
+    chain::on_termination(ended).map_err(|error| internal("cannot watch for signals", &error))
+}
+
+/// Puts the files of `folder` in the place of `output`: they are written beside it, and then take its name.
+fn place(folder: &Path, output: &Path) -> Result<(), Failure> {
+    let _placing = PLACING.lock();
+    let parent = match output.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => {
+            return Err(failure(
+                FailureReason::InvalidInputs,
+                format!("{} cannot be replaced", output.display()),
+            ));
+        }
+    };
+    fs::create_dir_all(parent).map_err(disk("make", parent))?;
+    let beside = tempfile::Builder::new()
+        .prefix(".plimsoll-")
+        .permissions(fs::Permissions::from_mode(0o755))
+        .tempdir_in(parent)
+        .map_err(disk("write", parent))?;
+    for entry in fs::read_dir(folder).map_err(disk("read", folder))? {
+        let entry = entry.map_err(disk("read", folder))?;
+        let file = beside.path().join(entry.file_name());
+        fs::copy(entry.path(), &file)
+            .and_then(|_| fs::File::open(&file)?.sync_all())
+            .map_err(disk("write", output))?;
+    }
+    // An empty folder gives way to a renamed one; one that holds an older package changes names with it.
+    if fs::rename(beside.path(), output).is_ok() {
+        drop(beside.keep());
+        return Ok(());
+    }
+    if rustix::fs::renameat_with(
+        rustix::fs::CWD,
+        beside.path(),
+        rustix::fs::CWD,
+        output,
+        rustix::fs::RenameFlags::EXCHANGE,
+    )
+    .is_ok()
+    {
+        // The older package lies there now.
+        return beside.close().map_err(disk("write", parent));
+    }
+    // Some file systems cannot exchange names.
+    fs::remove_dir_all(output).map_err(disk("write", output))?;
+    fs::rename(beside.path(), output).map_err(disk("write", output))?;
+    drop(beside.keep());
+    Ok(())
 }
 
 /// What a person wants to know of a report: before and after.
@@ -57,6 +157,8 @@ pub fn table(report: &Report) -> Table {
     let Summary {
         size_before,
         size_after,
+        size_layer_before,
+        size_layer_after,
         sparsity,
         metric,
         fidelity,
@@ -76,12 +178,31 @@ pub fn table(report: &Report) -> Table {
             *size_before as f64 / *size_after as f64
         ),
     ]);
+    if let (Some(before), Some(after)) = (size_layer_before, size_layer_after) {
+        table.add_row([
+            "size as pulled".to_owned(),
+            display_size(*before),
+            format!("{} ({:.2}x smaller)", display_size(*after), *before as f64 / *after as f64),
+        ]);
+    }
     if let Some(metric) = metric {
-        let name = format!("{} ({} samples)", metric.name.to_string().to_lowercase(), metric.samples);
-        table.add_row([name, display_percent(metric.before), display_percent(metric.after)]);
+        let name = match metric.name {
+            Metric::Accuracy => "accuracy".to_owned(),
+            name => name.to_string(),
+        };
+        let name = format!("{name} ({} samples)", metric.samples);
+        table.add_row([name, metric.name.display(metric.before), metric.name.display(metric.after)]);
     }
     if let Some(fidelity) = fidelity {
         table.add_row(["fidelity".to_owned(), "1".to_owned(), format!("{fidelity:.5}")]);
+    }
+    let slices = report
+        .outputs
+        .iter()
+        .filter_map(|output| Some((output, output.worst_slices.first()?)));
+    if let Some((output, slice)) = slices.min_by(|a, b| a.1.cosine.total_cmp(&b.1.cosine)) {
+        let place = format!("{} [axis {}, index {}]", output.name, slice.axis, slice.index);
+        table.add_row([format!("worst slice, {place}"), "1".to_owned(), format!("{:.5}", slice.cosine)]);
     }
     for measured in &report.engines {
         let name = format!(
@@ -90,15 +211,39 @@ pub fn table(report: &Report) -> Table {
             if measured.engine == *engine { " (chosen)" } else { "" }
         );
         match (&measured.latency, &measured.refused) {
-            (Some(latency), _) => table.add_row([name, display_us(latency.before_us), display_us(latency.after_us)]),
+            (Some(latency), _) => table.add_row([
+                name,
+                display_us(latency.before_us),
+                display_latency(latency, measured.latency_ratio),
+            ]),
             (None, refused) => table.add_row([name, "-".to_owned(), refused.clone().unwrap_or_else(|| "-".to_owned())]),
         };
+    }
+    for measured in &report.engines {
+        if let Some(memory) = measured.memory {
+            let name = format!("memory, {}", measured.engine);
+            table.add_row([name, display_size(memory.before_bytes), display_size(memory.after_bytes)]);
+        }
     }
     if latency.is_none() {
         table.add_row(["engine".to_owned(), String::new(), engine.to_string()]);
     }
     table.add_row(["zero weights".to_owned(), String::new(), display_percent(*sparsity)]);
+    let verdict = match report.gate.verdict {
+        Verdict::WithinBudget => "within the budget",
+        Verdict::BudgetExceeded => "outside of the budget",
+        Verdict::NotGated => "outside of the budget, and handed out without the gate",
+    };
+    table.add_row(["verdict".to_owned(), String::new(), verdict.to_owned()]);
     table
+}
+
+fn display_latency(latency: &LatencyChange, ratio: Option<Spread>) -> String {
+    let after = display_us(latency.after_us);
+    match ratio {
+        Some(Spread { median, p10, p90 }) => format!("{after} (x {median:.2}, {p10:.2} to {p90:.2})"),
+        None => after,
+    }
 }
 
 fn display_us(us: f64) -> String {

@@ -1,7 +1,7 @@
 //! What this version of the optimiser has, and what it refuses by name.
 
 use plimsoll_package::recipe::{Budget, Inputs, Metric, ModelFormat};
-use plimsoll_package::units::{Percentage, Ratio, Size};
+use plimsoll_package::units::UnitError;
 
 use crate::compress;
 use crate::failure::{Failure, FailureReason, failure};
@@ -35,34 +35,43 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
             _ => return invalid(format!("{field} has not exactly one key; write one list entry per technique")),
         }
     }
-    if let Some(metric) = optimize.evaluation.as_ref().and_then(|evaluation| evaluation.metric)
-        && !matches!(metric, Metric::Accuracy | Metric::Fidelity)
-    {
-        return unsupported("optimize.evaluation.metric", &metric.to_string(), "use Accuracy or Fidelity");
-    }
     let Some(budget) = &optimize.budget else { return Ok(()) };
+    if inputs.no_gate {
+        return invalid("optimize.budget and --no-gate contradict each other; leave one of them out".into());
+    }
     check_budget(budget, optimize.evaluation.as_ref().map(|evaluation| evaluation.metric))
 }
 
 fn check_budget(budget: &Budget, metric: Option<Option<Metric>>) -> Result<(), Failure> {
     let invalid = |message: String| Err(failure(FailureReason::InvalidInputs, message));
-    if budget.max_latency.is_some() {
-        return unsupported("optimize.budget.maxLatency", "a latency budget", "leave it out");
-    }
     if budget.max_accuracy_drop.is_some() && matches!(metric, None | Some(Some(Metric::Fidelity))) {
         return invalid(
             "optimize.budget.maxAccuracyDrop needs labelled data in optimize.evaluation; without labels use minFidelity".into(),
         );
     }
-    if let Some(Err(error)) = budget.max_accuracy_drop.as_ref().map(Percentage::value) {
-        return invalid(format!("optimize.budget.maxAccuracyDrop: {error}"));
+    let knows_classes = matches!(metric, Some(None | Some(Metric::Accuracy | Metric::Top5Accuracy | Metric::F1)));
+    if budget.max_class_accuracy_drop.is_some() && !knows_classes {
+        return invalid(
+            "optimize.budget.maxClassAccuracyDrop needs labelled data in optimize.evaluation and the metric Accuracy, Top5Accuracy or F1; without them use minFidelity".into(),
+        );
     }
-    if let Some(Err(error)) = budget.min_fidelity.as_ref().map(Ratio::value) {
-        return invalid(format!("optimize.budget.minFidelity: {error}"));
-    }
-    match budget.max_size.as_ref().map(Size::value) {
-        Some(Err(error)) => invalid(format!("optimize.budget.maxSize: {error}")),
-        _ => Ok(()),
+    let field = |name: &'static str, error: Option<UnitError>| error.map(|error| format!("optimize.budget.{name}: {error}"));
+    let unreadable = [
+        field(
+            "maxAccuracyDrop",
+            budget.max_accuracy_drop.as_ref().and_then(|limit| limit.value().err()),
+        ),
+        field(
+            "maxClassAccuracyDrop",
+            budget.max_class_accuracy_drop.as_ref().and_then(|limit| limit.value().err()),
+        ),
+        field("minFidelity", budget.min_fidelity.as_ref().and_then(|limit| limit.value().err())),
+        field("maxSize", budget.max_size.as_ref().and_then(|limit| limit.value().err())),
+        field("maxLatency", budget.max_latency.as_ref().and_then(|limit| limit.value().err())),
+    ];
+    match unreadable.into_iter().flatten().next() {
+        Some(message) => invalid(message),
+        None => Ok(()),
     }
 }
 

@@ -72,6 +72,8 @@ impl ArtifactKey {
             evaluation: Option<(&'a Digest, Option<Metric>, Option<&'a str>)>,
             distillation: &'a [Digest],
             budget: Option<&'a Budget>,
+            #[serde(skip_serializing_if = "std::ops::Not::not")]
+            no_gate: bool,
         }
         let optimize = &inputs.optimize;
         let recipe = optimize
@@ -99,6 +101,7 @@ impl ArtifactKey {
             },
             distillation: &contents.distillation,
             budget: optimize.budget.as_ref(),
+            no_gate: inputs.no_gate,
         };
         let canonical = serde_json::to_vec(&keyed).expect("a tree of strings and numbers serialises");
         Self(format!("opt-{}", &Digest::of(&canonical).hex()[..40]))
@@ -135,6 +138,7 @@ mod tests {
             max_fetch_size: "1Gi".parse().unwrap(),
             plain_http_hosts: vec![],
             annotations: Default::default(),
+            no_gate: false,
             run_tag: None,
         }
     }

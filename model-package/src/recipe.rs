@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
-use crate::units::{Duration, Percentage, Ratio, Size};
+use crate::units::{Duration, Percentage, Ratio, Size, display_percent};
 
 #[cfg(feature = "schema")]
 use schemars::JsonSchema;
@@ -351,8 +351,9 @@ pub enum SearchTechnique {
 ])))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Dataset {
-    /// Where the dataset lies, by the schemes of `spec.source.uri`. An `.npz` holds one array per model input, named as the
-    /// input, whose first axis counts samples.
+    /// Where the dataset lies, by the schemes of `spec.source.uri`. Its form is told by its content: `.npz` with one array per model input,
+    /// named as the input, whose first axis counts samples (an array of one value holds for all of them); CSV with a header; Parquet; JSON
+    /// lines; a `.zip` or `.tar` of pictures with `labels.csv` (`file,label`). Labels are the field `y`, `label` or `labels`.
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
     pub uri: String,
 
@@ -378,13 +379,13 @@ pub struct Evaluation {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metric: Option<Metric>,
 
-    /// The array of the dataset that holds the labels. Default: `y`.
+    /// The array, column or field of the dataset that holds the labels. Default: `y`, `label` or `labels`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 256)))]
     pub labels: Option<String>,
 }
 
-/// What is measured on the evaluation data.
+/// What is measured on the evaluation data, by the definitions of scikit-learn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
 pub enum Metric {
@@ -392,32 +393,80 @@ pub enum Metric {
     Accuracy,
     /// The share of samples whose label is among the five largest outputs.
     Top5Accuracy,
-    /// Macro-averaged F1 score.
+    /// F1 score, averaged over the classes.
     F1,
-    /// Area under the receiver operating characteristic.
+    /// Area under the receiver operating characteristic; of more than two classes the mean of each against the rest.
     Auroc,
-    /// Mean absolute error.
+    /// Mean absolute error; lower is better.
     MeanAbsoluteError,
-    /// Root of the mean squared error.
+    /// Root of the mean squared error; lower is better.
     RootMeanSquaredError,
     /// Coefficient of determination.
     R2,
-    /// Perplexity of a language model.
+    /// Perplexity of a language model on the next tokens of its own input; needs no labels; lower is better.
     Perplexity,
     /// Agreement with the original model; needs no labels.
     Fidelity,
 }
 
-/// What compression may cost. A limit that is left out does not bind; without `budget` the fidelity of every output must be 0.99.
+impl Metric {
+    /// Whether a smaller value is the better one.
+    #[must_use]
+    pub fn is_error(self) -> bool {
+        matches!(self, Self::MeanAbsoluteError | Self::RootMeanSquaredError | Self::Perplexity)
+    }
+
+    /// Whether it is measured against labels.
+    #[must_use]
+    pub fn needs_labels(self) -> bool {
+        !matches!(self, Self::Perplexity | Self::Fidelity)
+    }
+
+    /// What compression cost, as `maxAccuracyDrop` bounds it: how far the metric fell, or of an error by which share it rose. Negative where
+    /// the result is better; infinite where an error of 0 rose.
+    #[must_use]
+    pub fn drop(self, before: f64, after: f64) -> f64 {
+        if !self.is_error() {
+            before - after
+        } else if after == before {
+            0.0
+        } else {
+            (after - before) / before
+        }
+    }
+
+    /// A value for people: `98.1%`, or of an error four digits.
+    #[must_use]
+    pub fn display(self, value: f64) -> String {
+        if self.is_error() || self == Self::R2 {
+            let decimals = (3 - value.abs().max(1e-9).log10().floor() as i32).clamp(0, 9) as usize;
+            format!("{value:.decimals$}")
+        } else {
+            display_percent(value)
+        }
+    }
+}
+
+/// What compression may cost.
+///
+/// What a model gives is always bounded: each output by `minFidelity` (0.99 where it is left out), unless `maxAccuracyDrop` or
+/// `maxClassAccuracyDrop` is set and the metric judges that output.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Budget {
-    /// Most that accuracy may fall, in percentage points of the metric: `"1%"` allows 98.1% -> 97.1%.
+    /// Most that the metric may fall, in percentage points: `"1%"` allows 98.1% -> 97.1%. Of a metric for which lower is better
+    /// (MeanAbsoluteError, RootMeanSquaredError, Perplexity) the share by which it may rise: `"1%"` allows 20.0 -> 20.2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_accuracy_drop: Option<Percentage>,
 
-    /// Least fidelity of each output to the original model's: its cosine similarity, from `"0"` to `"1"`.
+    /// Most that the accuracy of any one class may fall, in percentage points, for the metrics Accuracy, Top5Accuracy and F1. Default: 50%
+    /// of any class with 5 samples or more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_class_accuracy_drop: Option<Percentage>,
+
+    /// Least fidelity of each output to the original model's: its cosine similarity, from `"0"` to `"1"`. A slice of an output (a class's
+    /// scores, a coordinate of a detector's boxes) may lose ten times as much: with `"0.99"` its fidelity is at least 0.9.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_fidelity: Option<Ratio>,
 
@@ -425,7 +474,8 @@ pub struct Budget {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_size: Option<Size>,
 
-    /// Most that one inference of one sample may take, median, on the engine that serves: `"5ms"`.
+    /// Most that one inference of one sample may take, median, on the engine that serves: `"5ms"`. Where it is set, a model that is slower
+    /// than the original is refused, too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_latency: Option<Duration>,
 }
@@ -487,6 +537,9 @@ pub struct Inputs {
     /// Annotations of the published image, such as the ModelDeployment that first made it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
+    /// Whether the result is handed out whatever it lost (`--no-gate` on a laptop); the report says so.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub no_gate: bool,
     /// A second tag of the published image, which names this very run: it is found by it though the Job's pod is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run_tag: Option<String>,
@@ -510,8 +563,29 @@ mod tests {
         )
         .unwrap();
         assert_eq!(optimization.recipe.len(), 2);
-        assert_eq!(optimization.recipe[0].prune.as_ref().unwrap().amount.as_ref().unwrap().value(), Ok(0.5));
+        assert_eq!(
+            optimization.recipe[0].prune.as_ref().unwrap().amount.as_ref().unwrap().value(),
+            Ok(0.5)
+        );
         assert_eq!(optimization.budget.unwrap().max_size.unwrap().value(), Ok(1 << 20));
+    }
+
+    #[test]
+    fn what_a_metric_lost_is_points_or_of_an_error_its_rise() {
+        assert!((Metric::Accuracy.drop(0.98, 0.97) - 0.01).abs() < 1e-12);
+        assert!((Metric::Perplexity.drop(20.0, 20.2) - 0.01).abs() < 1e-12);
+        assert!(Metric::MeanAbsoluteError.drop(0.5, 0.4) < 0.0);
+        assert_eq!(Metric::MeanAbsoluteError.drop(0.0, 0.0), 0.0);
+        assert_eq!(Metric::MeanAbsoluteError.drop(0.0, 0.1), f64::INFINITY);
+    }
+
+    #[test]
+    fn a_metric_is_shown_as_people_write_it() {
+        assert_eq!(Metric::Accuracy.display(0.981), "98.1%");
+        assert_eq!(Metric::Perplexity.display(20.2), "20.20");
+        assert_eq!(Metric::RootMeanSquaredError.display(0.0125), "0.01250");
+        assert_eq!(Metric::MeanAbsoluteError.display(12_345.6), "12346");
+        assert_eq!(Metric::R2.display(-0.5), "-0.5000");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The way of a package to and from an OCI registry.
 //!
-//! A package is pushed as an image whose layers are plain tar archives that hold `model/...`, so that a kubelet mounts it as an
-//! image volume and nothing has to be unpacked twice. Layers stream in both directions: no file is ever held in memory.
+//! A package is pushed as an image whose layers are tar archives that hold `model/...`, so that a kubelet mounts it as an image volume;
+//! they are plain but where compression pays. Layers stream in both directions: no file is ever held in memory.
 
 mod artifact;
 mod credentials;
@@ -13,9 +13,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use flate2::read::GzDecoder;
 use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol, current_platform_resolver};
 use oci_client::manifest::{
-    IMAGE_CONFIG_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE, OciDescriptor, OciImageManifest,
+    IMAGE_CONFIG_MEDIA_TYPE, IMAGE_LAYER_GZIP_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE,
+    OciDescriptor, OciImageManifest,
 };
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference};
@@ -27,7 +29,7 @@ use crate::report::{SUMMARY_ANNOTATION, Summary};
 pub use artifact::{FetchedFile, Progress};
 pub use credentials::Credentials;
 pub use error::{Problem, RegistryError};
-pub use layer::LAYER_BYTES_MAX;
+pub use layer::{LAYER_BYTES_MAX, layer_size};
 pub use tls::{install_crypto_provider, trusted_roots};
 
 /// Longest wait for a connection.
@@ -152,10 +154,10 @@ impl Registry {
             .flatten()
             .map_err(|source| RegistryError::from_io(&reference, &source))?;
 
-        let config = image_config(layers.iter().map(|layer| &layer.digest));
+        let config = image_config(layers.iter().map(|layer| &layer.diff_id));
         let mut descriptors = Vec::with_capacity(layers.len());
         for layer in layers {
-            descriptors.push(descriptor(IMAGE_LAYER_MEDIA_TYPE, &layer.digest, layer.size));
+            descriptors.push(descriptor(layer.media_type(), &layer.digest, layer.size));
             self.push_layer(&image, &reference, layer).await?;
         }
         let failed = |source| RegistryError::from_client(&reference, source);
@@ -244,7 +246,8 @@ impl Registry {
         // In `dir` itself, which may be a mount: a rename must not cross file systems.
         let staging = tempfile::Builder::new().prefix(".pull-").tempdir_in(dir).map_err(to_disk)?;
         for layer in &manifest.layers {
-            if layer.media_type != IMAGE_LAYER_MEDIA_TYPE {
+            let packed = layer.media_type == IMAGE_LAYER_GZIP_MEDIA_TYPE;
+            if !packed && layer.media_type != IMAGE_LAYER_MEDIA_TYPE {
                 return Err(invalid(
                     reference,
                     &format!("layer {} is {}, not a package's tar archive", layer.digest, layer.media_type),
@@ -252,7 +255,11 @@ impl Registry {
             }
             let target = staging.path().to_owned();
             self.read_blob(&image, reference, layer, &Progress::default(), move |reader| {
-                layer::unpack(reader, &target)
+                if packed {
+                    layer::unpack(&mut GzDecoder::new(reader), &target)
+                } else {
+                    layer::unpack(reader, &target)
+                }
             })
             .await?;
         }

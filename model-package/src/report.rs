@@ -157,6 +157,12 @@ pub struct Summary {
     pub size_before: u64,
     /// Size of the optimised model in bytes.
     pub size_after: u64,
+    /// Size of the source model as the layer that would be pulled, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_layer_before: Option<u64>,
+    /// Size of the optimised model as the layer that is pulled, in bytes: smaller than the model where many weights are zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_layer_after: Option<u64>,
     /// The share of weights that are zero, `0.0..=1.0`.
     pub sparsity: f64,
     /// The metric, with its value before and after.
@@ -198,6 +204,28 @@ pub struct LatencyChange {
     pub after_us: f64,
 }
 
+/// The spread of a measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Spread {
+    /// The median.
+    pub median: f64,
+    /// The 10th percentile.
+    pub p10: f64,
+    /// The 90th percentile.
+    pub p90: f64,
+}
+
+/// Memory before and after, in bytes: what becomes resident when a model is loaded and run once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryChange {
+    /// Of the source model, in bytes.
+    pub before_bytes: u64,
+    /// Of the optimised model, in bytes.
+    pub after_bytes: u64,
+}
+
 /// The full report of an optimisation, `report.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -208,6 +236,12 @@ pub struct Report {
     pub summary: Summary,
     /// All that the optimiser was told.
     pub inputs: Inputs,
+    /// Whether the result is within the budget, limit by limit.
+    #[serde(default)]
+    pub gate: Gate,
+    /// The samples that it was judged on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<Samples>,
     /// What each technique did, in order.
     pub steps: Vec<TechniqueReport>,
     /// Fidelity of each output.
@@ -221,6 +255,76 @@ pub struct Report {
     pub skipped: Vec<Skipped>,
     /// Wall time of each step, in milliseconds.
     pub step_ms: std::collections::BTreeMap<String, f64>,
+}
+
+/// Whether a result is within its budget.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Gate {
+    /// What comes of it.
+    pub verdict: Verdict,
+    /// Every limit that binds, with what was measured.
+    pub limits: Vec<LimitCheck>,
+}
+
+/// What comes of a result.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+pub enum Verdict {
+    /// It is within every limit.
+    #[default]
+    WithinBudget,
+    /// It is outside of a limit, and not handed out.
+    BudgetExceeded,
+    /// It is outside of a limit, and handed out all the same, for the gate was turned off.
+    NotGated,
+}
+
+/// A limit and what was measured against it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LimitCheck {
+    /// The field of `spec.optimize.budget`.
+    pub limit: String,
+    /// Whether the limit is the default, for none was stated.
+    #[serde(default)]
+    pub default: bool,
+    /// What it bounds: `model`, an output, a slice of one, a class.
+    pub of: String,
+    /// What it allows, in the unit of the field: a ratio, bytes, or microseconds.
+    pub allowed: f64,
+    /// What was measured, in the same unit.
+    pub measured: f64,
+    /// Whether that is within it.
+    pub passed: bool,
+    /// The sentence that says what is exceeded; absent where it passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// The samples that a result was judged on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Samples {
+    /// Where they come from.
+    pub from: SampleSource,
+    /// How many there are.
+    pub count: u64,
+    /// The seed of their choice, where one dataset was split, or of their values, where they were drawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+}
+
+/// Where samples come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+pub enum SampleSource {
+    /// The evaluation data.
+    Evaluation,
+    /// The part of the evaluation data that was not calibrated on, for both are one dataset.
+    EvaluationPart,
+    /// The calibration data.
+    Calibration,
+    /// The model's signature: they are random numbers.
+    Signature,
 }
 
 /// What one technique did.
@@ -248,6 +352,34 @@ pub struct OutputFidelity {
     pub sqnr_db: Option<f64>,
     /// Largest absolute difference.
     pub max_abs_error: f64,
+    /// The share of rows along the last axis whose largest value is at the same place in both, of whole numbers the share of equal ones;
+    /// absent where a row has one value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<f64>,
+    /// How many slices carry signal: columns, channels.
+    #[serde(default)]
+    pub slices: u64,
+    /// How many slices are zero or next to it in the original's output, so that nothing can be said of them.
+    #[serde(default)]
+    pub silent_slices: u64,
+    /// The slices of least fidelity, the worst first; at most 8.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub worst_slices: Vec<SliceFidelity>,
+}
+
+/// Fidelity of a slice of an output: all values at one index of an axis.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SliceFidelity {
+    /// The axis, from 0.
+    pub axis: u64,
+    /// The index along it, from 0.
+    pub index: u64,
+    /// Cosine similarity over all samples together.
+    pub cosine: f64,
+    /// Signal to quantisation noise ratio, in decibels; absent where nothing differs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sqnr_db: Option<f64>,
 }
 
 /// Accuracy of one class.
@@ -273,6 +405,12 @@ pub struct EngineReport {
     /// Its latencies; absent where it cannot run the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency: Option<LatencyChange>,
+    /// How the latency of the optimised model relates to the source model's, pair by pair of neighbouring inferences; below 1 is faster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_ratio: Option<Spread>,
+    /// Its memory; absent where it cannot be measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryChange>,
     /// Why it cannot run the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,

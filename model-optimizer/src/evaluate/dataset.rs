@@ -1,345 +1,447 @@
 //! Samples: the inputs of a model with, where they are known, their labels.
+//!
+//! A dataset's form is told by its content, never by its name. Whatever its form, its samples lie as rows in a file (the dataset itself,
+//! where its rows can be read in place), so that memory holds a batch, not the data.
 
-use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::sync::Arc;
 
+use half::{bf16, f16};
 use plimsoll_package::manifest::{Datatype, TensorSpec};
-use plimsoll_runtime::engine::{Data, Engine, EngineError, Tensor};
+use plimsoll_runtime::engine::{Data, Tensor};
 
-use super::npz;
+use crate::failure::{Failure, FailureReason, failure};
+
+mod archive;
+mod csv;
+mod fit;
+mod format;
+mod images;
+mod json_lines;
+mod npz;
+mod parquet;
+mod rows;
+
+use fit::Feed;
 
 /// Most bytes of inputs that are run at once.
 const BATCH_BYTES_MAX: usize = 8 << 20;
+/// Most samples that are run at once: what a model holds inside grows with them.
+const BATCH_SAMPLES_MAX: usize = 32;
 /// Samples drawn where there is no data.
 const DRAWN: usize = 8;
-/// Size of an open dimension other than the first, where there is no data.
-const DRAWN_DIMENSION: usize = 8;
-/// The arrays that are labels by default.
-const LABELS: [&str; 2] = ["y", "labels"];
+/// The seed of drawn samples.
+pub const DRAWN_SEED: u64 = 0x5eed;
+/// The seed by which one dataset is split into two.
+pub const SPLIT_SEED: u64 = 0x5911;
+/// Most values that are drawn for one input.
+const DRAWN_VALUES_MAX: usize = 1 << 28;
+/// The fields that are labels by default.
+const LABELS: [&str; 3] = ["y", "label", "labels"];
 
 /// Samples for one model.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Dataset {
-    /// A tensor for each input of the model, in its order; the first axis counts samples.
-    pub inputs: Vec<Tensor>,
-    /// The class of each sample.
-    pub labels: Option<Vec<i64>>,
-    /// How many samples there are.
-    pub samples: usize,
+    /// One for each input of the model, in its order.
+    columns: Vec<Column>,
+    /// The label of each sample, or several numbers for each.
+    labels: Option<Vec<f64>>,
+    samples: usize,
+    /// How many samples the model takes at once, where it takes no other number.
+    fixed_batch: Option<usize>,
+    /// The samples in use, where they are not all; sorted.
+    chosen: Option<Arc<[usize]>>,
+}
+
+/// The samples of one input.
+#[derive(Debug, Clone)]
+struct Column {
+    values: Values,
+    /// Of one sample as the model is fed with it, without the axis that counts samples.
+    shape: Vec<usize>,
+    /// What the model takes.
+    datatype: Datatype,
+    feed: Feed,
+}
+
+#[derive(Debug, Clone)]
+enum Values {
+    Held(Data),
+    /// Little-endian, one sample after another.
+    Stored {
+        file: Arc<File>,
+        offset: u64,
+        datatype: Datatype,
+    },
+}
+
+/// What a sample is used for, where one dataset is given for both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// What techniques may look at: a quarter of the samples.
+    Calibration,
+    /// What the model is judged on: all other samples.
+    Evaluation,
 }
 
 impl Dataset {
-    /// Reads the archive at `path` for a model with `inputs`. Labels are the array `labels`, or by default `y` or `labels`.
+    /// Reads the dataset at `path` for a model with `inputs`: a NumPy archive (`.npz`), CSV with a header, Parquet, JSON lines, or an archive
+    /// (`.zip`, `.tar`) of images with a `labels.csv`. Labels are the field `labels`, or by default `y`, `label` or `labels`.
+    /// `bytes_max` bounds what is unpacked.
     ///
     /// # Errors
-    /// In words, where it does not fit the model.
+    /// In words, where it cannot be read or does not fit the model.
     pub fn read(path: &Path, inputs: &[TensorSpec], labels: Option<&str>, bytes_max: u64) -> Result<Self, String> {
-        Self::of(npz::read(path, bytes_max)?, inputs, labels)
+        format::read(path, inputs, labels, bytes_max)
     }
 
-    fn of(mut arrays: BTreeMap<String, Tensor>, specs: &[TensorSpec], labels: Option<&str>) -> Result<Self, String> {
-        let names = arrays.keys().cloned().collect::<Vec<_>>().join(", ");
-        let is_input = |name: &str| specs.iter().any(|spec| spec.name == name);
-        let label_array = match labels {
-            Some(name) => Some(
-                arrays
-                    .remove(name)
-                    .ok_or_else(|| format!("it holds no array `{name}` for the labels; there are {names}"))?,
-            ),
-            None => LABELS
-                .iter()
-                .find(|name| arrays.contains_key(**name) && !is_input(name))
-                .and_then(|name| arrays.remove(*name)),
-        };
-        let mut inputs = Vec::with_capacity(specs.len());
-        for spec in specs {
-            let key = if arrays.contains_key(&spec.name) {
-                Some(spec.name.clone())
-            } else if specs.len() == 1 {
-                // One input needs no name.
-                if arrays.contains_key("x") {
-                    Some("x".into())
-                } else if arrays.len() == 1 {
-                    arrays.keys().next().cloned()
-                } else {
-                    None
-                }
-            } else {
-                None
-            };
-            let array = key.and_then(|key| arrays.remove(&key));
-            let array = array.ok_or_else(|| {
-                format!(
-                    "it holds no array `{}` for the model's input of that name; there are {names}",
-                    spec.name
-                )
-            })?;
-            inputs.push(fitted(spec, array)?);
-        }
-        let samples = inputs.first().and_then(|input| input.shape().first().copied()).unwrap_or_default();
+    /// Of columns that hold `samples` samples each.
+    fn of(columns: Vec<Column>, specs: &[TensorSpec], labels: Option<Vec<f64>>, samples: usize) -> Result<Self, String> {
         if samples == 0 {
             return Err("it holds no sample".into());
         }
-        if let Some((spec, input)) = specs.iter().zip(&inputs).find(|(_, input)| input.shape().first() != Some(&samples)) {
+        let mut fixed_batch = None;
+        for (column, spec) in columns.iter().zip(specs) {
+            let takes = match column.feed {
+                Feed::Row => spec.shape.first().and_then(|size| usize::try_from(*size).ok()),
+                Feed::Whole => Some(1),
+                Feed::Repeated | Feed::Constant => None,
+            };
+            match (fixed_batch, takes) {
+                (Some(one), Some(other)) if one != other => {
+                    return Err(format!(
+                        "input `{}` takes {other} samples at once and another input takes {one}; give each sample the whole shape {:?}",
+                        spec.name, spec.shape
+                    ));
+                }
+                _ => fixed_batch = fixed_batch.or(takes),
+            }
+        }
+        if let Some(takes) = fixed_batch.filter(|takes| *takes > samples || *takes == 0) {
             return Err(format!(
-                "its arrays hold different numbers of samples: {samples} and, for `{}`, {:?}",
-                spec.name,
-                input.shape().first()
+                "the model takes {takes} samples at once, and it holds {samples}; add samples, or export the model with an open batch dimension"
             ));
         }
-        let labels = label_array.map(|array| classes(&array, samples)).transpose()?;
-        Ok(Self { inputs, labels, samples })
-    }
-
-    /// Samples drawn from the signature: floats from the standard normal distribution, integers 0 and 1, by a fixed seed.
-    #[must_use]
-    pub fn drawn(specs: &[TensorSpec], open_dimension: Option<usize>) -> Option<Self> {
-        let mut state = 0x5eed_u64;
-        let mut inputs = Vec::with_capacity(specs.len());
-        let mut samples = DRAWN;
-        for spec in specs {
-            let size = |(axis, &size): (usize, &i64)| {
-                usize::try_from(size).unwrap_or(if axis == 0 {
-                    DRAWN
-                } else {
-                    open_dimension.unwrap_or(DRAWN_DIMENSION)
-                })
-            };
-            let shape: Vec<usize> = spec.shape.iter().enumerate().map(size).collect();
-            samples = shape.first().copied().unwrap_or(1);
-            let count: usize = shape.iter().product();
-            let float = matches!(spec.datatype, Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
-            let values: Vec<f64> = (0..count)
-                .map(|_| {
-                    if float {
-                        normal(&mut state)
-                    } else {
-                        (uniform(&mut state) * 2.0).floor()
-                    }
-                })
-                .collect();
-            inputs.push(Tensor::new(shape, Data::from_f64(spec.datatype, &values)).ok()?);
-        }
-        Some(Self {
-            inputs,
-            labels: None,
+        Ok(Self {
+            columns,
+            labels,
             samples,
+            fixed_batch,
+            chosen: None,
         })
     }
 
-    /// The samples of `range`, as one batch.
-    ///
-    /// # Panics
-    /// Where there are not so many samples.
-    #[must_use]
-    pub fn batch(&self, range: std::ops::Range<usize>) -> Vec<Tensor> {
-        self.inputs.iter().map(|input| rows(input, range.clone())).collect()
-    }
-
-    /// How many samples `engine` takes at once: the size of its first axis where that is fixed, otherwise as many as fit into 8 MiB.
-    #[must_use]
-    pub fn batch_size(&self, engine: &dyn Engine) -> usize {
-        let fixed = engine
-            .inputs()
-            .iter()
-            .filter_map(|spec| spec.shape.first())
-            .find_map(|&size| usize::try_from(size).ok());
-        let bytes: usize = self.inputs.iter().map(|input| input.data().len() * 8).sum();
-        fixed
-            .unwrap_or_else(|| (BATCH_BYTES_MAX / (bytes / self.samples).max(1)).clamp(1, self.samples))
-            .max(1)
-    }
-
-    /// Runs every sample and puts the outputs of all batches together; of a model with a fixed batch the last, incomplete one is left out.
+    /// Of one tensor for each input, whose first axis counts samples.
     ///
     /// # Errors
-    /// Whatever the engine fails with.
-    pub fn run(&self, engine: &dyn Engine, mut progress: impl FnMut(usize)) -> Result<Outputs, EngineError> {
-        let size = self.batch_size(engine);
-        let fixed = engine.inputs().iter().any(|spec| spec.shape.first().is_some_and(|size| *size >= 0));
-        let mut outputs = Outputs {
-            values: vec![Vec::new(); engine.outputs().len()],
-            samples: 0,
-            integers: vec![false; engine.outputs().len()],
-        };
-        let mut start = 0;
-        while start < self.samples {
-            let end = (start + size).min(self.samples);
-            if fixed && end - start < size {
-                break;
+    /// In words, where a tensor does not fit its input or the tensors differ in their number of samples.
+    pub fn of_tensors(tensors: Vec<Tensor>, specs: &[TensorSpec], labels: Option<Vec<f64>>) -> Result<Self, String> {
+        let samples = tensors
+            .first()
+            .and_then(|tensor| tensor.shape().first().copied())
+            .unwrap_or_default();
+        let mut columns = Vec::with_capacity(tensors.len());
+        for (spec, tensor) in specs.iter().zip(tensors) {
+            if tensor.shape().first() != Some(&samples) {
+                return Err(format!("the tensor for `{}` does not hold {samples} samples", spec.name));
             }
-            for (index, output) in engine.run(&self.batch(start..end))?.into_iter().enumerate() {
-                outputs.integers[index] = !matches!(output.datatype(), Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
-                outputs.values[index].extend(output.data().to_f64().unwrap_or_default());
-            }
-            start = end;
-            outputs.samples = end;
-            progress(end);
+            let (feed, shape) = fit::sample(spec, &tensor.shape()[1..])?;
+            fit::check_type(spec, tensor.datatype())?;
+            columns.push(Column {
+                values: Values::Held(tensor.into_data()),
+                shape,
+                datatype: spec.datatype,
+                feed,
+            });
         }
-        Ok(outputs)
+        Self::of(columns, specs, labels, samples)
     }
-}
 
-/// The outputs of a model for many samples.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Outputs {
-    /// The values of each output, sample after sample; empty for strings.
-    pub values: Vec<Vec<f64>>,
-    /// Whether each output is of integers.
-    pub integers: Vec<bool>,
+    /// Eight samples drawn from the signature, floats from the standard normal distribution, integers 0 and 1, by a fixed seed; a model of a
+    /// larger fixed batch gets one batch. `open_dimension` is the size of an open dimension other than the first. Where `whole`, no axis
+    /// counts samples: each of them is all inputs in full, an open first dimension being 1. `None` where that is larger than memory, or
+    /// the inputs' first axes contradict each other.
+    #[must_use]
+    pub fn drawn(specs: &[TensorSpec], open_dimension: usize, whole: bool) -> Option<Self> {
+        let mut random = Random(DRAWN_SEED);
+        let largest_batch = specs.iter().filter_map(|spec| usize::try_from(*spec.shape.first()?).ok()).max();
+        let samples = if whole { DRAWN } else { largest_batch.unwrap_or(1).max(DRAWN) };
+        let mut columns = Vec::with_capacity(specs.len());
+        for spec in specs {
+            let size = |(axis, &size): (usize, &i64)| usize::try_from(size).unwrap_or(if axis == 0 { 1 } else { open_dimension });
+            let mut shape: Vec<usize> = spec.shape.iter().enumerate().map(size).collect();
+            let feed = if whole {
+                Feed::Whole
+            } else if shape.is_empty() {
+                Feed::Constant
+            } else {
+                shape.remove(0);
+                Feed::Row
+            };
+            let count = shape.iter().try_fold(samples, |count, &size| count.checked_mul(size));
+            let count = count.filter(|count| *count <= DRAWN_VALUES_MAX)?;
+            let float = matches!(spec.datatype, Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
+            let values: Vec<f64> = (0..count)
+                .map(|_| if float { random.normal() } else { (random.uniform() * 2.0).floor() })
+                .collect();
+            columns.push(Column {
+                values: Values::Held(Data::from_f64(spec.datatype, &values)),
+                shape,
+                datatype: spec.datatype,
+                feed,
+            });
+        }
+        Self::of(columns, specs, None, samples).ok()
+    }
+
     /// How many samples there are.
-    pub samples: usize,
-}
-
-fn rows(tensor: &Tensor, range: std::ops::Range<usize>) -> Tensor {
-    let count = tensor.shape()[0];
-    let row = tensor.data().len() / count;
-    let span = range.start * row..range.end * row;
-    let data: Data = match tensor.data() {
-        Data::Bool(values) => values[span].to_vec().into(),
-        Data::Uint8(values) => values[span].to_vec().into(),
-        Data::Uint16(values) => values[span].to_vec().into(),
-        Data::Uint32(values) => values[span].to_vec().into(),
-        Data::Uint64(values) => values[span].to_vec().into(),
-        Data::Int8(values) => values[span].to_vec().into(),
-        Data::Int16(values) => values[span].to_vec().into(),
-        Data::Int32(values) => values[span].to_vec().into(),
-        Data::Int64(values) => values[span].to_vec().into(),
-        Data::Fp16(values) => values[span].to_vec().into(),
-        Data::Bf16(values) => values[span].to_vec().into(),
-        Data::Fp32(values) => values[span].to_vec().into(),
-        Data::Fp64(values) => values[span].to_vec().into(),
-        Data::Bytes(values) => values[span].to_vec().into(),
-    };
-    let shape = std::iter::once(range.len()).chain(tensor.shape()[1..].iter().copied()).collect();
-    Tensor::new(shape, data).expect("whole rows of a tensor fill the shape of as many rows")
-}
-
-fn fitted(spec: &TensorSpec, array: Tensor) -> Result<Tensor, String> {
-    let name = &spec.name;
-    let fits = array.shape().len() == spec.shape.len()
-        && array
-            .shape()
-            .iter()
-            .zip(&spec.shape)
-            .skip(1)
-            .all(|(&given, &expected)| expected < 0 || usize::try_from(expected) == Ok(given));
-    if spec.shape.is_empty() || !fits {
-        return Err(format!(
-            "the array for `{name}` has shape {:?}, the model takes {:?} (-1 is any size; the first axis counts samples)",
-            array.shape(),
-            spec.shape
-        ));
+    #[must_use]
+    pub fn samples(&self) -> usize {
+        self.chosen.as_ref().map_or(self.samples, |chosen| chosen.len())
     }
-    if array.datatype() == spec.datatype {
-        return Ok(array);
+
+    /// The labels, sample after sample, the same number of them for each.
+    #[must_use]
+    pub fn labels(&self) -> Option<&[f64]> {
+        self.labels.as_deref()
     }
-    let is_float = |kind| matches!(kind, Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
-    let convertible =
-        (is_float(array.datatype()) == is_float(spec.datatype) || is_float(spec.datatype)) && spec.datatype != Datatype::Bytes;
-    match array.data().to_f64().filter(|_| convertible) {
-        Some(values) => {
-            let converted = Data::from_f64(spec.datatype, &values);
-            Tensor::new(array.shape().to_vec(), converted).map_err(|error| error.to_string())
+
+    /// The ranges of samples that are run at once: as many as the model takes where that is fixed (a last, incomplete batch is left out),
+    /// otherwise at most 32 samples and 8 MiB.
+    pub fn batches(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let bytes: usize = self.columns.iter().map(Column::sample_bytes).sum();
+        let size = self
+            .fixed_batch
+            .unwrap_or_else(|| (BATCH_BYTES_MAX / bytes.max(1)).clamp(1, BATCH_SAMPLES_MAX));
+        let samples = self.samples();
+        let last = if self.fixed_batch.is_some() {
+            samples / size * size
+        } else {
+            samples
+        };
+        (0..last).step_by(size).map(move |start| start..(start + size).min(last))
+    }
+
+    /// The samples of `range`, as one batch: a tensor for each input of the model.
+    ///
+    /// # Errors
+    /// [`FailureReason::Internal`] where the disk does not give them, or there are not so many.
+    pub fn batch(&self, range: Range<usize>) -> Result<Vec<Tensor>, Failure> {
+        let unreadable = |why: String| {
+            failure(
+                FailureReason::Internal,
+                format!("cannot read samples {range:?} of the dataset: {why}"),
+            )
+        };
+        if range.end > self.samples() || range.is_empty() {
+            return Err(unreadable(format!("it holds {}", self.samples())));
         }
-        None => Err(format!(
-            "the array for `{name}` is of type {}, the model takes {}",
-            array.datatype(),
-            spec.datatype
-        )),
+        // Neighbours are read together.
+        let runs: Vec<Range<usize>> = match &self.chosen {
+            None => vec![range.clone()],
+            Some(chosen) => chosen[range.clone()]
+                .chunk_by(|one, next| one + 1 == *next)
+                .map(|run| run[0]..run[0] + run.len())
+                .collect(),
+        };
+        self.columns
+            .iter()
+            .map(|column| column.tensor(&runs, range.len()).map_err(unreadable))
+            .collect()
+    }
+
+    /// One sample, or as many as a model of a fixed batch takes.
+    ///
+    /// # Errors
+    /// As [`batch`](Self::batch).
+    pub fn first(&self) -> Result<Vec<Tensor>, Failure> {
+        self.batch(0..self.fixed_batch.unwrap_or(1))
+    }
+
+    /// The samples of one part; the two parts of a dataset share none. `seed` decides which sample falls into which.
+    ///
+    /// # Errors
+    /// In words, where there are too few samples for two parts.
+    pub fn split(mut self, part: Part, seed: u64) -> Result<Self, String> {
+        let count = self.samples();
+        let calibration = (count / 4).max(self.fixed_batch.unwrap_or(1));
+        if count - calibration.min(count) < self.fixed_batch.unwrap_or(1) {
+            return Err(format!(
+                "it holds {count} samples, too few to calibrate on some and judge on others; name two datasets"
+            ));
+        }
+        let mut order: Vec<usize> = (0..count).collect();
+        let mut random = Random(seed);
+        for last in (1..count).rev() {
+            order.swap(last, (random.uniform() * (last + 1) as f64) as usize);
+        }
+        let mut chosen = match part {
+            Part::Calibration => order[..calibration].to_vec(),
+            Part::Evaluation => order[calibration..].to_vec(),
+        };
+        chosen.sort_unstable();
+        self.labels = self.labels.map(|labels| {
+            let width = labels.len() / count;
+            chosen
+                .iter()
+                .flat_map(|sample| &labels[sample * width..][..width])
+                .copied()
+                .collect()
+        });
+        if let Some(before) = &self.chosen {
+            chosen.iter_mut().for_each(|sample| *sample = before[*sample]);
+        }
+        self.chosen = Some(chosen.into());
+        Ok(self)
     }
 }
 
-fn classes(array: &Tensor, samples: usize) -> Result<Vec<i64>, String> {
-    let column = match array.shape() {
-        [count] | [count, 1] => *count == samples,
-        _ => false,
-    };
-    if !column {
-        return Err(format!(
-            "the labels have shape {:?}; write one class number for each of the {samples} samples",
-            array.shape()
-        ));
+impl Column {
+    fn sample_values(&self) -> usize {
+        self.shape.iter().product()
     }
-    let values = array.data().to_f64().unwrap_or_default();
-    if values.iter().any(|value| value.fract() != 0.0) {
-        return Err("the labels are no whole numbers, so they name no classes".into());
+
+    fn sample_bytes(&self) -> usize {
+        // What a string takes is known when it is read.
+        self.sample_values() * size_of_type(self.datatype).unwrap_or(64)
     }
-    Ok(values.into_iter().map(|value| value as i64).collect())
+
+    fn tensor(&self, runs: &[Range<usize>], samples: usize) -> Result<Tensor, String> {
+        let width = self.sample_values();
+        let data = match (&self.values, self.feed) {
+            (Values::Held(data), Feed::Constant) => rows(data, &[0..width]),
+            (Values::Held(data), Feed::Repeated) => rows(data, &vec![0..width; samples]),
+            (Values::Held(data), _) => {
+                let spans: Vec<Range<usize>> = runs.iter().map(|run| run.start * width..run.end * width).collect();
+                rows(data, &spans)
+            }
+            (Values::Stored { file, offset, datatype }, _) => {
+                let size = width * size_of_type(*datatype).unwrap_or_default();
+                let mut bytes = vec![0; size * runs.iter().map(Range::len).sum::<usize>()];
+                let mut filled = 0;
+                for run in runs {
+                    let length = size * run.len();
+                    let place = offset + (run.start * size) as u64;
+                    file.read_exact_at(&mut bytes[filled..filled + length], place)
+                        .map_err(|error| error.to_string())?;
+                    filled += length;
+                }
+                decode(*datatype, &bytes)
+            }
+        };
+        let data = if data.datatype() == self.datatype {
+            data
+        } else {
+            Data::from_f64(self.datatype, &data.to_f64().unwrap_or_default())
+        };
+        let shape = match self.feed {
+            Feed::Row | Feed::Repeated => std::iter::once(samples).chain(self.shape.iter().copied()).collect(),
+            Feed::Whole | Feed::Constant => self.shape.clone(),
+        };
+        Tensor::new(shape, data).map_err(|error| error.to_string())
+    }
 }
 
-/// Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators": SplitMix64; a number in `0.0..1.0`.
-fn uniform(state: &mut u64) -> f64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut mixed = *state;
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((mixed ^ (mixed >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
+/// The values of `spans`, one after another.
+fn rows(data: &Data, spans: &[Range<usize>]) -> Data {
+    macro_rules! rows {
+        ($($name:ident),*) => {
+            match data { $(Data::$name(values) => Data::$name(spans.iter().flat_map(|span| values[span.clone()].iter().cloned()).collect())),* }
+        };
+    }
+    rows!(
+        Bool, Uint8, Uint16, Uint32, Uint64, Int8, Int16, Int32, Int64, Fp16, Bf16, Fp32, Fp64, Bytes
+    )
 }
 
-/// Box and Muller 1958: a number of the standard normal distribution.
-fn normal(state: &mut u64) -> f64 {
-    let radius = (-2.0 * (1.0 - uniform(state)).ln()).sqrt();
-    radius * (std::f64::consts::TAU * uniform(state)).cos()
+/// The bytes of one value; `None` for strings.
+fn size_of_type(datatype: Datatype) -> Option<usize> {
+    Some(match datatype {
+        Datatype::Bool | Datatype::Uint8 | Datatype::Int8 => 1,
+        Datatype::Uint16 | Datatype::Int16 | Datatype::Fp16 | Datatype::Bf16 => 2,
+        Datatype::Uint32 | Datatype::Int32 | Datatype::Fp32 => 4,
+        Datatype::Uint64 | Datatype::Int64 | Datatype::Fp64 => 8,
+        Datatype::Bytes => return None,
+    })
+}
+
+/// Little-endian values.
+fn decode(datatype: Datatype, bytes: &[u8]) -> Data {
+    macro_rules! decode {
+        ($type:ty) => {{
+            let (values, _) = bytes.as_chunks::<{ size_of::<$type>() }>();
+            values
+                .iter()
+                .map(|value| <$type>::from_le_bytes(*value))
+                .collect::<Vec<$type>>()
+                .into()
+        }};
+    }
+    match datatype {
+        Datatype::Bool => Data::Bool(bytes.iter().map(|byte| *byte != 0).collect()),
+        Datatype::Uint8 => Data::Uint8(bytes.to_vec()),
+        Datatype::Uint16 => decode!(u16),
+        Datatype::Uint32 => decode!(u32),
+        Datatype::Uint64 => decode!(u64),
+        Datatype::Int8 => decode!(i8),
+        Datatype::Int16 => decode!(i16),
+        Datatype::Int32 => decode!(i32),
+        Datatype::Int64 => decode!(i64),
+        Datatype::Fp16 => decode!(f16),
+        Datatype::Bf16 => decode!(bf16),
+        Datatype::Fp32 => decode!(f32),
+        Datatype::Fp64 => decode!(f64),
+        Datatype::Bytes => Data::Bytes(vec![]),
+    }
+}
+
+/// The values as little-endian bytes; nothing of strings.
+fn encode(data: &Data) -> Vec<u8> {
+    macro_rules! encode {
+        ($values:expr) => {
+            $values.iter().flat_map(|value| value.to_le_bytes()).collect()
+        };
+    }
+    match data {
+        Data::Bool(values) => values.iter().map(|&value| u8::from(value)).collect(),
+        Data::Uint8(values) => values.clone(),
+        Data::Uint16(values) => encode!(values),
+        Data::Uint32(values) => encode!(values),
+        Data::Uint64(values) => encode!(values),
+        Data::Int8(values) => encode!(values),
+        Data::Int16(values) => encode!(values),
+        Data::Int32(values) => encode!(values),
+        Data::Int64(values) => encode!(values),
+        Data::Fp16(values) => encode!(values),
+        Data::Bf16(values) => encode!(values),
+        Data::Fp32(values) => encode!(values),
+        Data::Fp64(values) => encode!(values),
+        Data::Bytes(_) => vec![],
+    }
+}
+
+/// Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators": SplitMix64.
+struct Random(u64);
+
+impl Random {
+    /// A number in `0.0..1.0`.
+    fn uniform(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ (mixed >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    /// Box and Muller 1958: a number of the standard normal distribution.
+    fn normal(&mut self) -> f64 {
+        let radius = (-2.0 * (1.0 - self.uniform()).ln()).sqrt();
+        radius * (std::f64::consts::TAU * self.uniform()).cos()
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec(name: &str, datatype: Datatype, shape: &[i64]) -> TensorSpec {
-        TensorSpec {
-            name: name.into(),
-            datatype,
-            shape: shape.to_vec(),
-        }
-    }
-
-    fn arrays(entries: Vec<(&str, Tensor)>) -> BTreeMap<String, Tensor> {
-        entries.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect()
-    }
-
-    fn floats(shape: &[usize]) -> Tensor {
-        Tensor::new(shape.to_vec(), vec![0.5_f32; shape.iter().product()]).unwrap()
-    }
-
-    #[test]
-    fn one_input_needs_no_name_and_labels_are_found() {
-        let image = [spec("image", Datatype::Fp32, &[-1, 2])];
-        let labels = || Tensor::new(vec![3], vec![1_i64, 0, 2]).unwrap();
-        for name in ["image", "x", "pixels"] {
-            let dataset = Dataset::of(arrays(vec![(name, floats(&[3, 2])), ("y", labels())]), &image, None).unwrap();
-            assert_eq!((dataset.samples, dataset.labels), (3, Some(vec![1, 0, 2])), "{name}");
-        }
-        let named = arrays(vec![("image", floats(&[3, 2])), ("target", labels())]);
-        assert_eq!(Dataset::of(named, &image, Some("target")).unwrap().labels, Some(vec![1, 0, 2]));
-    }
-
-    #[test]
-    fn data_that_does_not_fit_is_refused_with_what_it_should_be() {
-        let image = [spec("image", Datatype::Int32, &[-1, 2])];
-        let refusal = |entries, labels| Dataset::of(arrays(entries), &image, labels).unwrap_err();
-        assert!(refusal(vec![("image", floats(&[3, 4]))], None).contains("has shape [3, 4], the model takes [-1, 2]"));
-        assert!(refusal(vec![("image", floats(&[3, 2]))], None).contains("is of type FP32, the model takes INT32"));
-        assert!(refusal(vec![("a", floats(&[3, 2])), ("b", floats(&[3, 2]))], None).contains("no array `image`"));
-        assert!(refusal(vec![("image", floats(&[3, 2]))], Some("z")).contains("no array `z`"));
-        let empty = Tensor::new(vec![0, 2], Vec::<i32>::new()).unwrap();
-        assert!(refusal(vec![("image", empty)], None).contains("no sample"));
-    }
-
-    #[test]
-    fn drawn_samples_are_the_same_every_time() {
-        let specs = [spec("a", Datatype::Fp32, &[-1, -1, 3]), spec("b", Datatype::Int64, &[-1, 4])];
-        let drawn = Dataset::drawn(&specs, None).unwrap();
-        assert_eq!(drawn, Dataset::drawn(&specs, None).unwrap());
-        assert_eq!(drawn.inputs[0].shape(), [8, 8, 3]);
-        assert!(
-            drawn.inputs[1]
-                .data()
-                .to_f64()
-                .unwrap()
-                .iter()
-                .all(|value| [0.0, 1.0].contains(value))
-        );
-    }
-}
+mod tests;

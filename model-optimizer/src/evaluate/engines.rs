@@ -1,10 +1,12 @@
 //! The model before and after on every engine: which of them agree, and how fast they are.
 
 use plimsoll_package::manifest::{Engine as EngineKind, Probe, TensorSpec};
-use plimsoll_package::report::EngineReport;
+use plimsoll_package::report::{EngineReport, MemoryChange};
 use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor, probe};
+use plimsoll_runtime::onnx::ModelProto;
 
-use super::latency;
+use super::dataset::Dataset;
+use super::{latency, memory};
 use crate::convert;
 use crate::failure::{Failure, FailureReason, chain, failure};
 use crate::step::Context;
@@ -23,6 +25,9 @@ pub struct Pair {
     pub before: Box<dyn Engine>,
     /// After compression.
     pub after: Box<dyn Engine>,
+    /// What the compressed model gave for the first sample.
+    first: Result<Vec<Tensor>, String>,
+    memory: Option<MemoryChange>,
 }
 
 /// The engines that run the model before and after, and those that do not.
@@ -33,48 +38,30 @@ pub struct Candidates {
     pub refused: Vec<EngineReport>,
 }
 
-/// Loads the converted and the compressed model into every engine.
+/// Loads the converted and the compressed model into every engine, one after another so that the memory of each shows, and runs each of them
+/// once on the first sample. `data` become the first of them that the compressed model runs on.
 ///
 /// # Errors
 /// [`FailureReason::UnsupportedOperator`] where no engine loads both.
-pub fn load(context: &Context, fold_dequantize: bool) -> Result<Candidates, Failure> {
+pub fn load(context: &Context, fold_dequantize: bool, data: &mut Vec<Dataset>) -> Result<Candidates, Failure> {
     let options = LoadOptions {
         threads: context.threads,
         fold_dequantize,
         ..LoadOptions::default()
     };
-    let (before, after) = (context.converted(), context.compressed());
-    let (options, before, after) = (&options, before.as_path(), after.as_path());
-    // Loading optimises the graph; all at once, since none of them is measured yet.
-    let loaded: Vec<_> = std::thread::scope(|scope| {
-        let load_on = |kind, path| scope.spawn(move || engine::load(kind, path, options).map_err(|error| chain(&error)));
-        let loading: Vec<_> = convert::engines()
-            .into_iter()
-            .map(|kind| (kind, load_on(kind, before), load_on(kind, after)))
-            .collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|_| Err("the engine panicked".to_owned()));
-        loading
-            .into_iter()
-            .map(|(kind, before, after)| (kind, join(before), join(after)))
-            .collect()
-    });
     let mut candidates = Candidates {
         engines: Vec::new(),
         refused: Vec::new(),
     };
-    for (kind, before, after) in loaded {
-        match (before, after) {
-            (Ok(before), Ok(after)) => candidates.engines.push(Pair { before, after }),
-            (before, after) => {
-                let why = before.err().map(|why| format!("the original: {why}")).or(after.err());
-                context
-                    .console
-                    .info(&format!("{kind} does not run the model: {}", why.as_deref().unwrap_or_default()));
-                candidates.refused.push(EngineReport {
-                    engine: kind,
-                    latency: None,
-                    refused: why,
-                });
+    let mut kinds = convert::engines();
+    // ONNX Runtime first: it is what models are tested with.
+    kinds.sort_by_key(|kind| *kind != EngineKind::OnnxRuntime);
+    for kind in kinds {
+        match load_pair(context, kind, &options, data)? {
+            Ok(pair) => candidates.engines.push(pair),
+            Err(why) => {
+                context.console.info(&format!("{kind} does not run the model: {why}"));
+                candidates.refused.push(refusal(kind, why));
             }
         }
     }
@@ -92,6 +79,57 @@ pub fn load(context: &Context, fold_dequantize: bool) -> Result<Candidates, Fail
     Ok(candidates)
 }
 
+fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &mut Vec<Dataset>) -> Result<Result<Pair, String>, Failure> {
+    let empty = memory::resident();
+    // The compressed model first: what loading frees may serve the second, so that no model looks smaller than it is but the original.
+    let after = match engine::load(kind, &context.compressed(), options) {
+        Ok(after) => after,
+        Err(error) => return Ok(Err(chain(&error))),
+    };
+    let first = run_first(&*after, data)?;
+    let with_after = memory::resident();
+    let before = match engine::load(kind, &context.converted(), options) {
+        Ok(before) => before,
+        Err(error) => return Ok(Err(format!("the original: {}", chain(&error)))),
+    };
+    // What it gives is compared later, on all samples; here it takes the memory of a run.
+    drop(before.run(&data[0].first()?));
+    let memory = memory::change(empty, with_after, memory::resident());
+    Ok(Ok(Pair {
+        before,
+        after,
+        first,
+        memory,
+    }))
+}
+
+/// The outputs for the first sample of the first dataset that the model runs on; the others are dropped then.
+fn run_first(engine: &dyn Engine, data: &mut Vec<Dataset>) -> Result<Result<Vec<Tensor>, String>, Failure> {
+    let mut refusal = "there is no sample".to_owned();
+    for index in 0..data.len() {
+        match engine.run(&data[index].first()?) {
+            Ok(outputs) => {
+                data.drain(..index);
+                data.truncate(1);
+                return Ok(Ok(outputs));
+            }
+            Err(error) if index == 0 => refusal = chain(&error),
+            Err(_) => {}
+        }
+    }
+    Ok(Err(refusal))
+}
+
+fn refusal(engine: EngineKind, why: String) -> EngineReport {
+    EngineReport {
+        engine,
+        latency: None,
+        latency_ratio: None,
+        memory: None,
+        refused: Some(why),
+    }
+}
+
 /// What was measured on an engine.
 pub struct MeasuredEngine<'a> {
     /// For the report.
@@ -100,45 +138,42 @@ pub struct MeasuredEngine<'a> {
     pub pair: Option<&'a Pair>,
 }
 
-/// Runs the sample on every engine, measures those that agree with the reference (ONNX Runtime where it runs, since it is what models
-/// are tested with), and records the reference's outputs as the probe.
+/// Runs the sample on every engine, measures those that agree with the reference (the first engine that runs), and records the reference's outputs as the probe.
 ///
 /// # Errors
 /// [`FailureReason::UnsupportedOperator`] where no engine gives outputs that a probe can check.
-pub fn compare<'a>(candidates: &'a Candidates, sample: &[Tensor], context: &Context) -> Result<(Vec<MeasuredEngine<'a>>, Probe), Failure> {
-    let dynamic = convert::read("the compressed model", &context.compressed())?;
-    let dynamic = dynamic
+pub fn compare<'a>(
+    candidates: &'a Candidates,
+    compressed: &ModelProto,
+    sample: &[Tensor],
+    context: &Context,
+) -> Result<(Vec<MeasuredEngine<'a>>, Probe), Failure> {
+    let dynamic = compressed
         .graph
         .as_ref()
         .is_some_and(|graph| graph.node.iter().any(|node| node.op_type() == "DynamicQuantizeLinear"));
     let floor = if dynamic { TOLERANCE_DYNAMIC } else { TOLERANCE };
-    let mut pairs: Vec<&Pair> = candidates.engines.iter().collect();
-    pairs.sort_by_key(|pair| pair.after.kind() != EngineKind::OnnxRuntime);
     let mut probe: Option<Probe> = None;
     let mut measured = Vec::new();
-    for pair in pairs {
+    for pair in &candidates.engines {
         let kind = pair.after.kind();
         let refuse = |why: String| {
             context.console.info(&format!("{kind} is left out: {why}"));
             MeasuredEngine {
-                report: EngineReport {
-                    engine: kind,
-                    latency: None,
-                    refused: Some(why),
-                },
+                report: refusal(kind, why),
                 pair: None,
             }
         };
-        let outputs = match pair.after.run(sample) {
+        let outputs = match &pair.first {
             Ok(outputs) => outputs,
-            Err(error) => {
-                measured.push(refuse(chain(&error)));
+            Err(why) => {
+                measured.push(refuse(why.clone()));
                 continue;
             }
         };
         match &mut probe {
             None => {
-                probe = record(&*pair.after, sample, &outputs, floor);
+                probe = record(&*pair.after, sample, outputs, floor);
                 if probe
                     .as_ref()
                     .is_some_and(|probe| probe.outputs.iter().flat_map(|output| &output.data).any(|value| !value.is_finite()))
@@ -158,10 +193,12 @@ pub fn compare<'a>(candidates: &'a Candidates, sample: &[Tensor], context: &Cont
             }
         }
         measured.push(match latency::measure(&*pair.before, &*pair.after, sample) {
-            Ok(latency) => MeasuredEngine {
+            Ok((latency, ratio)) => MeasuredEngine {
                 report: EngineReport {
                     engine: kind,
                     latency: Some(latency),
+                    latency_ratio: Some(ratio),
+                    memory: pair.memory,
                     refused: None,
                 },
                 pair: Some(pair),

@@ -4,16 +4,68 @@ use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::path::{Component, Path};
 
-use plimsoll_package::digest::Hasher;
+use plimsoll_package::digest::{Digest, Hasher};
 
 use super::{Content, Limits, too_large};
 use crate::failure::{Failure, FailureReason, disk, failure};
 
-/// Copies the file at `path`.
+/// Bytes copied at a time.
+const PIECE_BYTES: usize = 1 << 20;
+/// Most files of a folder.
+const FILES_MAX: usize = 2_000_000;
+
+/// Makes a tar archive of a folder of data (pictures with their labels): the same bytes for the same files.
+fn pack(what: &str, folder: &Path, destination: &Path, size_max: u64) -> Result<Content, Failure> {
+    let shown = folder.display().to_string();
+    let unreadable = |error: io::Error| failure(FailureReason::SourceRefused, format!("cannot read the {what} {shown}: {error}"));
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).map_err(unreadable)? {
+            let entry = entry.map_err(unreadable)?;
+            let kind = entry.file_type().map_err(unreadable)?;
+            if kind.is_dir() {
+                folders.push(entry.path());
+            } else if kind.is_file() {
+                files.push(entry.path());
+            }
+        }
+        if files.len() > FILES_MAX {
+            let message = format!("the {what} {shown} holds more than {FILES_MAX} files");
+            return Err(failure(FailureReason::SourceTooLarge, message));
+        }
+    }
+    files.sort_unstable();
+    let mut archive = tar::Builder::new(io::BufWriter::new(File::create(destination).map_err(disk("write", destination))?));
+    archive.mode(tar::HeaderMode::Deterministic);
+    let mut size = 0;
+    for path in &files {
+        size += fs::metadata(path).map_err(unreadable)?.len();
+        if size > size_max {
+            return Err(too_large(what, &shown, None, size_max));
+        }
+        let name = path.strip_prefix(folder).unwrap_or(path);
+        archive.append_path_with_name(path, name).map_err(unreadable)?;
+    }
+    archive
+        .into_inner()
+        .and_then(|file| file.into_inner().map_err(io::IntoInnerError::into_error))
+        .map_err(disk("write", destination))?;
+    let packed = File::open(destination).map_err(disk("read", destination))?;
+    Ok(Content {
+        size: packed.metadata().map_err(disk("read", destination))?.len(),
+        digest: Digest::of_reader(packed).map_err(disk("read", destination))?,
+    })
+}
+
+/// Copies the file at `path`; of data a folder, too, as an archive.
 pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -> Result<Content, Failure> {
     let shown = path.display().to_string();
     let unreadable = |error: &io::Error| failure(FailureReason::SourceRefused, format!("cannot read the {what} {shown}: {error}"));
     let metadata = fs::metadata(path).map_err(|error| unreadable(&error))?;
+    if metadata.is_dir() && what != "model" {
+        return pack(what, path, destination, size_max);
+    }
     if !metadata.is_file() {
         return Err(failure(
             FailureReason::SourceRefused,
@@ -25,7 +77,7 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
     }
     let mut source = File::open(path).map_err(|error| unreadable(&error))?;
     let mut target = File::create(destination).map_err(disk("write", destination))?;
-    let (mut hasher, mut size, mut piece) = (Hasher::default(), 0, vec![0; 1 << 20]);
+    let (mut hasher, mut size, mut piece) = (Hasher::default(), 0, vec![0; PIECE_BYTES]);
     loop {
         let length = source.read(&mut piece).map_err(|error| unreadable(&error))?;
         if length == 0 {

@@ -7,9 +7,10 @@ use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
+use super::fetch::calibrates_on_evaluation;
 use crate::calibration::Calibration;
 use crate::compress::Setting;
-use crate::evaluate::dataset::Dataset;
+use crate::evaluate::dataset::{Dataset, Part, SPLIT_SEED};
 use crate::failure::{Failure, FailureReason, failure};
 use crate::{compress, convert};
 
@@ -76,6 +77,12 @@ fn calibration(context: &Context, model: &ModelProto) -> Result<Option<Calibrati
     };
     let (inputs, _) = onnx::signature(model).map_err(|error| unfit(error.to_string()))?;
     let bytes_max = context.inputs.max_fetch_size.value().unwrap_or(u64::MAX);
-    let samples = Dataset::read(&context.source("calibration"), &inputs, None, bytes_max).map_err(unfit)?;
+    let samples = Dataset::read(&context.source("calibration"), &inputs, None, bytes_max);
+    // One dataset for both is split, so that nothing is judged on what a technique has seen.
+    let samples = match calibrates_on_evaluation(context)? {
+        true => samples.and_then(|samples| samples.split(Part::Calibration, SPLIT_SEED)),
+        false => samples,
+    };
+    let samples = samples.map_err(unfit)?;
     Ok(Some(Calibration::new(samples, context.threads)))
 }

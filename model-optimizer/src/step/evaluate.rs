@@ -7,21 +7,22 @@ use std::path::Path;
 use plimsoll_package::digest::Digest;
 use plimsoll_package::manifest::{File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE, Probe, REPORT_FILE, TensorSpec};
 use plimsoll_package::recipe::Metric;
-use plimsoll_package::report::{ClassChange, EngineReport, MetricChange, OutputFidelity, Report, Summary};
-use plimsoll_runtime::engine::{Engine, Tensor};
+use plimsoll_package::registry::layer_size;
+use plimsoll_package::report::{EngineReport, Report, SampleSource, Samples, Summary};
+use plimsoll_runtime::onnx;
 use strum::IntoEnumIterator as _;
 
 use super::chain::took_ms;
 use super::compress::Compressed;
-use super::fetch::Fetched;
+use super::fetch::{Fetched, calibrates_on_evaluation};
 use super::{Context, Step, write_json};
-use crate::evaluate::dataset::Dataset;
+use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
 use crate::evaluate::engines::{self, Pair};
-use crate::evaluate::{budget, fidelity, metric};
-use crate::failure::{Failure, FailureReason, chain, disk, failure};
+use crate::evaluate::{budget, judgement};
+use crate::failure::{Failure, FailureReason, disk, failure};
 use crate::{convert, graph};
 
-/// Evaluates.
+/// Evaluates. The report is laid out even where the result is outside of its budget; the model is not.
 ///
 /// # Errors
 /// Where the data do not fit the model, no engine runs the result, or it is outside of the budget.
@@ -29,16 +30,17 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     let begun = std::time::Instant::now();
     let fetched: Fetched = context.read(super::fetch::RECORD)?;
     let compressed: Compressed = context.read(super::compress::RECORD)?;
-    let candidates = engines::load(context, compressed.fold_dequantize)?;
-    let first = &candidates.engines[0];
-    let mut data = Data::of(context, first.after.inputs())?;
-    let mut sample = one_sample(&data.samples, &*first.after);
-    if !data.real && first.after.run(&sample).is_err() {
-        // An open dimension that is no batch may have to be of a certain size; 1 is the likeliest.
-        data.samples = Dataset::drawn(first.after.inputs(), Some(1)).unwrap_or(data.samples);
-        sample = one_sample(&data.samples, &*first.after);
-    }
-    let (measured, probe) = engines::compare(&candidates, &sample, context)?;
+    let model = convert::read(&context.inputs.source.uri, &context.compressed())?;
+    let (inputs, _) = onnx::signature(&model).map_err(|error| {
+        failure(
+            FailureReason::Unsupported,
+            format!("{} cannot be served: {error}", context.inputs.source.uri),
+        )
+    })?;
+    let mut data = Data::of(context, &inputs)?;
+    let candidates = engines::load(context, compressed.fold_dequantize, &mut data.samples)?;
+    let samples = &data.samples[0];
+    let (measured, probe) = engines::compare(&candidates, &model, &samples.first()?, context)?;
     let engines: Vec<EngineReport> = measured
         .iter()
         .map(|measured| measured.report.clone())
@@ -46,9 +48,9 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         .collect();
     let fastest = measured
         .iter()
-        .filter_map(|measured| Some((measured.pair?, measured.report.latency?)));
+        .filter_map(|measured| Some((measured.pair?, measured.report.latency?, measured.report.latency_ratio)));
     let fastest = fastest.min_by(|a, b| a.1.after_us.total_cmp(&b.1.after_us));
-    let (chosen, latency) = fastest.ok_or_else(|| {
+    let (chosen, latency, ratio) = fastest.ok_or_else(|| {
         let words = engines
             .iter()
             .filter_map(|engine| Some(format!("{}: {}", engine.engine, engine.refused.as_ref()?)))
@@ -59,10 +61,12 @@ pub fn run(context: &Context) -> Result<(), Failure> {
             format!("no engine runs the compressed model: {words}; leave out quantize, or use another scheme"),
         )
     })?;
-    let judgement = judge(context, chosen, &data)?;
+    let activity = context.console.activity("evaluating", "samples");
+    let judgement = judgement::judge(chosen, samples, data.metric, &activity)?;
+    drop(activity);
 
     let file_size = |path: &Path| fs::metadata(path).map(|metadata| metadata.len()).map_err(disk("read", path));
-    let model = convert::read(&context.inputs.source.uri, &context.compressed())?;
+    let layer = |path: &Path| layer_size(path).map_err(disk("read", path));
     let summary = Summary {
         artifact: None,
         reused: false,
@@ -70,6 +74,8 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         evaluation_digest: fetched.evaluation.as_ref().map(|content| content.digest.clone()),
         size_before: fetched.source.size,
         size_after: file_size(&context.compressed())?,
+        size_layer_before: Some(layer(&context.source("model"))?),
+        size_layer_after: Some(layer(&context.compressed())?),
         sparsity: model.graph.as_ref().map_or(0.0, graph::weight::sparsity),
         metric: judgement.metric,
         fidelity: judgement.outputs.iter().map(|output| output.cosine).reduce(f64::min),
@@ -77,7 +83,9 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         engine: chosen.after.kind(),
         toolchain: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    budget::check(context.inputs.optimize.budget.as_ref(), &summary, &judgement.outputs)?;
+    let optimize = &context.inputs.optimize;
+    let gate = budget::check(optimize.budget.as_ref(), context.inputs.no_gate, &summary, &judgement, ratio)?;
+    let exceeded = budget::exceeded(&gate, &summary);
     let mut step_ms: BTreeMap<String, f64> = Step::iter()
         .filter_map(|step| Some((step.to_string(), took_ms(&context.work, step)?)))
         .collect();
@@ -86,6 +94,16 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         schema_version: 1,
         summary,
         inputs: context.inputs.clone(),
+        gate,
+        samples: Some(Samples {
+            from: data.from,
+            count: judgement.samples,
+            seed: match data.from {
+                SampleSource::Evaluation | SampleSource::Calibration => None,
+                SampleSource::EvaluationPart => Some(SPLIT_SEED),
+                SampleSource::Signature => Some(DRAWN_SEED),
+            },
+        }),
         steps: compressed.steps,
         outputs: judgement.outputs,
         classes: judgement.classes,
@@ -93,14 +111,18 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         skipped: compressed.skipped,
         step_ms,
     };
-    write_package(context, &report, &probe, chosen, compressed.fold_dequantize)
+    write_json(&context.package().join(REPORT_FILE), &report)?;
+    match exceeded {
+        Some(failed) => Err(failed),
+        None => write_package(context, &report, &probe, chosen, compressed.fold_dequantize),
+    }
 }
 
 /// The samples to judge on.
 struct Data {
-    samples: Dataset,
-    /// Whether they come from a dataset, rather than from the signature.
-    real: bool,
+    /// The first of them that the model runs on counts.
+    samples: Vec<Dataset>,
+    from: SampleSource,
     metric: Metric,
 }
 
@@ -115,26 +137,28 @@ impl Data {
         };
         let bytes_max = context.inputs.max_fetch_size.value().unwrap_or(u64::MAX);
         if let Some(evaluation) = &optimize.evaluation {
-            let samples = Dataset::read(&context.source("evaluation"), inputs, evaluation.labels.as_deref(), bytes_max);
-            let mut samples = samples.map_err(|why| invalid("evaluation", why))?;
+            let unfit = |why| invalid("evaluation", why);
+            let mut samples =
+                Dataset::read(&context.source("evaluation"), inputs, evaluation.labels.as_deref(), bytes_max).map_err(unfit)?;
+            let mut from = SampleSource::Evaluation;
+            if calibrates_on_evaluation(context)? {
+                samples = samples.split(Part::Evaluation, SPLIT_SEED).map_err(unfit)?;
+                from = SampleSource::EvaluationPart;
+            }
             let needs_labels = optimize.budget.as_ref().is_some_and(|budget| budget.max_accuracy_drop.is_some());
-            let metric = evaluation.metric.unwrap_or(if samples.labels.is_some() || needs_labels {
+            let metric = evaluation.metric.unwrap_or(if samples.labels().is_some() || needs_labels {
                 Metric::Accuracy
             } else {
                 Metric::Fidelity
             });
-            if metric == Metric::Accuracy && samples.labels.is_none() {
-                return Err(invalid(
-                    "evaluation",
-                    "they hold no labels (an array `y`); add them, or use the metric Fidelity".into(),
+            if metric.needs_labels() && samples.labels().is_none() {
+                return Err(unfit(
+                    "they hold no labels (a field `y`); add them, or use the metric Fidelity".into(),
                 ));
             }
-            if metric == Metric::Fidelity {
-                samples.labels = None;
-            }
             return Ok(Self {
-                samples,
-                real: true,
+                samples: vec![samples],
+                from,
                 metric,
             });
         }
@@ -142,87 +166,25 @@ impl Data {
             let samples =
                 Dataset::read(&context.source("calibration"), inputs, None, bytes_max).map_err(|why| invalid("calibration", why))?;
             return Ok(Self {
-                samples: Dataset { labels: None, ..samples },
-                real: true,
+                samples: vec![samples],
+                from: SampleSource::Calibration,
                 metric: Metric::Fidelity,
             });
         }
-        let samples = Dataset::drawn(inputs, None);
-        let samples = samples.ok_or_else(|| invalid("drawn", "an input is larger than memory; name evaluation data".into()))?;
+        // An open dimension that is no batch may have to be of a certain size, 1 being the likeliest, and the first axis may count no samples.
+        let samples: Vec<Dataset> = [(8, false), (1, false), (8, true), (1, true)]
+            .into_iter()
+            .filter_map(|(open_dimension, whole)| Dataset::drawn(inputs, open_dimension, whole))
+            .collect();
+        if samples.is_empty() {
+            return Err(invalid("drawn", "an input is larger than memory; name evaluation data".into()));
+        }
         Ok(Self {
             samples,
-            real: false,
+            from: SampleSource::Signature,
             metric: Metric::Fidelity,
         })
     }
-}
-
-/// One sample, or as many as a model of a fixed batch takes.
-fn one_sample(samples: &Dataset, engine: &dyn Engine) -> Vec<Tensor> {
-    let fixed = engine
-        .inputs()
-        .iter()
-        .filter_map(|spec| spec.shape.first())
-        .find_map(|&size| usize::try_from(size).ok());
-    samples.batch(0..fixed.unwrap_or(1).min(samples.samples))
-}
-
-struct Judgement {
-    metric: Option<MetricChange>,
-    outputs: Vec<OutputFidelity>,
-    classes: Vec<ClassChange>,
-}
-
-fn judge(context: &Context, chosen: &Pair, data: &Data) -> Result<Judgement, Failure> {
-    let samples = &data.samples;
-    let total = 2 * samples.samples as u64;
-    let activity = context.console.activity("evaluating", "samples");
-    let unfit = |error| {
-        let reason = if data.real {
-            FailureReason::InvalidDataset
-        } else {
-            FailureReason::Internal
-        };
-        failure(
-            reason,
-            format!(
-                "the model does not run on the samples: {}; name fitting data in optimize.evaluation",
-                chain(&error)
-            ),
-        )
-    };
-    let before = samples
-        .run(&*chosen.before, |done| activity.report(done as u64, Some(total)))
-        .map_err(unfit)?;
-    let after = samples
-        .run(&*chosen.after, |done| activity.report((samples.samples + done) as u64, Some(total)))
-        .map_err(unfit)?;
-    let specs = chosen.after.outputs().iter().zip(before.values.iter().zip(&after.values));
-    let outputs = specs
-        .filter(|(_, (before, _))| !before.is_empty())
-        .map(|(spec, (before, after))| fidelity::compare(&spec.name, before, after))
-        .collect();
-    let mut judgement = Judgement {
-        metric: None,
-        outputs,
-        classes: vec![],
-    };
-    if let (Metric::Accuracy, Some(labels)) = (data.metric, &samples.labels) {
-        let invalid = |why| failure(FailureReason::InvalidDataset, format!("accuracy cannot be measured: {why}"));
-        let (predicted_before, predicted_after) = (
-            metric::predictions(&before).map_err(invalid)?,
-            metric::predictions(&after).map_err(invalid)?,
-        );
-        let labels = &labels[..before.samples];
-        judgement.metric = Some(MetricChange {
-            name: Metric::Accuracy,
-            before: metric::accuracy(&predicted_before, labels),
-            after: metric::accuracy(&predicted_after, labels),
-            samples: before.samples as u64,
-        });
-        judgement.classes = metric::by_class(&predicted_before, &predicted_after, labels);
-    }
-    Ok(judgement)
 }
 
 fn write_package(context: &Context, report: &Report, probe: &Probe, chosen: &Pair, fold_dequantize: bool) -> Result<(), Failure> {
@@ -230,7 +192,6 @@ fn write_package(context: &Context, report: &Report, probe: &Probe, chosen: &Pai
     fs::create_dir_all(&package).map_err(disk("make", &package))?;
     let model = package.join(MODEL_FILE);
     fs::copy(context.compressed(), &model).map_err(disk("write", &model))?;
-    write_json(&package.join(REPORT_FILE), report)?;
     write_json(&package.join(PROBE_FILE), probe)?;
     let mut files = BTreeMap::new();
     for name in [MODEL_FILE, REPORT_FILE, PROBE_FILE] {

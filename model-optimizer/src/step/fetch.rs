@@ -35,6 +35,17 @@ pub struct Fetched {
     pub key: String,
 }
 
+/// Whether one dataset is given for calibration and for evaluation.
+///
+/// # Errors
+/// Where the record of this step cannot be read.
+pub fn calibrates_on_evaluation(context: &Context) -> Result<bool, Failure> {
+    let fetched: Fetched = context.read(RECORD)?;
+    let digest = |content: Option<Content>| content.map(|content| content.digest);
+    let (calibration, evaluation) = (digest(fetched.calibration), digest(fetched.evaluation));
+    Ok(calibration.is_some() && calibration == evaluation)
+}
+
 /// Something to fetch.
 struct Wanted<'a> {
     /// As the user knows it.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Output;
 
 use plimsoll_package::manifest::{Engine as EngineKind, Manifest, Probe};
-use plimsoll_package::report::{Report, exit_code};
+use plimsoll_package::report::{Report, SampleSource, Verdict, exit_code};
 use plimsoll_runtime::engine::{self, LoadOptions, probe};
 
 use super::{model, onnxruntime, program};
@@ -126,6 +126,9 @@ fn a_person_reads_a_table_and_a_failure_in_one_line() {
     let table = String::from_utf8(output.stdout).unwrap();
     for words in [
         "281Ki",
+        "size as pulled",
+        "memory, OnnxRuntime",
+        "within the budget",
         "accuracy (450 samples)",
         "98.4%",
         "latency, Tract",
@@ -147,9 +150,10 @@ fn a_person_reads_a_table_and_a_failure_in_one_line() {
         last.starts_with("error: the model has") && last.contains("maxSize allows 10Ki"),
         "{last}"
     );
-    assert!(
-        !dir.path().join("other").exists(),
-        "nothing is written that is outside of the budget"
+    assert_eq!(
+        files(&dir.path().join("other")),
+        ["report.json"],
+        "of what is outside of the budget there is the report alone"
     );
 
     fs::create_dir(dir.path().join("mine")).unwrap();
@@ -175,4 +179,186 @@ fn a_recipe_is_the_yaml_of_spec_optimize() {
     let report = report(&output);
     assert_eq!(report.steps.len(), 2);
     assert!(report.summary.sparsity > 0.299);
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+#[test]
+fn a_report_of_what_failed_takes_the_place_of_an_older_package() {
+    let dir = tempfile::tempdir().unwrap();
+    let package = dir.path().join("package");
+    let digits = model("digits/digits-v1.onnx");
+    report(&optimize(&digits, &package, &["--quantize", "int8", "--json"]));
+    let all = ["manifest.json", "model.onnx", "probe.json", "report.json"];
+    assert_eq!(files(&package), all);
+    let failed = optimize(&digits, &package, &["--max-size", "10Ki", "--json"]);
+    assert_eq!(failed.status.code(), Some(i32::from(exit_code::BUDGET_EXCEEDED)));
+    assert_eq!(files(&package), ["report.json"]);
+    let written: Report = serde_json::from_slice(&fs::read(package.join("report.json")).unwrap()).unwrap();
+    assert_eq!(written, serde_json::from_slice::<Report>(&failed.stdout).unwrap());
+    assert_eq!(written.gate.verdict, Verdict::BudgetExceeded);
+    let size = written.gate.limits.iter().find(|limit| limit.limit == "maxSize").unwrap();
+    assert!(!size.passed && size.allowed == 10_240.0 && size.measured > 280_000.0, "{size:?}");
+    // And the other way round.
+    report(&optimize(&digits, &package, &["--quantize", "int8", "--json"]));
+    assert_eq!(files(&package), all);
+    assert_eq!(files(dir.path()), ["package"], "nothing is left beside it");
+}
+
+#[test]
+fn nothing_is_left_of_a_run_that_is_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let (package, work) = (dir.path().join("package"), dir.path().join("work"));
+    fs::create_dir(&work).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let source = format!("http://{}/model.onnx", listener.local_addr().unwrap());
+    let mut child = program()
+        .args(["optimize", &source, "--plain-http", "127.0.0.1", "--output"])
+        .arg(&package)
+        .env("TMPDIR", &work)
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    // It waits for an answer.
+    let _connection = listener.accept().unwrap();
+    assert_eq!(files(&work).len(), 1);
+    let kill = std::process::Command::new("kill")
+        .args(["-TERM", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+    assert_eq!(child.wait().unwrap().code(), Some(i32::from(exit_code::TRANSIENT)));
+    assert_eq!((files(&work), files(dir.path())), (vec![], vec!["work".to_owned()]));
+}
+
+#[test]
+fn an_unusable_model_and_contradictory_flags_have_exit_codes_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let code = |source: &Path, flags: &[&str]| optimize(source, &dir.path().join("package"), flags).status.code().unwrap();
+    assert_eq!(code(&model("unsupported/truncated.onnx"), &[]), i32::from(exit_code::UNUSABLE));
+    let digits = model("digits/digits-v1.onnx");
+    assert_eq!(code(&digits, &["--no-gate", "--min-fidelity", "0.9"]), i32::from(exit_code::USAGE));
+    assert_eq!(code(&digits, &["--max-accuracy-drop", "1%"]), i32::from(exit_code::USAGE));
+    assert_eq!(code(&digits, &["--evaluation", "no-such-file"]), i32::from(exit_code::UNUSABLE));
+    assert!(!dir.path().join("package").exists());
+}
+
+#[test]
+fn the_gate_refuses_a_broken_model_and_is_turned_off_in_the_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let package = dir.path().join("package");
+    let digits = model("digits/digits-v1.onnx");
+    let refused = optimize(&digits, &package, &["--prune", "99%", "--json"]);
+    assert_eq!(refused.status.code(), Some(i32::from(exit_code::BUDGET_EXCEEDED)));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("the default minFidelity asks for 0.99"), "{said}");
+    assert!(said.contains("state in optimize.budget what may be lost"), "{said}");
+    let report = report(&optimize(&digits, &package, &["--prune", "99%", "--no-gate", "--json"]));
+    assert_eq!(report.gate.verdict, Verdict::NotGated);
+    assert!(report.inputs.no_gate && report.gate.limits.iter().any(|limit| !limit.passed));
+    assert!(
+        report.summary.size_layer_after.unwrap() < report.summary.size_after / 4,
+        "{:?}",
+        report.summary
+    );
+    check_package(&package, &report);
+}
+
+#[test]
+fn one_dataset_for_both_is_split_and_one_class_may_be_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = [
+        "--quantize",
+        "int8",
+        "--calibration",
+        &heldout(),
+        "--evaluation",
+        &heldout(),
+        "--metric",
+        "top5-accuracy",
+        "--max-class-accuracy-drop",
+        "10%",
+        "--json",
+    ];
+    let report = report(&optimize(&model("digits/digits-v1.onnx"), &dir.path().join("package"), &flags));
+    let samples = report.samples.unwrap();
+    assert_eq!((samples.from, samples.count), (SampleSource::EvaluationPart, 338));
+    assert!(samples.seed.is_some());
+    assert_eq!(report.summary.metric.unwrap().samples, 338);
+    let class = report
+        .gate
+        .limits
+        .iter()
+        .find(|limit| limit.limit == "maxClassAccuracyDrop")
+        .unwrap();
+    assert!(class.passed && !class.default && class.allowed == 0.1, "{class:?}");
+}
+
+#[test]
+fn both_engines_are_compared_with_the_original_by_their_ratio_and_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ["--quantize", "int8-weights", "--max-latency", "10s", "--json"];
+    let output = optimize(&model("digits/digits-v1.onnx"), &dir.path().join("package"), &flags);
+    let report: Report = serde_json::from_slice(&output.stdout).unwrap();
+    for engine in &report.engines {
+        let ratio = engine.latency_ratio.unwrap();
+        assert!(
+            0.0 < ratio.p10 && ratio.p10 <= ratio.median && ratio.median <= ratio.p90,
+            "{engine:?}"
+        );
+    }
+    assert!(
+        report
+            .gate
+            .limits
+            .iter()
+            .any(|limit| limit.limit == "maxLatency" && limit.allowed == 1e7 && limit.passed)
+    );
+}
+
+#[test]
+fn data_come_in_other_forms_and_as_a_folder_of_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    let header: Vec<String> = (0..64).map(|pixel| format!("p{pixel}")).collect();
+    let row = |value: u8| {
+        (0..64)
+            .map(|pixel| ((pixel * 7 + u32::from(value)) % 17).to_string())
+            .collect::<Vec<_>>()
+    };
+    let csv = format!("{},y\n{},3\n{},4\n", header.join(","), row(1).join(","), row(5).join(","));
+    let lines: String = [1, 5]
+        .map(|value| format!("{{\"image\": [{}], \"y\": {value}}}\n", row(value).join(",")))
+        .concat();
+    for text in [csv, lines] {
+        let data = dir.path().join("data");
+        fs::write(&data, text).unwrap();
+        let flags = ["--quantize", "int8-weights", "--evaluation", data.to_str().unwrap(), "--json"];
+        let report = report(&optimize(&model("digits/digits-v1.onnx"), &dir.path().join("package"), &flags));
+        assert_eq!(report.summary.metric.unwrap().samples, 2);
+    }
+    let pictures = dir.path().join("pictures");
+    fs::create_dir(&pictures).unwrap();
+    for (name, shade) in [("dark.png", 20), ("light.png", 200)] {
+        image::GrayImage::from_pixel(16, 16, image::Luma([shade]))
+            .save(pictures.join(name))
+            .unwrap();
+    }
+    let evaluate = |labels: &str| {
+        fs::write(pictures.join("labels.csv"), labels).unwrap();
+        let flags = ["--quantize", "int8-weights", "--evaluation", pictures.to_str().unwrap(), "--json"];
+        optimize(&model("digits/digits-v1.onnx"), &dir.path().join("package"), &flags)
+    };
+    let report = report(&evaluate("file,label\ndark.png,3\nlight.png,4\n"));
+    assert_eq!(report.classes.iter().map(|class| class.class).collect::<Vec<_>>(), [3, 4]);
+    let refused = evaluate("file,label\nmissing.png,3\n");
+    assert_eq!(refused.status.code(), Some(i32::from(exit_code::UNUSABLE)));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("labels.csv names `missing.png`, which it does not hold"), "{said}");
 }

@@ -58,6 +58,7 @@ fn inputs(uri: &str, repository: &str) -> Inputs {
         max_fetch_size: "100Mi".parse().unwrap(),
         plain_http_hosts: vec!["127.0.0.1".into()],
         annotations: Default::default(),
+        no_gate: false,
         run_tag: None,
     }
 }

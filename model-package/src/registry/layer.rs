@@ -1,16 +1,20 @@
-//! The layers of a package's image: tar archives that are made and read as streams, the same bytes for the same files.
+//! The layers of a package's image: tar archives that are made and read as streams, the same bytes for the same files. A layer of weights is
+//! compressed (RFC 1952) where a sample of it says that this pays, as it does where many weights are zero.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
-use std::io::{self, Cursor, Read};
+use std::io::{self, Cursor, Read, Seek as _, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
 use bytes::Bytes;
+use flate2::Compression;
+use flate2::read::GzEncoder;
 use futures::Stream;
 use oci_client::errors::OciDistributionError;
+use oci_client::manifest::{IMAGE_LAYER_GZIP_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE};
 use tokio::sync::mpsc;
 
-use crate::digest::Digest;
+use crate::digest::{Digest, Hasher};
 
 /// Most bytes of files in one layer, so that layers pull in parallel; a larger file has a layer of its own.
 pub const LAYER_BYTES_MAX: u64 = 1 << 30;
@@ -23,13 +27,28 @@ const PIECE_BYTES: usize = 256 << 10;
 /// A tar archive is a sequence of blocks of this size (POSIX.1-1988 ustar).
 const BLOCK_BYTES: u64 = 512;
 
+/// Share of a layer that compression must save.
+const SAVING_MIN: f64 = 0.1;
+/// Pieces of a file that are compressed to see whether it pays, spread evenly over it, and the bytes of each.
+const SAMPLED_PIECES: u64 = 16;
+const SAMPLED_BYTES: u64 = 64 << 10;
+
 /// A layer that is yet to be sent.
 pub(super) struct Layer {
-    entries: Vec<Entry>,
-    /// Of the archive.
+    content: Content,
+    /// Of what is sent.
     pub(super) digest: Digest,
-    /// Of the archive, in bytes.
+    /// Of what is sent, in bytes.
     pub(super) size: u64,
+    /// Of the archive, uncompressed.
+    pub(super) diff_id: Digest,
+}
+
+enum Content {
+    /// The files of a plain archive.
+    Plain(Vec<Entry>),
+    /// The compressed archive.
+    Packed(File),
 }
 
 #[derive(Clone)]
@@ -55,9 +74,52 @@ pub(super) fn plan(dir: &Path) -> io::Result<Vec<Layer>> {
         filled += entry.size;
         groups.last_mut().expect("a group was pushed for the first entry").push(entry);
     }
+    let mut layers = Vec::with_capacity(groups.len() + 1);
+    for group in groups {
+        let largest = group.iter().max_by_key(|entry| entry.size);
+        let pays = largest.map_or(Ok(false), |entry| {
+            Ok::<_, io::Error>(packed_share(&entry.file)? <= 1.0 - SAVING_MIN)
+        })?;
+        layers.push(if pays { Layer::packed(group, dir)? } else { Layer::plain(group)? });
+    }
     // Last, as what changes most often; layers before it keep their order.
-    groups.push(described);
-    groups.into_iter().filter(|group| !group.is_empty()).map(Layer::new).collect()
+    if !described.is_empty() {
+        layers.push(Layer::plain(described)?);
+    }
+    Ok(layers)
+}
+
+/// About how many bytes of the layer the file at `path` takes when it is pulled: its own, or, where compression pays, fewer, by a sample of
+/// 1 MiB.
+///
+/// # Errors
+/// Where the file cannot be read.
+pub fn layer_size(path: &Path) -> io::Result<u64> {
+    let size = fs::metadata(path)?.len();
+    let share = packed_share(path)?;
+    Ok(if share <= 1.0 - SAVING_MIN {
+        (size as f64 * share).ceil() as u64
+    } else {
+        size
+    })
+}
+
+/// The share of a file's bytes that is left after compression, by a sample of it.
+fn packed_share(path: &Path) -> io::Result<f64> {
+    let mut file = File::open(path)?;
+    let size = file.metadata()?.len();
+    let pieces = size.div_ceil(SAMPLED_BYTES).min(SAMPLED_PIECES);
+    let (mut read, mut packed) = (0, 0);
+    for piece in 0..pieces {
+        let start = (size - size.min(SAMPLED_BYTES)) * piece / (pieces - 1).max(1);
+        file.seek(SeekFrom::Start(start))?;
+        packed += io::copy(
+            &mut GzEncoder::new((&mut file).take(SAMPLED_BYTES), Compression::fast()),
+            &mut io::sink(),
+        )?;
+        read += SAMPLED_BYTES.min(size - start);
+    }
+    Ok(if read == 0 { 1.0 } else { packed as f64 / read as f64 })
 }
 
 fn collect(dir: &Path, prefix: &str, entries: &mut Vec<Entry>) -> io::Result<()> {
@@ -85,24 +147,56 @@ fn collect(dir: &Path, prefix: &str, entries: &mut Vec<Entry>) -> io::Result<()>
 }
 
 impl Layer {
-    fn new(entries: Vec<Entry>) -> io::Result<Self> {
+    fn plain(entries: Vec<Entry>) -> io::Result<Self> {
         let mut counted = Counted {
             inner: Archive::new(&entries)?,
             count: 0,
         };
         let digest = Digest::of_reader(&mut counted)?;
         Ok(Self {
-            entries,
+            content: Content::Plain(entries),
+            diff_id: digest.clone(),
             digest,
             size: counted.count,
         })
     }
 
-    /// The archive's bytes; files are opened as their turn comes.
+    /// The compressed archive lies in `dir`, without a name.
+    fn packed(entries: Vec<Entry>, dir: &Path) -> io::Result<Self> {
+        let mut hashed = Hashed {
+            inner: Archive::new(&entries)?,
+            hasher: Hasher::default(),
+        };
+        let mut file = tempfile::tempfile_in(dir)?;
+        let size = io::copy(&mut GzEncoder::new(&mut hashed, Compression::fast()), &mut file)?;
+        file.seek(SeekFrom::Start(0))?;
+        let digest = Digest::of_reader(&mut file)?;
+        file.seek(SeekFrom::Start(0))?;
+        Ok(Self {
+            content: Content::Packed(file),
+            digest,
+            size,
+            diff_id: hashed.hasher.finish(),
+        })
+    }
+
+    /// The layer's media type (OCI Image Format Specification, "Layer").
+    pub(super) fn media_type(&self) -> &'static str {
+        match self.content {
+            Content::Plain(_) => IMAGE_LAYER_MEDIA_TYPE,
+            Content::Packed(_) => IMAGE_LAYER_GZIP_MEDIA_TYPE,
+        }
+    }
+
+    /// The bytes to send; files are opened as their turn comes.
     pub(super) fn into_stream(self) -> impl Stream<Item = Result<Bytes, OciDistributionError>> + Send + 'static {
         let (sender, receiver) = mpsc::channel(4);
         tokio::task::spawn_blocking(move || {
-            let mut archive = match Archive::new(&self.entries) {
+            let opened: io::Result<Box<dyn Read>> = match self.content {
+                Content::Plain(entries) => Archive::new(&entries).map(|archive| Box::new(archive) as _),
+                Content::Packed(file) => Ok(Box::new(file)),
+            };
+            let mut archive = match opened {
                 Ok(archive) => archive,
                 Err(error) => return drop(sender.blocking_send(Err(error.into()))),
             };
@@ -209,6 +303,19 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
+struct Hashed<R> {
+    inner: R,
+    hasher: Hasher,
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        Ok(read)
+    }
+}
+
 /// Writes the files of a package's archive under `target`, without their leading `model/`.
 pub(super) fn unpack(reader: &mut dyn Read, target: &Path) -> io::Result<()> {
     for (count, entry) in tar::Archive::new(reader).entries()?.enumerate() {
@@ -308,14 +415,17 @@ mod tests {
             ("manifest.json", 7),
             ("empty.txt", 0),
         ] {
-            fs::write(dir.path().join(name), vec![7_u8; length]).unwrap();
+            fs::write(dir.path().join(name), noise(length)).unwrap();
         }
         let layers = plan(dir.path()).unwrap();
         assert_eq!(layers.len(), 2);
         let out = tempfile::tempdir().unwrap();
         for layer in &layers {
             let mut bytes = Vec::new();
-            Archive::new(&layer.entries).unwrap().read_to_end(&mut bytes).unwrap();
+            match &layer.content {
+                Content::Plain(entries) => Archive::new(entries).unwrap().read_to_end(&mut bytes).unwrap(),
+                Content::Packed(_) => panic!("random bytes do not pay"),
+            };
             assert_eq!((Digest::of(&bytes), bytes.len() as u64), (layer.digest.clone(), layer.size));
             unpack(&mut bytes.as_slice(), out.path()).unwrap();
         }
@@ -326,5 +436,49 @@ mod tests {
                 "{name}"
             );
         }
+    }
+
+    /// Bytes that do not compress (xorshift).
+    fn noise(length: usize) -> Vec<u8> {
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        let next = |_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        };
+        (0..length).map(next).collect()
+    }
+
+    #[test]
+    fn a_layer_of_many_zeros_is_compressed() {
+        let dir = tempfile::tempdir().unwrap();
+        let half_zero: Vec<u8> = noise(3_000_000)
+            .chunks(64)
+            .enumerate()
+            .flat_map(|(index, piece)| if index % 2 == 0 { piece.to_vec() } else { vec![0; piece.len()] })
+            .collect();
+        let file = dir.path().join("model.onnx");
+        fs::write(&file, &half_zero).unwrap();
+        let layers = plan(dir.path()).unwrap();
+        let layer = &layers[0];
+        assert_eq!(layer.media_type(), IMAGE_LAYER_GZIP_MEDIA_TYPE);
+        assert!((1_500_000..2_100_000).contains(&layer.size), "{}", layer.size);
+        let estimated = layer_size(&file).unwrap();
+        assert!(estimated.abs_diff(layer.size) < layer.size / 20, "{estimated} for {}", layer.size);
+        let Content::Packed(file) = &layer.content else {
+            panic!("it is packed")
+        };
+        let mut archive = Vec::new();
+        flate2::read::GzDecoder::new(file).read_to_end(&mut archive).unwrap();
+        assert_eq!(Digest::of(&archive), layer.diff_id);
+        let out = tempfile::tempdir().unwrap();
+        unpack(&mut archive.as_slice(), out.path()).unwrap();
+        assert_eq!(fs::read(out.path().join("model.onnx")).unwrap(), half_zero);
+        assert_eq!(
+            plan(dir.path()).unwrap()[0].digest,
+            layer.digest,
+            "the same bytes for the same files"
+        );
     }
 }

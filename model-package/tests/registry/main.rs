@@ -31,6 +31,8 @@ fn summary() -> Summary {
         evaluation_digest: None,
         size_before: 4_000_000,
         size_after: 1_000_000,
+        size_layer_before: None,
+        size_layer_after: None,
         sparsity: 0.5,
         metric: None,
         fidelity: Some(0.999),

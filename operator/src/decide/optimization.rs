@@ -131,6 +131,7 @@ pub fn inputs(revision: &ModelRevision, settings: &Settings) -> Inputs {
             revision.labels().get(MODEL_LABEL).cloned().unwrap_or_default(),
         )]
         .into(),
+        no_gate: false,
         run_tag: revision.uid().map(|uid| format!("run-{uid}")),
     }
 }

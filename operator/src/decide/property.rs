@@ -70,6 +70,8 @@ fn summary(of: &str) -> Summary {
         evaluation_digest: None,
         size_before: 1000,
         size_after: 300,
+        size_layer_before: None,
+        size_layer_after: None,
         sparsity: 0.5,
         metric: None,
         fidelity: Some(0.999),

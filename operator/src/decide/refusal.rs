@@ -7,10 +7,7 @@ use plimsoll_package::recipe::{ModelFormat, Optimization, QuantizeScheme};
 #[must_use]
 pub fn refuse(spec: &ModelDeploymentSpec) -> Option<String> {
     let optimize = spec.optimize.as_ref().map(|optimize| &optimize.optimization);
-    let field = source(spec)
-        .or_else(|| optimize.and_then(techniques))
-        .or_else(|| optimize.and_then(judgement))
-        .or_else(|| serving(spec))?;
+    let field = source(spec).or_else(|| optimize.and_then(techniques)).or_else(|| serving(spec))?;
     Some(format!("{} is not supported by this version; {}", field.0, field.1))
 }
 
@@ -52,21 +49,6 @@ fn techniques(optimize: &Optimization) -> Option<Refused> {
                 "use Int8, Int8Dynamic or Int8Weights",
             )),
         }
-    })
-}
-
-fn judgement(optimize: &Optimization) -> Option<Refused> {
-    use plimsoll_package::recipe::Metric;
-    let metric = optimize.evaluation.as_ref().and_then(|evaluation| evaluation.metric);
-    if metric.is_some_and(|metric| !matches!(metric, Metric::Accuracy | Metric::Fidelity)) {
-        return Some(("this spec.optimize.evaluation.metric", "use Accuracy or Fidelity"));
-    }
-    let budget = optimize.budget.as_ref()?;
-    budget.max_latency.as_ref().map(|_| {
-        (
-            "spec.optimize.budget.maxLatency",
-            "remove it; the report and the status show the latency",
-        )
     })
 }
 

@@ -420,7 +420,7 @@ fn result_of(summary: &Summary) -> ModelRevisionStatus {
         )),
         accuracy: summary
             .metric
-            .map(|metric| format!("{} -> {}", display_percent(metric.before), display_percent(metric.after))),
+            .map(|metric| format!("{} -> {}", metric.name.display(metric.before), metric.name.display(metric.after))),
         metric: summary.metric.map(|metric| metric.name.to_string()),
         fidelity: summary.fidelity.map(|fidelity| format!("{fidelity:.4}")),
         sparsity: Some(display_percent(summary.sparsity)),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use comfy_table::Table;
 use plimsoll_package::report::Report;
-use plimsoll_package::units::{display_percent, display_size};
+use plimsoll_package::units::display_size;
 use serde::Serialize;
 
 use super::rollout::Served;
@@ -164,7 +164,7 @@ pub(super) fn before_and_after(report: &Report) -> Table {
     ]);
     if let Some(metric) = summary.metric {
         let name = format!("{} ({} samples)", metric.name.to_string().to_lowercase(), metric.samples);
-        table.add_row([name, display_percent(metric.before), display_percent(metric.after)]);
+        table.add_row([name, metric.name.display(metric.before), metric.name.display(metric.after)]);
     }
     if let Some(latency) = summary.latency {
         table.add_row([

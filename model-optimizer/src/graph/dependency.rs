@@ -678,7 +678,7 @@ fn correspond(before: &[Dim], after: &[Dim]) -> Result<Vec<Correspondence>, Stri
 ///
 /// # Errors
 /// Where there is no way to say that.
-pub(super) fn told(node: &NodeProto, input: &[Dim], output: &[Dim], sizes: &[Option<usize>]) -> Result<Vec<i64>, String> {
+pub(crate) fn told(node: &NodeProto, input: &[Dim], output: &[Dim], sizes: &[Option<usize>]) -> Result<Vec<i64>, String> {
     let expands = node.op_type() == "Expand";
     let mut open = false;
     let entry = |(axis, dim): (usize, &Dim)| {

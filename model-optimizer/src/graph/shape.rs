@@ -14,6 +14,8 @@ use super::is_standard;
 mod arithmetic;
 mod operators;
 
+pub(crate) use operators::{axis_of, is_broadcasting, permutation};
+
 /// The size of an axis: a number times symbols, each of which is a size that is known when the model runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dim {

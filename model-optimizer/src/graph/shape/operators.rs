@@ -106,13 +106,13 @@ const BROADCAST: [&str; 24] = [
 ];
 
 /// Whether the operator works element by element, its inputs broadcast against each other.
-pub(in crate::graph) fn is_broadcasting(op_type: &str) -> bool {
+pub(crate) fn is_broadcasting(op_type: &str) -> bool {
     BROADCAST.contains(&op_type)
 }
 
 /// A range along an axis, of a `Slice`.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::graph) struct Range {
+pub(crate) struct Range {
     pub axis: usize,
     start: i64,
     end: i64,
@@ -121,7 +121,7 @@ pub(in crate::graph) struct Range {
 
 impl Range {
     /// The first index, the one behind the last, and the step, for an axis of that size; `None` for a backward range.
-    pub(in crate::graph) fn resolve(self, size: usize) -> Option<(usize, usize, usize)> {
+    pub(crate) fn resolve(self, size: usize) -> Option<(usize, usize, usize)> {
         let step = usize::try_from(self.step).ok().filter(|step| *step > 0)?;
         let clamp = |bound: i64| {
             let bound = if bound < 0 { bound.saturating_add(size as i64) } else { bound };
@@ -132,7 +132,7 @@ impl Range {
     }
 
     /// Whether it is the whole axis, of whatever size.
-    pub(in crate::graph) fn is_whole(self) -> bool {
+    pub(crate) fn is_whole(self) -> bool {
         self.start == 0 && self.end >= i64::from(i32::MAX) && self.step == 1
     }
 }
@@ -146,7 +146,7 @@ fn int(node: &NodeProto, name: &str, default: i64) -> i64 {
 }
 
 /// An axis counted from the front.
-pub(in crate::graph) fn axis_of(axis: i64, rank: usize) -> Result<usize, String> {
+pub(crate) fn axis_of(axis: i64, rank: usize) -> Result<usize, String> {
     let counted = if axis < 0 { axis + rank as i64 } else { axis };
     usize::try_from(counted)
         .ok()
@@ -236,7 +236,7 @@ impl Shapes {
     }
 
     /// Numbers that are an attribute in old versions and an input in new ones; `None` where there are none.
-    pub(in crate::graph) fn setting(&self, node: &NodeProto, name: &str, index: usize) -> Result<Option<Vec<i64>>, String> {
+    pub(crate) fn setting(&self, node: &NodeProto, name: &str, index: usize) -> Result<Option<Vec<i64>>, String> {
         if let Some(values) = ints(node, name) {
             return Ok(Some(values.to_vec()));
         }
@@ -250,7 +250,7 @@ impl Shapes {
     }
 
     /// The ranges of a `Slice` of a value of `rank` axes; `None` where they are not known.
-    pub(in crate::graph) fn slices(&self, node: &NodeProto, rank: usize) -> Option<Vec<Range>> {
+    pub(crate) fn slices(&self, node: &NodeProto, rank: usize) -> Option<Vec<Range>> {
         let starts = self.setting(node, "starts", 1).ok()??;
         let ends = self.setting(node, "ends", 2).ok()??;
         let axes = self
@@ -732,7 +732,7 @@ impl Shapes {
     }
 
     /// The axes that a reduction of a value of `rank` axes sums over.
-    pub(in crate::graph) fn reduced_axes(&self, node: &NodeProto, rank: usize) -> Result<Vec<usize>, String> {
+    pub(crate) fn reduced_axes(&self, node: &NodeProto, rank: usize) -> Result<Vec<usize>, String> {
         match self.setting(node, "axes", 1)?.filter(|axes| !axes.is_empty()) {
             Some(axes) => axes.into_iter().map(|axis| axis_of(axis, rank)).collect(),
             None if int(node, "noop_with_empty_axes", 0) != 0 => Ok(vec![]),
@@ -741,7 +741,7 @@ impl Shapes {
     }
 
     /// Before and after each of `rank` axes; `None` where it is not known.
-    pub(in crate::graph) fn padding(&self, node: &NodeProto, rank: usize) -> Option<Vec<(i64, i64)>> {
+    pub(crate) fn padding(&self, node: &NodeProto, rank: usize) -> Option<Vec<(i64, i64)>> {
         let pads = self.setting(node, "pads", 1).ok()??;
         let axes: Vec<usize> = match self.setting(node, "axes", 3).ok()? {
             Some(axes) => axes.into_iter().map(|axis| axis_of(axis, rank)).collect::<Result<_, _>>().ok()?,
@@ -794,7 +794,7 @@ fn reduced(input: &[Dim], axes: &[usize], keep: bool) -> Vec<Dim> {
 }
 
 /// Which axis of a `Transpose`'s input each of its output's axes is.
-pub(in crate::graph) fn permutation(node: &NodeProto, rank: usize) -> Result<Vec<usize>, String> {
+pub(crate) fn permutation(node: &NodeProto, rank: usize) -> Result<Vec<usize>, String> {
     match ints(node, "perm") {
         Some(order) if order.len() == rank => order.iter().map(|axis| axis_of(*axis, rank)).collect(),
         Some(_) => Err("its order does not name every axis".into()),

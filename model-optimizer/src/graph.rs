@@ -7,9 +7,11 @@ use plimsoll_runtime::onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, attribute_proto::AttributeType,
 };
 
+pub mod dependency;
 pub mod operators;
 pub mod opset;
 pub mod serialize;
+pub mod shape;
 pub mod simplify;
 pub mod weight;
 
@@ -18,6 +20,13 @@ pub fn subgraphs(node: &NodeProto) -> impl Iterator<Item = &GraphProto> {
     node.attribute
         .iter()
         .flat_map(|attribute| attribute.g.iter().chain(&attribute.graphs))
+}
+
+/// The same, to be changed.
+pub fn subgraphs_mut(node: &mut NodeProto) -> impl Iterator<Item = &mut GraphProto> {
+    node.attribute
+        .iter_mut()
+        .flat_map(|attribute| attribute.g.iter_mut().chain(&mut attribute.graphs))
 }
 
 /// How often each value is read, by nodes (in subgraphs, too) and as an output of the graph.

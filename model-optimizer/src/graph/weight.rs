@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{GraphProto, NodeProto, TensorProto};
 
-use super::{attribute, is_standard};
+use super::{attribute, is_standard, subgraphs, subgraphs_mut};
 
 /// How a node uses a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +36,51 @@ impl Operator {
             Self::ConvTranspose | Self::Gemm { transposed: false } => 1,
             Self::MatMul => rank - 1,
             Self::MatMulLeft => rank - 2,
+        }
+    }
+}
+
+/// Where a weight's rows lie, each of which makes one output channel: `outer` blocks of `length` times `inner` values; the values of a
+/// row are `inner` apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    /// Blocks of rows.
+    pub outer: usize,
+    /// Values of a row: the size of the dimension that a product sums over.
+    pub length: usize,
+    /// Rows of a block.
+    pub inner: usize,
+}
+
+impl Operator {
+    /// The axis of the input channels or features, of `rank` axes; `None` for a table that is looked up.
+    #[must_use]
+    pub fn input_axis(self, rank: usize) -> Option<usize> {
+        match self {
+            Self::Conv | Self::Gemm { transposed: true } => Some(1),
+            Self::ConvTranspose | Self::Gemm { transposed: false } => Some(0),
+            Self::MatMul => Some(rank - 2),
+            Self::MatMulLeft => Some(rank - 1),
+            Self::Gather => None,
+        }
+    }
+
+    /// The rows of a weight of shape `dims` of two or more axes: along the inner dimension of a product, and along the input channels
+    /// and the kernel of a convolution (the input channels alone of a transposed one).
+    #[must_use]
+    pub fn rows(self, dims: &[usize]) -> Rows {
+        let rank = dims.len();
+        let (first, last) = match self {
+            Self::Conv => (1, rank),
+            Self::ConvTranspose | Self::Gemm { transposed: false } => (0, 1),
+            Self::Gemm { transposed: true } | Self::Gather => (1, 2),
+            Self::MatMul => (rank - 2, rank - 1),
+            Self::MatMulLeft => (rank - 1, rank),
+        };
+        Rows {
+            outer: dims[..first].iter().product(),
+            length: dims[first..last].iter().product(),
+            inner: dims[last..].iter().product(),
         }
     }
 }
@@ -72,33 +117,40 @@ pub fn find(graph: &GraphProto) -> Vec<Weight> {
         .map(|(index, tensor)| (tensor.name(), index))
         .collect();
     let mut weights: Vec<Weight> = Vec::new();
+    let mut positions: HashMap<usize, usize> = HashMap::new();
     for (node_index, node) in graph.node.iter().enumerate().filter(|(_, node)| is_standard(node)) {
         for (input, name) in node.input.iter().enumerate() {
             let Some(&initializer) = index.get(name.as_str()) else { continue };
-            let tensor = &graph.initializer[initializer];
-            let Some(operator) = operator(node, input, tensor) else { continue };
+            if !is_weight(&graph.initializer[initializer]) {
+                continue;
+            }
+            let Some(operator) = operator(node, input) else { continue };
             let used = Use {
                 node: node_index,
                 input,
                 operator,
             };
-            match weights.iter_mut().find(|weight| weight.initializer == initializer) {
-                Some(weight) => weight.uses.push(used),
-                None => weights.push(Weight {
+            let position = *positions.entry(initializer).or_insert(weights.len());
+            if position == weights.len() {
+                weights.push(Weight {
                     initializer,
                     name: name.clone(),
-                    uses: vec![used],
-                }),
+                    uses: Vec::new(),
+                });
             }
+            weights[position].uses.push(used);
         }
     }
     weights
 }
 
-fn operator(node: &NodeProto, input: usize, tensor: &TensorProto) -> Option<Operator> {
-    if tensor.data_type() != DataType::Float as i32 || tensor.dims.len() < 2 {
-        return None;
-    }
+/// Whether a tensor can be a weight: two or more axes in single precision.
+fn is_weight(tensor: &TensorProto) -> bool {
+    tensor.data_type() == DataType::Float as i32 && tensor.dims.len() >= 2
+}
+
+/// How `node` uses what its input of that index is, were it a weight.
+fn operator(node: &NodeProto, input: usize) -> Option<Operator> {
     match (node.op_type(), input) {
         ("Conv", 1) => Some(Operator::Conv),
         ("ConvTranspose", 1) => Some(Operator::ConvTranspose),
@@ -109,6 +161,57 @@ fn operator(node: &NodeProto, input: usize, tensor: &TensorProto) -> Option<Oper
         ("MatMul", 0) => Some(Operator::MatMulLeft),
         ("Gather", 0) if attribute(node, "axis").is_none_or(|attribute| attribute.i() == 0) => Some(Operator::Gather),
         _ => None,
+    }
+}
+
+/// A weight of convolutions and matrix products.
+pub struct ProductWeight<'a> {
+    /// The initialiser.
+    pub tensor: &'a mut TensorProto,
+    /// The ways in which it is used, each once; at least one, and none of them [`Operator::Gather`].
+    pub operators: Vec<Operator>,
+}
+
+/// The weights of convolutions and matrix products in `graph` and in the branches and loop bodies within, in the order of the nodes
+/// that first use them. Tables that are only looked up are none.
+#[must_use]
+pub fn of_products(graph: &mut GraphProto) -> Vec<ProductWeight<'_>> {
+    let mut uses = HashMap::new();
+    collect_uses(graph, &mut uses);
+    let mut found = Vec::new();
+    collect_used(graph, &uses, &mut found);
+    found.sort_by_key(|(order, _)| *order);
+    found.into_iter().map(|(_, weight)| weight).collect()
+}
+
+/// Of each name: when it is first used, and how.
+type Uses = HashMap<String, (usize, Vec<Operator>)>;
+
+fn collect_uses(graph: &GraphProto, uses: &mut Uses) {
+    for node in &graph.node {
+        for (input, name) in node.input.iter().enumerate().filter(|_| is_standard(node)) {
+            let Some(operator) = operator(node, input).filter(|operator| *operator != Operator::Gather) else {
+                continue;
+            };
+            let next = uses.len();
+            let (_, operators) = uses.entry(name.clone()).or_insert_with(|| (next, Vec::new()));
+            if !operators.contains(&operator) {
+                operators.push(operator);
+            }
+        }
+        subgraphs(node).for_each(|subgraph| collect_uses(subgraph, uses));
+    }
+}
+
+fn collect_used<'a>(graph: &'a mut GraphProto, uses: &Uses, found: &mut Vec<(usize, ProductWeight<'a>)>) {
+    for tensor in graph.initializer.iter_mut().filter(|tensor| is_weight(tensor)) {
+        if let Some((order, operators)) = uses.get(tensor.name()) {
+            let operators = operators.clone();
+            found.push((*order, ProductWeight { tensor, operators }));
+        }
+    }
+    for subgraph in graph.node.iter_mut().flat_map(subgraphs_mut) {
+        collect_used(subgraph, uses, found);
     }
 }
 

@@ -7,6 +7,7 @@ use plimsoll_runtime::onnx::{
     AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, attribute_proto::AttributeType,
 };
 
+pub mod elements;
 pub mod operators;
 pub mod opset;
 pub mod simplify;

@@ -12,8 +12,7 @@ use plimsoll_optimizer::optimize;
 use plimsoll_optimizer::progress::Console;
 use plimsoll_optimizer::step::{self, Context, Step, chain};
 use plimsoll_package::recipe::{
-    Budget, Dataset, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, Quantize, QuantizeScheme,
-    SourceLocation, Technique,
+    Budget, Dataset, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, Quantize, QuantizeScheme, SourceLocation, Technique,
 };
 use plimsoll_package::report::{Termination, exit_code};
 use plimsoll_package::units::{Percentage, Ratio, Size};

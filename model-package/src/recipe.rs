@@ -510,7 +510,10 @@ mod tests {
         )
         .unwrap();
         assert_eq!(optimization.recipe.len(), 2);
-        assert_eq!(optimization.recipe[0].prune.as_ref().unwrap().amount.as_ref().unwrap().value(), Ok(0.5));
+        assert_eq!(
+            optimization.recipe[0].prune.as_ref().unwrap().amount.as_ref().unwrap().value(),
+            Ok(0.5)
+        );
         assert_eq!(optimization.budget.unwrap().max_size.unwrap().value(), Ok(1 << 20));
     }
 

@@ -2,16 +2,19 @@
 
 use std::collections::HashSet;
 
-use plimsoll_package::recipe::{ActivationRange, BlockSize, Granularity, Quantize, QuantizeScheme, Ratio, Rounding};
+use plimsoll_package::recipe::{ActivationRange, BlockSize, Granularity, Quantize, QuantizeScheme, Rounding};
+use plimsoll_package::units::Ratio;
 use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto};
 
-use super::{Change, Setting, Technique, skipped};
+use super::{Technique, skipped};
 use crate::failure::{Failure, FailureReason, failure};
 use crate::graph::{opset, subgraphs};
 
 pub mod bias;
 pub mod blocks;
 pub mod fastest;
+#[cfg(test)]
+mod fixture;
 pub mod float16;
 pub mod gptq;
 pub mod int8;

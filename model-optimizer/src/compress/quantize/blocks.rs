@@ -11,7 +11,7 @@ use super::gptq::{self, Hessian};
 use super::int8::{Int8, Products};
 use super::{Exclusion, nothing_to_quantize, raise, skipped, unreadable};
 use crate::compress::{Change, Setting, Technique};
-use crate::failure::Failure;
+use crate::failure::{Failure, FailureReason, failure};
 use crate::graph::weight::{self, Operator};
 use crate::graph::{Names, attribute, float_tensor, integer, node, reads, simplify, tensor};
 
@@ -74,7 +74,9 @@ impl Technique for Blocks {
                 }
             }
         }
-        let Some(graph) = &mut model.graph else { return Ok(Change::default()) };
+        let Some(graph) = &mut model.graph else {
+            return Ok(Change::default());
+        };
         self.rewrite(graph, quantized, &mut change);
         let tables = Int8 {
             products: Products::WeightOnly { fold: false },
@@ -196,7 +198,9 @@ impl Grid {
     pub fn of(values: &[f32], bits: u32, asymmetric: bool) -> Self {
         let largest = ((1_u32 << bits) - 1) as f32;
         let middle = (1_u32 << (bits - 1)) as f32;
-        let (low, high) = values.iter().fold((0.0_f32, 0.0_f32), |(low, high), value| (low.min(*value), high.max(*value)));
+        let (low, high) = values
+            .iter()
+            .fold((0.0_f32, 0.0_f32), |(low, high), value| (low.min(*value), high.max(*value)));
         let scale = if asymmetric {
             (high - low) / largest
         } else if high > -low {
@@ -246,15 +250,18 @@ pub fn round_to_nearest(rows: &[f32], inputs: usize, bits: u32, block_size: usiz
         scales: vec![0.0; count * blocks],
         zero_points: vec![0; count * blocks],
     };
-    quantized.rows(blocks, block_size).zip(rows.par_chunks(inputs)).for_each(|(row, weights)| {
-        for (index, (weights, integers)) in weights.chunks(block_size).zip(row.values.chunks_mut(block_size)).enumerate() {
-            let grid = Grid::of(weights, bits, asymmetric);
-            for (integer, weight) in integers.iter_mut().zip(weights) {
-                *integer = grid.round(*weight) as u8;
+    quantized
+        .rows(blocks, block_size)
+        .zip(rows.par_chunks(inputs))
+        .for_each(|(mut row, weights)| {
+            for (index, weights) in weights.chunks(block_size).enumerate() {
+                let grid = Grid::of(weights, bits, asymmetric);
+                for (integer, weight) in row.values[index * block_size..].iter_mut().zip(weights) {
+                    *integer = grid.round(*weight) as u8;
+                }
+                row.set(index, grid);
             }
-            row.set(index, grid);
-        }
-    });
+        });
     quantized
 }
 
@@ -321,22 +328,21 @@ impl Blocks {
         } else {
             (first, transposed(&values, first, second))
         };
-        let quantize = |asymmetric: bool| match hessian.filter(|hessian| hessian.features() == inputs) {
-            Some(hessian) => gptq::quantize(&rows, hessian, self.bits, self.block_size, asymmetric),
-            None => Ok(round_to_nearest(&rows, inputs, self.bits, self.block_size, asymmetric)),
-        };
         let nearest = |asymmetric| {
             let quantized = round_to_nearest(&rows, inputs, self.bits, self.block_size, asymmetric);
             (quantized.squared_error(&rows, inputs, self.block_size), quantized)
         };
         let (symmetric, asymmetric) = (nearest(false), nearest(true));
         let helps = asymmetric.0 < symmetric.0 * ZERO_POINT_GAIN;
-        let quantized = if hessian.is_some() {
-            quantize(helps).map_err(|why| unreadable(original.name(), &why))?
-        } else if helps {
-            asymmetric.1
-        } else {
-            symmetric.1
+        let quantized = match hessian.filter(|hessian| hessian.features() == inputs) {
+            Some(hessian) => gptq::quantize(&rows, hessian, self.bits, self.block_size, helps).map_err(|why| {
+                failure(
+                    FailureReason::InvalidDataset,
+                    format!("cannot quantise the weight `{}`: {why}", original.name()),
+                )
+            })?,
+            None if helps => asymmetric.1,
+            None => symmetric.1,
         };
         Ok(Stored {
             name: original.name().to_owned(),
@@ -438,4 +444,112 @@ fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
         }
     });
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_package::manifest::Engine as EngineKind;
+    use plimsoll_package::recipe::{BlockSize, Quantize, QuantizeScheme};
+    use plimsoll_runtime::engine::Tensor;
+
+    use super::super::fixture::{apply, model, named, numbers, run, sqnr, value};
+    use super::*;
+
+    /// Two products, the second transposed and with a bias; 72 features are no whole number of blocks.
+    fn products() -> ModelProto {
+        let gemm = node("Gemm", &["h", "b", "c"], "y", vec![integer("transB", 1)]);
+        model(
+            vec![value("x", DataType::Float, &[72])],
+            vec![named("first", node("MatMul", &["x", "a"], "h", vec![])), named("second", gemm)],
+            vec![
+                float_tensor("a", &[72, 48], &numbers(72 * 48, 1)),
+                float_tensor("b", &[33, 48], &numbers(33 * 48, 2)),
+                float_tensor("c", &[33], &numbers(33, 3)),
+            ],
+            vec![value("y", DataType::Float, &[33])],
+        )
+    }
+
+    fn samples() -> Vec<Tensor> {
+        vec![Tensor::new(vec![100, 72], numbers(7200, 4)).unwrap()]
+    }
+
+    #[test]
+    fn both_widths_all_block_sizes_and_both_roundings_run_and_agree() {
+        let original = products();
+        let before = run(EngineKind::OnnxRuntime, &original, true, &samples());
+        for (scheme, floor) in [(QuantizeScheme::Int4, 14.0), (QuantizeScheme::Int8Blocks, 35.0)] {
+            for size in [16, 32, 64, 128, 256] {
+                for rounding in [Rounding::Nearest, Rounding::Gptq] {
+                    let quantize = Quantize {
+                        block_size: Some(BlockSize(size)),
+                        rounding: Some(rounding),
+                        ..Quantize::of(scheme)
+                    };
+                    let (model, change) = apply(&original, &quantize, Some(samples())).unwrap();
+                    assert_eq!(change.changed, ["a", "b"]);
+                    let sqnr = sqnr(&before, &run(EngineKind::OnnxRuntime, &model, false, &samples()));
+                    assert!(sqnr > floor, "{scheme} of {size}, {rounding}: {sqnr:.1} dB");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_matrix_product_is_listed() {
+        let quantize = Quantize {
+            exclude: vec!["second".into()],
+            ..Quantize::of(QuantizeScheme::Int4)
+        };
+        let (model, change) = apply(&products(), &quantize, None).unwrap();
+        assert_eq!(change.skipped, [skipped("b", "its node is excluded")]);
+        assert!(
+            model
+                .opset_import
+                .iter()
+                .any(|import| import.domain() == "com.microsoft" && import.version() == 1)
+        );
+    }
+
+    #[test]
+    fn the_value_of_largest_magnitude_is_exact_without_a_zero_point() {
+        for values in [[1.0, -8.0, 3.0], [8.0, -7.0, 0.0]] {
+            let grid = Grid::of(&values, 4, false);
+            let largest = if values[1] == -8.0 { -8.0 } else { 8.0 };
+            assert_eq!(grid.value(grid.round(largest)), largest);
+            assert_eq!((grid.round(largest), grid.zero_point), (0.0, 8.0));
+        }
+        let grid = Grid::of(&[1.0, 4.0], 4, true);
+        assert_eq!((grid.zero_point, grid.value(15.0)), (0.0, 4.0));
+        assert_eq!(Grid::of(&[0.0; 4], 4, true).value(8.0), 0.0);
+    }
+
+    #[test]
+    fn integers_of_four_bits_share_bytes_row_by_row() {
+        assert_eq!(packed(vec![1, 2, 3, 4, 5, 6], 3, 4), [0x21, 0x03, 0x54, 0x06]);
+        assert_eq!(packed(vec![1, 2], 2, 8), [1, 2]);
+    }
+
+    #[test]
+    fn hessians_are_gathered_in_parts_that_fit_into_memory() {
+        let wide = TensorProto {
+            dims: vec![8192, 1],
+            ..TensorProto::default()
+        };
+        let nodes = ["x", "y", "y", "z"].map(|input| node("MatMul", &[input, "w"], "h", vec![]));
+        let graph = GraphProto {
+            node: nodes.to_vec(),
+            initializer: vec![wide],
+            ..GraphProto::default()
+        };
+        let products: Vec<Product> = (0..4)
+            .map(|node| Product {
+                node,
+                initializer: 0,
+                rows: false,
+            })
+            .collect();
+        let sizes: Vec<usize> = parts(&graph, &products).iter().map(Vec::len).collect();
+        assert_eq!(sizes, [3, 1], "256 MiB each, and what two products read counts once");
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use faer::linalg::matmul::matmul;
 use faer::linalg::solvers::DenseSolveCore as _;
-use faer::{Accum, Mat, MatRef, Par, Side};
+use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
 use plimsoll_runtime::onnx::ModelProto;
 use rayon::prelude::*;
 
@@ -19,10 +19,15 @@ const COLUMNS: usize = 128;
 /// Rows that a thread works on at once.
 const ROWS: usize = 16;
 
+/// Columns of a Hessian that a thread works on at once.
+const PANEL: usize = 96;
+
 /// The second derivative of a product's squared error by its weights, `2 X X^T` over the mean sample.
 #[derive(Debug, Clone)]
 pub struct Hessian {
-    sum: Mat<f32>,
+    features: usize,
+    /// Column after column.
+    sum: Vec<f32>,
     count: usize,
 }
 
@@ -31,7 +36,8 @@ impl Hessian {
     #[must_use]
     pub fn new(features: usize) -> Self {
         Self {
-            sum: Mat::zeros(features, features),
+            features,
+            sum: vec![0.0; features * features],
             count: 0,
         }
     }
@@ -39,7 +45,7 @@ impl Hessian {
     /// The inner dimension of the product.
     #[must_use]
     pub fn features(&self) -> usize {
-        self.sum.nrows()
+        self.features
     }
 
     /// Adds rows of activations; values that are not finite make the result useless, so such rows are left out.
@@ -50,7 +56,9 @@ impl Hessian {
         let rows = if all_finite {
             activations
         } else {
-            let kept = activations.chunks_exact(features).filter(|row| row.iter().all(|value| value.is_finite()));
+            let kept = activations
+                .chunks_exact(features)
+                .filter(|row| row.iter().all(|value| value.is_finite()));
             finite = kept.flatten().copied().collect();
             &finite
         };
@@ -59,7 +67,12 @@ impl Hessian {
             return;
         }
         let samples = MatRef::from_row_major_slice(&rows[..count * features], count, features);
-        matmul(&mut self.sum, Accum::Add, samples.transpose(), samples, 1.0, Par::rayon(0));
+        self.sum.par_chunks_mut(PANEL * features).enumerate().for_each(|(index, panel)| {
+            let width = panel.len() / features;
+            let columns = samples.subcols(index * PANEL, width);
+            let panel = MatMut::from_column_major_slice_mut(panel, features, width);
+            matmul(panel, Accum::Add, samples.transpose(), columns, 1.0, Par::Seq);
+        });
         self.count += count;
     }
 
@@ -67,7 +80,9 @@ impl Hessian {
     fn inverse_factor(&self) -> Option<Vec<f32>> {
         let features = self.features();
         let scale = 2.0 / self.count.max(1) as f64;
-        let mut hessian = Mat::from_fn(features, features, |row, column| scale * f64::from(self.sum[(row, column)]));
+        let mut hessian = Mat::from_fn(features, features, |row, column| {
+            scale * f64::from(self.sum[column * features + row])
+        });
         let mean = (0..features).map(|index| hessian[(index, index)]).sum::<f64>() / features as f64;
         for index in 0..features {
             // An input that is always zero has no error to make up for.
@@ -79,7 +94,8 @@ impl Hessian {
         let inverse = hessian.llt(Side::Lower).ok()?.inverse();
         let factor = inverse.llt(Side::Lower).ok()?;
         let lower = factor.L();
-        let upper = (0..features).flat_map(|row| (0..features).map(move |column| if column < row { 0.0 } else { lower[(column, row)] as f32 }));
+        let upper =
+            (0..features).flat_map(|row| (0..features).map(move |column| if column < row { 0.0 } else { lower[(column, row)] as f32 }));
         Some(upper.collect())
     }
 }
@@ -228,7 +244,10 @@ mod tests {
         let mut grid = Grid::of(&[], bits, asymmetric);
         for column in 0..size {
             if column % block_size == 0 {
-                let block: Vec<f32> = weights[column..(column + block_size).min(size)].iter().map(|weight| *weight as f32).collect();
+                let block: Vec<f32> = weights[column..(column + block_size).min(size)]
+                    .iter()
+                    .map(|weight| *weight as f32)
+                    .collect();
                 grid = Grid::of(&block, bits, asymmetric);
             }
             let left: Vec<Vec<f64>> = hessian[column..].iter().map(|row| row[column..].to_vec()).collect();
@@ -275,7 +294,8 @@ mod tests {
                     let products = weights.iter().zip(sample).enumerate().map(|(column, (weight, activation))| {
                         let index = row * features + column;
                         let block = index / 32;
-                        let value = (f32::from(quantized.values[index]) - f32::from(quantized.zero_points[block])) * quantized.scales[block];
+                        let value =
+                            (f32::from(quantized.values[index]) - f32::from(quantized.zero_points[block])) * quantized.scales[block];
                         f64::from((value - weight) * activation)
                     });
                     sum += products.sum::<f64>().powi(2);

@@ -76,8 +76,15 @@ impl Int8 {
         };
         let read_counts: HashMap<String, usize> = reads(graph).into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
         let found = weight::find(graph);
-        for found in found.into_iter().filter(|found| found.uses.iter().all(|used| wanted(used.operator))) {
-            let excluded = found.uses.iter().map(|used| &graph.node[used.node]).find(|node| exclusion.contains(node));
+        for found in found
+            .into_iter()
+            .filter(|found| found.uses.iter().all(|used| wanted(used.operator)))
+        {
+            let excluded = found
+                .uses
+                .iter()
+                .map(|used| &graph.node[used.node])
+                .find(|node| exclusion.contains(node));
             let refused = if let Some(node) = excluded {
                 Some(format!("its node `{}` is excluded", node.name()))
             } else if read_counts.get(&found.name) == Some(&found.uses.len()) {
@@ -187,7 +194,10 @@ impl Rewriting<'_> {
 
     fn dynamic(&mut self, stored: Stored, products: &[Product]) -> (Vec<TensorProto>, Vec<(usize, Replacement)>) {
         let stem = &stored.found.name;
-        let (name, scale) = (self.names.fresh(&format!("{stem}_int8")), self.names.fresh(&format!("{stem}_scale")));
+        let (name, scale) = (
+            self.names.fresh(&format!("{stem}_int8")),
+            self.names.fresh(&format!("{stem}_scale")),
+        );
         let scales = stored.quantized.scales.clone();
         let mut tensors = vec![scale_tensor(&scale, &scales), columns_last(&name, stored)];
         let replacements = products.iter().map(|product| {
@@ -223,7 +233,12 @@ impl Rewriting<'_> {
         };
         let last = if product.bias.is_some() { scaled.as_str() } else { output };
         let mut nodes = vec![
-            node("MatMulInteger", &[&activation.quantized, weight, &activation.zero], &integers, vec![]),
+            node(
+                "MatMulInteger",
+                &[&activation.quantized, weight, &activation.zero],
+                &integers,
+                vec![],
+            ),
             node("Cast", &[&integers], &floats, vec![integer("to", DataType::Float as i64)]),
             node("Mul", &[&activation.step, &scale], &both, vec![]),
             node("Mul", &[&floats, &both], last, vec![]),
@@ -234,7 +249,10 @@ impl Rewriting<'_> {
 
     fn weight_only(&mut self, graph: &GraphProto, stored: Stored) -> (Vec<TensorProto>, Vec<(usize, Replacement)>) {
         let stem = &stored.found.name;
-        let (name, scale) = (self.names.fresh(&format!("{stem}_int8")), self.names.fresh(&format!("{stem}_scale")));
+        let (name, scale) = (
+            self.names.fresh(&format!("{stem}_int8")),
+            self.names.fresh(&format!("{stem}_scale")),
+        );
         let floats = self.names.fresh(&format!("{stem}_float"));
         let scales = stored.quantized.scales.clone();
         let (gathers, others): (Vec<&Use>, Vec<&Use>) = stored.found.uses.iter().partition(|used| used.operator == Operator::Gather);
@@ -384,4 +402,143 @@ fn smaller(graph: &GraphProto, original: &TensorProto, tensors: &[TensorProto], 
             .map(|(index, _)| graph.node[*index].encoded_len())
             .sum::<usize>();
     after < before
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_package::manifest::Engine as EngineKind;
+    use plimsoll_package::recipe::{Quantize, QuantizeScheme};
+    use plimsoll_runtime::engine::Tensor;
+
+    use super::super::fixture::{apply, model, named, numbers, operators, run, sqnr, value};
+    use super::*;
+    use crate::failure::FailureReason;
+
+    /// Two rows of a table of 40, a matrix product, and a product with a bias, transposed.
+    fn tables_and_products() -> ModelProto {
+        let gemm = node("Gemm", &["h", "b", "c"], "y", vec![integer("transB", 1)]);
+        model(
+            vec![value("ids", DataType::Int64, &[])],
+            vec![
+                named("look up", node("Gather", &["table", "ids"], "e", vec![])),
+                named("product", node("MatMul", &["e", "a"], "h", vec![])),
+                named("gemm", gemm),
+            ],
+            vec![
+                float_tensor("table", &[40, 24], &numbers(960, 1)),
+                float_tensor("a", &[24, 32], &numbers(768, 2)),
+                float_tensor("b", &[16, 32], &numbers(512, 3)),
+                float_tensor("c", &[16], &numbers(16, 4)),
+            ],
+            vec![value("y", DataType::Float, &[16])],
+        )
+    }
+
+    fn ids() -> Vec<Tensor> {
+        vec![Tensor::new(vec![6], vec![0_i64, 39, 7, 7, 21, 3]).unwrap()]
+    }
+
+    #[test]
+    fn every_scheme_and_granularity_agrees_with_the_original_on_both_engines() {
+        let original = tables_and_products();
+        let before = run(EngineKind::OnnxRuntime, &original, true, &ids());
+        for scheme in [QuantizeScheme::Int8Dynamic, QuantizeScheme::Int8Weights, QuantizeScheme::Int8] {
+            for (granularity, floor) in [(Granularity::PerChannel, 32.0), (Granularity::PerTensor, 30.0)] {
+                let quantize = Quantize {
+                    granularity: Some(granularity),
+                    ..Quantize::of(scheme)
+                };
+                let (model, change) = apply(&original, &quantize, None).unwrap();
+                assert_eq!(change.changed, ["table", "a", "b"], "{scheme}: {:?}", change.skipped);
+                assert!(model.encoded_len() * 2 < original.encoded_len(), "{scheme}");
+                for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
+                    let after = run(kind, &model, change.fold_dequantize, &ids());
+                    let sqnr = sqnr(&before, &after);
+                    assert!(sqnr > floor, "{scheme} {granularity} on {kind}: {sqnr:.1} dB");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_stays_in_integers_until_its_rows_are_looked_up() {
+        let quantize = Quantize::of(QuantizeScheme::Int8Weights);
+        let (model, change) = apply(&tables_and_products(), &quantize, None).unwrap();
+        assert!(change.fold_dequantize);
+        assert_eq!(
+            operators(&model),
+            [
+                "Gather",
+                "Cast",
+                "Gather",
+                "Mul",
+                "DequantizeLinear",
+                "MatMul",
+                "DequantizeLinear",
+                "Gemm"
+            ]
+        );
+        let only_table = Quantize {
+            exclude: vec!["product".into(), "gemm".into()],
+            ..quantize
+        };
+        let (model, change) = apply(&tables_and_products(), &only_table, None).unwrap();
+        assert_eq!(operators(&model), ["Gather", "Cast", "Gather", "Mul", "MatMul", "Gemm"]);
+        assert!(!change.fold_dequantize, "nothing is there to fold");
+        assert_eq!(change.skipped[0], skipped("a", "its node `product` is excluded"));
+    }
+
+    #[test]
+    fn an_excluded_name_that_no_node_has_is_refused() {
+        let quantize = Quantize {
+            exclude: vec!["gemm".into(), "prodct".into()],
+            ..Quantize::of(QuantizeScheme::Int8Dynamic)
+        };
+        let failed = apply(&tables_and_products(), &quantize, None).unwrap_err();
+        assert_eq!(failed.reason, FailureReason::InvalidInputs);
+        assert!(failed.message.contains("no node of the model has the name `prodct`"), "{failed}");
+    }
+
+    #[test]
+    fn an_activation_that_several_products_read_is_quantised_once() {
+        let weights = |name: &str, seed| float_tensor(name, &[32, 32], &numbers(1024, seed));
+        let twice = model(
+            vec![value("x", DataType::Float, &[32])],
+            vec![
+                node("MatMul", &["x", "q"], "a", vec![]),
+                node("MatMul", &["x", "k"], "b", vec![]),
+                node("Add", &["a", "b"], "y", vec![]),
+            ],
+            vec![weights("q", 1), weights("k", 2)],
+            vec![value("y", DataType::Float, &[32])],
+        );
+        let (model, _) = apply(&twice, &Quantize::of(QuantizeScheme::Int8Dynamic), None).unwrap();
+        let quantizers = operators(&model).iter().filter(|name| **name == "DynamicQuantizeLinear").count();
+        assert_eq!(quantizers, 1);
+    }
+
+    #[test]
+    fn a_table_that_is_a_weight_as_well_is_stored_once() {
+        let tied = model(
+            vec![value("ids", DataType::Int64, &[])],
+            vec![
+                node("Gather", &["table", "ids"], "e", vec![]),
+                node("Gemm", &["e", "table"], "y", vec![integer("transB", 1)]),
+            ],
+            vec![float_tensor("table", &[40, 24], &numbers(960, 1))],
+            vec![value("y", DataType::Float, &[40])],
+        );
+        let (model, change) = apply(&tied, &Quantize::of(QuantizeScheme::Int8Dynamic), None).unwrap();
+        assert!(change.fold_dequantize);
+        let before = run(EngineKind::OnnxRuntime, &tied, true, &ids());
+        for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
+            assert!(sqnr(&before, &run(kind, &model, true, &ids())) > 35.0);
+        }
+        let graph = model.graph.unwrap();
+        let integers = graph
+            .initializer
+            .iter()
+            .filter(|tensor| tensor.data_type() == DataType::Int8 as i32);
+        assert_eq!(integers.count(), 1);
+    }
 }

@@ -113,7 +113,10 @@ fn largest_magnitudes(values: &[f32], channels: usize, inner: usize) -> Result<V
         values.par_chunks(inner).map(largest_of).collect()
     } else {
         let merge = |mut maxima: Vec<u32>, other: &[u32]| {
-            maxima.iter_mut().zip(other).for_each(|(largest, other)| *largest = (*largest).max(*other));
+            maxima
+                .iter_mut()
+                .zip(other)
+                .for_each(|(largest, other)| *largest = (*largest).max(*other));
             maxima
         };
         let fold = |mut maxima: Vec<u32>, block: &[f32]| {

@@ -19,7 +19,7 @@ use crate::calibration::{Channels, Observed, Statistics};
 use crate::compress::{Change, Setting, Technique};
 use crate::failure::Failure;
 use crate::graph::elements::element_types;
-use crate::graph::weight::{self, Operator};
+use crate::graph::weight::Operator;
 use crate::graph::{Names, attribute, float_tensor, integer, is_standard, node, reads, simplify, tensor};
 
 /// Operators with weights, computed in integers.
@@ -105,7 +105,9 @@ impl Technique for Static {
             let gathered = calibration.statistics(model, &observed)?;
             statistics.extend(observed.into_iter().map(|observed| observed.name).zip(gathered));
         }
-        let Some(graph) = &mut model.graph else { return Ok(Change::default()) };
+        let Some(graph) = &mut model.graph else {
+            return Ok(Change::default());
+        };
         let mut change = Rewriting::new(self, graph, &plan, &statistics).apply(graph)?;
         let weight_only = Int8 {
             products: Products::WeightOnly { fold: false },
@@ -613,4 +615,213 @@ fn widen(scales: &mut [f32], bias: &[f32], step: f32) -> bool {
         }
     }
     widened
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_package::manifest::Engine as EngineKind;
+    use plimsoll_package::recipe::{Quantize, QuantizeScheme};
+    use plimsoll_runtime::engine::Tensor;
+
+    use super::super::fixture::{apply, model, named, numbers, operators, run, sqnr, value};
+    use super::*;
+    use crate::failure::FailureReason;
+
+    fn of(quantize: Quantize) -> Quantize {
+        Quantize {
+            scheme: QuantizeScheme::Int8Static,
+            ..quantize
+        }
+    }
+
+    fn plain() -> Quantize {
+        Quantize::of(QuantizeScheme::Int8Static)
+    }
+
+    /// Two convolutions with a cut between them, and a classifier.
+    fn convolutions() -> ModelProto {
+        let flat = named("flat", node("Flatten", &["pool"], "features", vec![]));
+        model(
+            vec![value("x", DataType::Float, &[3, 8, 8])],
+            vec![
+                named("first", node("Conv", &["x", "w1", "b1"], "c1", vec![])),
+                node("Relu", &["c1"], "r1", vec![]),
+                named("second", node("Conv", &["r1", "w2"], "c2", vec![])),
+                node("GlobalAveragePool", &["c2"], "pool", vec![]),
+                flat,
+                named("classify", node("Gemm", &["features", "w3", "b3"], "y", vec![integer("transB", 1)])),
+            ],
+            vec![
+                float_tensor("w1", &[16, 3, 3, 3], &numbers(432, 1)),
+                float_tensor("b1", &[16], &numbers(16, 2)),
+                float_tensor("w2", &[16, 16, 3, 3], &numbers(2304, 3)),
+                float_tensor("w3", &[10, 16], &numbers(160, 4)),
+                float_tensor("b3", &[10], &numbers(10, 5)),
+            ],
+            vec![value("y", DataType::Float, &[10])],
+        )
+    }
+
+    fn pictures(count: usize, seed: u64) -> Vec<Tensor> {
+        vec![Tensor::new(vec![count, 3, 8, 8], numbers(count * 192, seed)).unwrap()]
+    }
+
+    /// A product of inputs of which the channel 5 is a hundred times as large as the others.
+    fn outlying() -> (ModelProto, Vec<Tensor>) {
+        let weights = float_tensor("w", &[32, 32], &numbers(1024, 1));
+        let product = node("MatMul", &["x", "w"], "y", vec![]);
+        let model = model(
+            vec![value("x", DataType::Float, &[32])],
+            vec![named("product", product)],
+            vec![weights],
+            vec![value("y", DataType::Float, &[32])],
+        );
+        let mut values = numbers(64 * 32, 9);
+        values.iter_mut().skip(5).step_by(32).for_each(|value| *value *= 100.0);
+        (model, vec![Tensor::new(vec![64, 32], values).unwrap()])
+    }
+
+    #[test]
+    fn convolutions_and_products_become_pairs_that_both_engines_run() {
+        let original = convolutions();
+        let samples = pictures(16, 11);
+        let before = run(EngineKind::OnnxRuntime, &original, true, &samples);
+        for range in [ActivationRange::MinMax, ActivationRange::Percentile, ActivationRange::Entropy] {
+            for granularity in [Granularity::PerChannel, Granularity::PerTensor] {
+                let quantize = of(Quantize {
+                    range: Some(range),
+                    granularity: Some(granularity),
+                    ..plain()
+                });
+                let (model, change) = apply(&original, &quantize, Some(samples.clone())).unwrap();
+                assert_eq!(change.changed, ["w1", "w2", "w3"]);
+                assert!(!change.fold_dequantize, "an engine that folds does not fuse");
+                let graph = model.graph.as_ref().unwrap();
+                let floats = graph
+                    .initializer
+                    .iter()
+                    .filter(|tensor| tensor.data_type() == DataType::Float as i32);
+                assert!(
+                    floats.map(|tensor| tensor.dims.len()).max() <= Some(1),
+                    "no weight is left in floats"
+                );
+                for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
+                    let sqnr = sqnr(&before, &run(kind, &model, false, &samples));
+                    assert!(sqnr > 20.0, "{range} {granularity} on {kind}: {sqnr:.1} dB");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_result_of_a_convolution_is_quantised_after_its_cut_off() {
+        let (model, _) = apply(&convolutions(), &plain(), Some(pictures(4, 1))).unwrap();
+        let graph = model.graph.unwrap();
+        let relu = graph.node.iter().find(|node| node.op_type() == "Relu").unwrap();
+        let conv = graph.node.iter().find(|node| node.name() == "first").unwrap();
+        assert_eq!(relu.input, conv.output);
+        let quantizer = graph.node.iter().find(|node| node.input.first() == relu.output.first()).unwrap();
+        assert_eq!(quantizer.op_type(), "QuantizeLinear");
+        let zero = graph.initializer.iter().find(|tensor| tensor.name() == quantizer.input[2]).unwrap();
+        assert_eq!(zero.raw_data(), [0], "what a cut leaves begins at zero");
+    }
+
+    #[test]
+    fn only_the_operators_that_are_named_are_quantised_and_unknown_ones_are_refused() {
+        let quantize = |operators: &[&str]| {
+            of(Quantize {
+                operators: operators.iter().map(|name| (*name).to_owned()).collect(),
+                ..plain()
+            })
+        };
+        let (model, change) = apply(&convolutions(), &quantize(&["Gemm"]), Some(pictures(4, 1))).unwrap();
+        assert_eq!(change.changed, ["w3"]);
+        assert_eq!(operators(&model).iter().filter(|name| **name == "QuantizeLinear").count(), 1);
+        let all = quantize(&["Conv", "Gemm", "Relu", "GlobalAveragePool", "Flatten"]);
+        let (model, _) = apply(&convolutions(), &all, Some(pictures(4, 1))).unwrap();
+        assert_eq!(operators(&model).iter().filter(|name| **name == "QuantizeLinear").count(), 6);
+        let before = run(EngineKind::OnnxRuntime, &convolutions(), true, &pictures(4, 1));
+        assert!(sqnr(&before, &run(EngineKind::OnnxRuntime, &model, false, &pictures(4, 1))) > 20.0);
+        let failed = apply(&convolutions(), &quantize(&["Conv", "Loop"]), Some(pictures(4, 1))).unwrap_err();
+        assert_eq!(failed.reason, FailureReason::InvalidInputs);
+        assert!(failed.message.contains("does not quantise `Loop`"), "{failed}");
+    }
+
+    #[test]
+    fn without_samples_or_with_all_excluded_it_says_so() {
+        let failed = apply(&convolutions(), &plain(), None).unwrap_err();
+        assert!(failed.message.contains("needs samples"), "{failed}");
+        let none = of(Quantize {
+            exclude: ["first", "second", "classify"].map(str::to_owned).to_vec(),
+            ..plain()
+        });
+        let failed = apply(&convolutions(), &none, Some(pictures(4, 1))).unwrap_err();
+        assert!(failed.message.contains("nothing to quantise"), "{failed}");
+    }
+
+    #[test]
+    fn smoothing_moves_an_outlying_channel_into_the_weights() {
+        let (original, samples) = outlying();
+        let before = run(EngineKind::OnnxRuntime, &original, true, &samples);
+        let quality = |smooth: Option<&str>| {
+            let quantize = of(Quantize {
+                smooth: smooth.map(|alpha| alpha.parse().unwrap()),
+                ..plain()
+            });
+            let (model, _) = apply(&original, &quantize, Some(samples.clone())).unwrap();
+            // The error in what the other channels give, which the large one drowns.
+            let after = run(EngineKind::OnnxRuntime, &model, false, &samples);
+            sqnr(&before, &after)
+        };
+        assert!(
+            quality(Some("0.5")) > quality(None) + 6.0,
+            "{} {}",
+            quality(Some("0.5")),
+            quality(None)
+        );
+    }
+
+    #[test]
+    fn a_corrected_bias_takes_the_mean_error_away() {
+        let (original, _) = outlying();
+        let shifted: Vec<f32> = numbers(64 * 32, 9).iter().map(|value| value + 4.0).collect();
+        let samples = vec![Tensor::new(vec![64, 32], shifted).unwrap()];
+        let before = run(EngineKind::OnnxRuntime, &original, true, &samples);
+        let mean_error = |bias_correction: bool| {
+            let quantize = of(Quantize {
+                bias_correction: Some(bias_correction),
+                ..plain()
+            });
+            let (model, _) = apply(&original, &quantize, Some(samples.clone())).unwrap();
+            let after = run(EngineKind::OnnxRuntime, &model, false, &samples);
+            let mean = |output: usize| {
+                (output..before.len())
+                    .step_by(32)
+                    .map(|index| after[index] - before[index])
+                    .sum::<f32>()
+                    / 64.0
+            };
+            (0..32).map(|output| mean(output).abs()).fold(0.0, f32::max)
+        };
+        let (corrected, plain) = (mean_error(true), mean_error(false));
+        assert!(corrected < 0.2 * plain, "{corrected} is not well below {plain}");
+    }
+
+    #[test]
+    fn zero_is_exact_whatever_the_range() {
+        for range in [(0.5, 2.0), (-3.0, -1.0), (-1.0, 2.0), (0.0, 0.0)] {
+            let Parameters { scale, zero_point } = Parameters::of(range);
+            assert!(scale > 0.0);
+            let lowest = -f32::from(zero_point) * scale;
+            assert!((lowest - range.0.min(0.0)).abs() <= scale / 2.0, "{range:?}: {lowest}");
+        }
+    }
+
+    #[test]
+    fn a_bias_that_32_bits_do_not_hold_widens_its_channels_scale() {
+        let mut scales = [1e-9, 1.0];
+        assert!(widen(&mut scales, &[100.0, 1.0], 1e-3));
+        assert!((100.0 / (scales[0] * 1e-3)) <= BIAS_MAX * 1.001);
+        assert_eq!(scales[1], 1.0);
+    }
 }

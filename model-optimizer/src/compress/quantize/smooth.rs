@@ -153,7 +153,9 @@ impl Smoothing {
                 return Ok(false);
             }
             readers = 1;
-            let Some(&producer) = self.producers.get(&value) else { return Ok(false) };
+            let Some(&producer) = self.producers.get(&value) else {
+                return Ok(false);
+            };
             let node = &graph.node[producer];
             let constant = |input: usize| self.constant(graph, node.input.get(input)?, inverse.len());
             let pairs = [(0, 1), (1, 0)];
@@ -239,4 +241,80 @@ fn channel(index: usize, columns: usize, rows: bool) -> usize {
 fn replace(tensor: &mut TensorProto, values: &[f32]) {
     let dims: Vec<usize> = tensor.dims.iter().map(|&size| size as usize).collect();
     *tensor = float_tensor(&tensor.name().to_owned(), &dims, values);
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_package::manifest::Engine as EngineKind;
+    use plimsoll_runtime::engine::Tensor;
+
+    use super::super::fixture::{model, numbers, operators, run, sqnr, value};
+    use super::*;
+    use crate::evaluate::dataset::Dataset;
+
+    fn smoothed(original: &ModelProto, samples: &[Tensor]) -> ModelProto {
+        let dataset = Dataset {
+            inputs: samples.to_vec(),
+            labels: None,
+            samples: samples[0].shape()[0],
+        };
+        let mut model = original.clone();
+        let exclusion = Exclusion::of(&[], original.graph.as_ref().unwrap()).unwrap();
+        apply(&mut model, &Calibration::new(dataset, 1), 0.5, &exclusion).unwrap();
+        model
+    }
+
+    fn normalized(tail: NodeProto) -> ModelProto {
+        let square = |name: &str, seed| float_tensor(name, &[16, 16], &numbers(256, seed));
+        let vector = |name: &str, seed| float_tensor(name, &[16], &numbers(16, seed));
+        model(
+            vec![value("x", DataType::Float, &[16])],
+            vec![
+                node("LayerNormalization", &["x", "gamma", "beta"], "n", vec![]),
+                node("MatMul", &["n", "a"], "p", vec![]),
+                node("Add", &["bias", "p"], "h", vec![]),
+                node("MatMul", &["h", "b"], "q", vec![]),
+                tail,
+            ],
+            vec![
+                square("a", 1),
+                square("b", 2),
+                vector("gamma", 3),
+                vector("beta", 4),
+                vector("bias", 5),
+            ],
+            vec![value("y", DataType::Float, &[16])],
+        )
+    }
+
+    fn samples() -> Vec<Tensor> {
+        vec![Tensor::new(vec![8, 16], numbers(128, 6)).unwrap()]
+    }
+
+    #[test]
+    fn factors_vanish_in_a_normalisation_and_in_a_product_before() {
+        let original = normalized(node("Neg", &["q"], "y", vec![]));
+        let model = smoothed(&original, &samples());
+        assert_eq!(operators(&model), operators(&original), "no node is added");
+        assert_ne!(model, original);
+        let run = |model| run(EngineKind::OnnxRuntime, model, true, &samples());
+        assert!(sqnr(&run(&original), &run(&model)) > 100.0, "the results are the same");
+    }
+
+    #[test]
+    fn where_something_else_reads_the_activation_it_is_divided_for_the_products() {
+        let original = normalized(node("Add", &["q", "n"], "y", vec![]));
+        let model = smoothed(&original, &samples());
+        assert_eq!(operators(&model).iter().filter(|name| **name == "Mul").count(), 1);
+        let run = |model| run(EngineKind::OnnxRuntime, model, true, &samples());
+        assert!(sqnr(&run(&original), &run(&model)) > 100.0);
+        // Both channels' maxima meet: |X_j| / s_j = |W_j|^(1/2) |X_j|^(1/2) for activations, and the same for weights.
+        let graph = model.graph.as_ref().unwrap();
+        let factors = graph.initializer.iter().find(|tensor| tensor.name() == "n_smoothing").unwrap();
+        let weight = |model: &ModelProto| weights::floats(&model.graph.as_ref().unwrap().initializer[0]).unwrap();
+        let largest = |values: &[f32]| values[..16].iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+        let (before, after) = (largest(&weight(&original)), largest(&weight(&model)));
+        let factor = weights::floats(factors).unwrap()[0];
+        assert!((after / before * factor - 1.0).abs() < 1e-5);
+    }
 }

@@ -8,6 +8,7 @@ use plimsoll_runtime::onnx::{
 };
 
 pub mod dependency;
+pub mod elements;
 pub mod operators;
 pub mod opset;
 pub mod serialize;

@@ -197,6 +197,15 @@ impl Dataset {
         Self::of(columns, specs, None, samples).ok()
     }
 
+    /// Drawn samples in every form that a model may take them, the likeliest first: an open dimension that is no batch may have to be of a
+    /// certain size, 1 being the likeliest, and the first axis may count no samples.
+    pub fn drawn_forms(specs: &[TensorSpec]) -> impl Iterator<Item = Self> {
+        let forms = [(8, false), (1, false), (8, true), (1, true)];
+        forms
+            .into_iter()
+            .filter_map(|(open_dimension, whole)| Self::drawn(specs, open_dimension, whole))
+    }
+
     /// How many samples there are.
     #[must_use]
     pub fn samples(&self) -> usize {
@@ -212,17 +221,22 @@ impl Dataset {
     /// The ranges of samples that are run at once: as many as the model takes where that is fixed (a last, incomplete batch is left out),
     /// otherwise at most 32 samples and 8 MiB.
     pub fn batches(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        self.batches_from(0, BATCH_SAMPLES_MAX)
+    }
+
+    /// The same from sample `start` on, of at most `samples_max` samples unless the model takes a fixed number.
+    pub fn batches_from(&self, start: usize, samples_max: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let bytes: usize = self.columns.iter().map(Column::sample_bytes).sum();
         let size = self
             .fixed_batch
-            .unwrap_or_else(|| (BATCH_BYTES_MAX / bytes.max(1)).clamp(1, BATCH_SAMPLES_MAX));
+            .unwrap_or_else(|| (BATCH_BYTES_MAX / bytes.max(1)).clamp(1, BATCH_SAMPLES_MAX.min(samples_max)));
         let samples = self.samples();
         let last = if self.fixed_batch.is_some() {
             samples / size * size
         } else {
             samples
         };
-        (0..last).step_by(size).map(move |start| start..(start + size).min(last))
+        (start..last).step_by(size).map(move |start| start..(start + size).min(last))
     }
 
     /// The samples of `range`, as one batch: a tensor for each input of the model.

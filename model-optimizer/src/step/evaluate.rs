@@ -171,11 +171,7 @@ impl Data {
                 metric: Metric::Fidelity,
             });
         }
-        // An open dimension that is no batch may have to be of a certain size, 1 being the likeliest, and the first axis may count no samples.
-        let samples: Vec<Dataset> = [(8, false), (1, false), (8, true), (1, true)]
-            .into_iter()
-            .filter_map(|(open_dimension, whole)| Dataset::drawn(inputs, open_dimension, whole))
-            .collect();
+        let samples: Vec<Dataset> = Dataset::drawn_forms(inputs).collect();
         if samples.is_empty() {
             return Err(invalid("drawn", "an input is larger than memory; name evaluation data".into()));
         }

@@ -1,0 +1,544 @@
+//! 8-bit weights without calibration.
+//!
+//! Weight-only: the weight is stored in `int8` and a `DequantizeLinear` gives the floats, which engines fold at load. Dynamic: the
+//! activations are quantised as they come (`DynamicQuantizeLinear`) and the product is taken in integers (`MatMulInteger`).
+//! Convolutions are always weight-only, since dynamic quantisation makes them slower. Of a table, rows are looked up as integers and
+//! become floats afterwards, so that the table is never expanded.
+
+use std::collections::{HashMap, HashSet};
+
+use plimsoll_package::recipe::Granularity;
+use plimsoll_runtime::onnx::tensor_proto::DataType;
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, weights};
+use prost::Message as _;
+
+use super::integers::{self, PRODUCT_WEIGHT_MAX, Quantized, WEIGHT_MAX};
+use super::{Exclusion, nothing_to_quantize, raise, skipped, unreadable};
+use crate::compress::{Change, Setting, Technique};
+use crate::failure::Failure;
+use crate::graph::weight::{Operator, Use, Weight};
+use crate::graph::{Names, attribute, float_tensor, integer, node, reads, simplify, tensor, weight};
+
+/// How matrix products with a constant weight are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Products {
+    /// In integers, with activations quantised as they come.
+    Dynamic,
+    /// In floats.
+    WeightOnly {
+        /// Whether the engine makes floats of the weights when it loads them, rather than at every inference.
+        fold: bool,
+    },
+}
+
+/// 8-bit weights without calibration.
+#[derive(Debug, Clone)]
+pub struct Int8 {
+    /// How matrix products are computed.
+    pub products: Products,
+    /// What shares a scale.
+    pub granularity: Granularity,
+    /// Names of nodes that stay as they are.
+    pub exclude: Vec<String>,
+}
+
+impl Technique for Int8 {
+    fn apply(&self, model: &mut ModelProto, _: &Setting) -> Result<Change, Failure> {
+        raise(model)?;
+        let Some(graph) = &mut model.graph else {
+            return Ok(Change::default());
+        };
+        let exclusion = Exclusion::of(&self.exclude, graph)?;
+        let change = self.rewrite(graph, &exclusion, |_| true)?;
+        if change.changed.is_empty() {
+            return Err(nothing_to_quantize());
+        }
+        Ok(change)
+    }
+}
+
+impl Int8 {
+    /// Quantises the weights of which every use is `wanted`.
+    pub(super) fn rewrite(
+        &self,
+        graph: &mut GraphProto,
+        exclusion: &Exclusion,
+        wanted: impl Fn(Operator) -> bool,
+    ) -> Result<Change, Failure> {
+        let mut change = Change::default();
+        let mut rewriting = Rewriting {
+            technique: self,
+            names: Names::of(graph),
+            activations: HashMap::new(),
+            replaced: HashMap::new(),
+            added: Vec::new(),
+            expands: false,
+        };
+        let read_counts: HashMap<String, usize> = reads(graph).into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
+        let found = weight::find(graph);
+        for found in found
+            .into_iter()
+            .filter(|found| found.uses.iter().all(|used| wanted(used.operator)))
+        {
+            let excluded = found
+                .uses
+                .iter()
+                .map(|used| &graph.node[used.node])
+                .find(|node| exclusion.contains(node));
+            let refused = if let Some(node) = excluded {
+                Some(format!("its node `{}` is excluded", node.name()))
+            } else if read_counts.get(&found.name) == Some(&found.uses.len()) {
+                rewriting.weight(graph, &found)?.err().map(str::to_owned)
+            } else {
+                Some("something else reads this weight, too".to_owned())
+            };
+            match refused {
+                None => change.changed.push(found.name),
+                Some(why) => change.skipped.push(skipped(&found.name, why)),
+            }
+        }
+        // An engine that shall fold does not fuse a static graph.
+        let is_static = graph.node.iter().any(|node| node.op_type() == "QuantizeLinear");
+        change.fold_dequantize = rewriting.expands && !is_static;
+        rewriting.finish(graph);
+        Ok(change)
+    }
+}
+
+/// What stands in a node's place.
+struct Replacement {
+    /// The activation that must be quantised before.
+    activation: Option<String>,
+    nodes: Vec<NodeProto>,
+}
+
+/// The names of what `DynamicQuantizeLinear` makes of an activation.
+#[derive(Clone)]
+struct Activation {
+    quantized: String,
+    step: String,
+    zero: String,
+}
+
+struct Rewriting<'a> {
+    technique: &'a Int8,
+    names: Names,
+    /// By the activation's name.
+    activations: HashMap<String, Activation>,
+    /// What becomes of the nodes, by their index.
+    replaced: HashMap<usize, Replacement>,
+    added: Vec<TensorProto>,
+    /// Whether a `DequantizeLinear` is to be folded.
+    expands: bool,
+}
+
+/// A weight's tensors: the integers, and their scales.
+struct Stored<'a> {
+    found: &'a Weight,
+    shape: &'a [usize],
+    axis: usize,
+    quantized: Quantized,
+}
+
+impl Rewriting<'_> {
+    /// Quantises one weight with all its uses; or says why it is left alone.
+    fn weight(&mut self, graph: &GraphProto, found: &Weight) -> Result<Result<(), &'static str>, Failure> {
+        let original = &graph.initializer[found.initializer];
+        let shape = weights::shape(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
+        if shape.contains(&0) {
+            return Ok(Err("it is empty"));
+        }
+        let axis = found.uses[0].operator.channel_axis(shape.len());
+        if found.uses.iter().any(|used| used.operator.channel_axis(shape.len()) != axis) {
+            return Ok(Err("its uses disagree about which axis its channels are"));
+        }
+        // A node of which both operands are weights is rewritten for one of them.
+        if found.uses.iter().any(|used| self.replaced.contains_key(&used.node)) {
+            return Ok(Err("the other operand of its product is quantised"));
+        }
+        let products = || -> Option<Vec<Product>> {
+            let of = |used: &Use| Product::of(&graph.node[used.node], used, &shape);
+            found.uses.iter().map(of).collect()
+        };
+        let products = (self.technique.products == Products::Dynamic).then(products).flatten();
+        let largest = if products.is_some() { PRODUCT_WEIGHT_MAX } else { WEIGHT_MAX };
+        let channels = (self.technique.granularity == Granularity::PerChannel).then_some(axis);
+        let values = weights::floats(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
+        let quantized =
+            integers::quantize(&values, &shape, channels, largest).map_err(|_| unreadable(&found.name, "it holds NaN or infinity"))?;
+        drop(values);
+        let stored = Stored {
+            found,
+            shape: &shape,
+            axis,
+            quantized,
+        };
+        let (tensors, replacements) = match &products {
+            Some(products) => self.dynamic(stored, products),
+            None => self.weight_only(graph, stored),
+        };
+        if !smaller(graph, original, &tensors, &replacements) {
+            return Ok(Err("it is so small that quantisation would make the file larger"));
+        }
+        let in_floats = |used: &Use| used.operator != Operator::Gather;
+        self.expands |= products.is_none() && found.uses.iter().any(in_floats) && self.folds(found);
+        self.added.extend(tensors);
+        self.replaced.extend(replacements);
+        Ok(Ok(()))
+    }
+
+    fn folds(&self, found: &Weight) -> bool {
+        let convolves = |used: &Use| matches!(used.operator, Operator::Conv | Operator::ConvTranspose);
+        self.technique.products != Products::WeightOnly { fold: false } || found.uses.iter().any(convolves)
+    }
+
+    fn dynamic(&mut self, stored: Stored, products: &[Product]) -> (Vec<TensorProto>, Vec<(usize, Replacement)>) {
+        let stem = &stored.found.name;
+        let (name, scale) = (
+            self.names.fresh(&format!("{stem}_int8")),
+            self.names.fresh(&format!("{stem}_scale")),
+        );
+        let scales = stored.quantized.scales.clone();
+        let mut tensors = vec![scale_tensor(&scale, &scales), columns_last(&name, stored)];
+        let replacements = products.iter().map(|product| {
+            let nodes = self.product(product, &name, &scale, &scales, &mut tensors);
+            let activation = Some(product.activation.clone());
+            (product.node, Replacement { activation, nodes })
+        });
+        let replacements = replacements.collect();
+        (tensors, replacements)
+    }
+
+    /// The nodes of a matrix product in integers.
+    fn product(&mut self, product: &Product, weight: &str, scale: &str, scales: &[f32], tensors: &mut Vec<TensorProto>) -> Vec<NodeProto> {
+        let output = product.output.as_str();
+        let names = &mut self.names;
+        let activation = self
+            .activations
+            .entry(product.activation.clone())
+            .or_insert_with_key(|input| Activation {
+                quantized: names.fresh(&format!("{input}_uint8")),
+                step: names.fresh(&format!("{input}_step")),
+                zero: names.fresh(&format!("{input}_zero")),
+            });
+        let mut fresh = |suffix: &str| names.fresh(&format!("{output}_{suffix}"));
+        let (integers, floats, both, scaled) = (fresh("int32"), fresh("float"), fresh("scale"), fresh("scaled"));
+        let scale = if product.alpha == 1.0 {
+            scale.to_owned()
+        } else {
+            let name = fresh("alpha_scale");
+            let scales: Vec<f32> = scales.iter().map(|scale| scale * product.alpha).collect();
+            tensors.push(scale_tensor(&name, &scales));
+            name
+        };
+        let last = if product.bias.is_some() { scaled.as_str() } else { output };
+        let mut nodes = vec![
+            node(
+                "MatMulInteger",
+                &[&activation.quantized, weight, &activation.zero],
+                &integers,
+                vec![],
+            ),
+            node("Cast", &[&integers], &floats, vec![integer("to", DataType::Float as i64)]),
+            node("Mul", &[&activation.step, &scale], &both, vec![]),
+            node("Mul", &[&floats, &both], last, vec![]),
+        ];
+        nodes.extend(product.bias.as_ref().map(|bias| node("Add", &[&scaled, bias], output, vec![])));
+        nodes
+    }
+
+    fn weight_only(&mut self, graph: &GraphProto, stored: Stored) -> (Vec<TensorProto>, Vec<(usize, Replacement)>) {
+        let stem = &stored.found.name;
+        let (name, scale) = (
+            self.names.fresh(&format!("{stem}_int8")),
+            self.names.fresh(&format!("{stem}_scale")),
+        );
+        let floats = self.names.fresh(&format!("{stem}_float"));
+        let scales = stored.quantized.scales.clone();
+        let (gathers, others): (Vec<&Use>, Vec<&Use>) = stored.found.uses.iter().partition(|used| used.operator == Operator::Gather);
+        let mut tensors = vec![tensor(&name, DataType::Int8, stored.shape, stored.quantized.into_bytes())];
+        let mut replacements: Vec<(usize, Replacement)> = Vec::new();
+        if !others.is_empty() {
+            tensors.push(scale_tensor(&scale, &scales));
+            let axis = if scales.len() > 1 {
+                vec![integer("axis", stored.axis as i64)]
+            } else {
+                vec![]
+            };
+            let mut dequantize = Some(node("DequantizeLinear", &[&name, &scale], &floats, axis));
+            for used in others {
+                let mut user = graph.node[used.node].clone();
+                user.input[used.input].clone_from(&floats);
+                let nodes = dequantize.take().into_iter().chain([user]).collect();
+                replacements.push((used.node, Replacement { activation: None, nodes }));
+            }
+        }
+        if !gathers.is_empty() {
+            let rows = self.names.fresh(&format!("{stem}_row_scale"));
+            tensors.push(if scales.len() > 1 {
+                let mut dims = vec![1; stored.shape.len()];
+                dims[0] = scales.len();
+                float_tensor(&rows, &dims, &scales)
+            } else {
+                scale_tensor(&rows, &scales)
+            });
+            for used in gathers {
+                let nodes = self.lookup(&graph.node[used.node], &name, &rows, scales.len() > 1);
+                replacements.push((used.node, Replacement { activation: None, nodes }));
+            }
+        }
+        (tensors, replacements)
+    }
+
+    /// The nodes that look rows up as integers, with each row's scale or one for all.
+    fn lookup(&mut self, gather: &NodeProto, table: &str, scale: &str, by_row: bool) -> Vec<NodeProto> {
+        let output = gather.output[0].as_str();
+        let mut fresh = |suffix: &str| self.names.fresh(&format!("{output}_{suffix}"));
+        let (row, floats, row_scale) = (fresh("int8"), fresh("float"), fresh("scale"));
+        let look_up = |table: &str, output: &str| {
+            let mut look_up = gather.clone();
+            look_up.input[0] = table.to_owned();
+            look_up.output[0] = output.to_owned();
+            look_up
+        };
+        let mut nodes = vec![
+            look_up(table, &row),
+            node("Cast", &[&row], &floats, vec![integer("to", DataType::Float as i64)]),
+        ];
+        if by_row {
+            let scales = look_up(scale, &row_scale);
+            nodes.push(NodeProto { name: None, ..scales });
+        }
+        nodes.push(node("Mul", &[&floats, if by_row { &row_scale } else { scale }], output, vec![]));
+        nodes
+    }
+
+    fn finish(mut self, graph: &mut GraphProto) {
+        let nodes = std::mem::take(&mut graph.node);
+        let mut quantized = HashSet::new();
+        for (index, original) in nodes.into_iter().enumerate() {
+            let Some(Replacement { activation, nodes }) = self.replaced.remove(&index) else {
+                graph.node.push(original);
+                continue;
+            };
+            // Nodes are in order, so what the first product quantises is there for the others.
+            if let Some(input) = activation
+                && let Some(names) = self.activations.get(&input)
+                && quantized.insert(input.clone())
+            {
+                let mut quantize = node("DynamicQuantizeLinear", &[&input], &names.quantized, vec![]);
+                quantize.output.extend([names.step.clone(), names.zero.clone()]);
+                graph.node.push(quantize);
+            }
+            graph.node.extend(nodes);
+        }
+        graph.initializer.extend(self.added);
+        simplify::remove_dead(graph);
+    }
+}
+
+/// A product that can be taken in integers: of an activation with a weight of two axes.
+struct Product {
+    node: usize,
+    activation: String,
+    output: String,
+    bias: Option<String>,
+    alpha: f32,
+}
+
+impl Product {
+    fn of(node: &NodeProto, used: &Use, shape: &[usize]) -> Option<Self> {
+        let product = |bias, alpha| Self {
+            node: used.node,
+            activation: node.input[0].clone(),
+            output: node.output[0].clone(),
+            bias,
+            alpha,
+        };
+        match used.operator {
+            _ if shape.len() != 2 => None,
+            Operator::MatMul => Some(product(None, 1.0)),
+            Operator::Gemm { .. } => {
+                let float = |name: &str| attribute(node, name).map_or(1.0, AttributeProto::f);
+                let bias = node.input.get(2).filter(|name| !name.is_empty()).cloned();
+                let plain =
+                    attribute(node, "transA").is_none_or(|attribute| attribute.i() == 0) && (bias.is_none() || float("beta") == 1.0);
+                plain.then(|| product(bias, float("alpha")))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A scale for each channel, or one for all.
+pub(super) fn scale_tensor(name: &str, scales: &[f32]) -> TensorProto {
+    if scales.len() == 1 {
+        float_tensor(name, &[], scales)
+    } else {
+        float_tensor(name, &[scales.len()], scales)
+    }
+}
+
+/// The integers with the channels as columns, as `MatMulInteger` takes them.
+fn columns_last(name: &str, stored: Stored) -> TensorProto {
+    let (rows, columns) = (stored.shape[0], stored.shape[1]);
+    if stored.axis == 1 {
+        return tensor(name, DataType::Int8, stored.shape, stored.quantized.into_bytes());
+    }
+    let transposed = integers::transposed(&stored.quantized.values, rows, columns);
+    let bytes = transposed.into_iter().map(i8::cast_unsigned).collect();
+    tensor(name, DataType::Int8, &[columns, rows], bytes)
+}
+
+fn smaller(graph: &GraphProto, original: &TensorProto, tensors: &[TensorProto], replacements: &[(usize, Replacement)]) -> bool {
+    let nodes = replacements
+        .iter()
+        .flat_map(|(_, replacement)| &replacement.nodes)
+        .map(NodeProto::encoded_len);
+    let after = tensors.iter().map(TensorProto::encoded_len).sum::<usize>() + nodes.sum::<usize>();
+    let before = original.encoded_len()
+        + replacements
+            .iter()
+            .map(|(index, _)| graph.node[*index].encoded_len())
+            .sum::<usize>();
+    after < before
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_package::manifest::Engine as EngineKind;
+    use plimsoll_package::recipe::{Quantize, QuantizeScheme};
+    use plimsoll_runtime::engine::Tensor;
+
+    use super::super::fixture::{apply, model, named, numbers, operators, run, sqnr, value};
+    use super::*;
+    use crate::failure::FailureReason;
+
+    /// Two rows of a table of 40, a matrix product, and a product with a bias, transposed.
+    fn tables_and_products() -> ModelProto {
+        let gemm = node("Gemm", &["h", "b", "c"], "y", vec![integer("transB", 1)]);
+        model(
+            vec![value("ids", DataType::Int64, &[])],
+            vec![
+                named("look up", node("Gather", &["table", "ids"], "e", vec![])),
+                named("product", node("MatMul", &["e", "a"], "h", vec![])),
+                named("gemm", gemm),
+            ],
+            vec![
+                float_tensor("table", &[40, 24], &numbers(960, 1)),
+                float_tensor("a", &[24, 32], &numbers(768, 2)),
+                float_tensor("b", &[16, 32], &numbers(512, 3)),
+                float_tensor("c", &[16], &numbers(16, 4)),
+            ],
+            vec![value("y", DataType::Float, &[16])],
+        )
+    }
+
+    fn ids() -> Vec<Tensor> {
+        vec![Tensor::new(vec![6], vec![0_i64, 39, 7, 7, 21, 3]).unwrap()]
+    }
+
+    #[test]
+    fn every_scheme_and_granularity_agrees_with_the_original_on_both_engines() {
+        let original = tables_and_products();
+        let before = run(EngineKind::OnnxRuntime, &original, true, &ids());
+        for scheme in [QuantizeScheme::Int8Dynamic, QuantizeScheme::Int8Weights, QuantizeScheme::Int8] {
+            for (granularity, floor) in [(Granularity::PerChannel, 32.0), (Granularity::PerTensor, 30.0)] {
+                let quantize = Quantize {
+                    granularity: Some(granularity),
+                    ..Quantize::of(scheme)
+                };
+                let (model, change) = apply(&original, &quantize, None).unwrap();
+                assert_eq!(change.changed, ["table", "a", "b"], "{scheme}: {:?}", change.skipped);
+                assert!(model.encoded_len() * 2 < original.encoded_len(), "{scheme}");
+                for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
+                    let after = run(kind, &model, change.fold_dequantize, &ids());
+                    let sqnr = sqnr(&before, &after);
+                    assert!(sqnr > floor, "{scheme} {granularity} on {kind}: {sqnr:.1} dB");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_stays_in_integers_until_its_rows_are_looked_up() {
+        let quantize = Quantize::of(QuantizeScheme::Int8Weights);
+        let (model, change) = apply(&tables_and_products(), &quantize, None).unwrap();
+        assert!(change.fold_dequantize);
+        assert_eq!(
+            operators(&model),
+            [
+                "Gather",
+                "Cast",
+                "Gather",
+                "Mul",
+                "DequantizeLinear",
+                "MatMul",
+                "DequantizeLinear",
+                "Gemm"
+            ]
+        );
+        let only_table = Quantize {
+            exclude: vec!["product".into(), "gemm".into()],
+            ..quantize
+        };
+        let (model, change) = apply(&tables_and_products(), &only_table, None).unwrap();
+        assert_eq!(operators(&model), ["Gather", "Cast", "Gather", "Mul", "MatMul", "Gemm"]);
+        assert!(!change.fold_dequantize, "nothing is there to fold");
+        assert_eq!(change.skipped[0], skipped("a", "its node `product` is excluded"));
+    }
+
+    #[test]
+    fn an_excluded_name_that_no_node_has_is_refused() {
+        let quantize = Quantize {
+            exclude: vec!["gemm".into(), "prodct".into()],
+            ..Quantize::of(QuantizeScheme::Int8Dynamic)
+        };
+        let failed = apply(&tables_and_products(), &quantize, None).unwrap_err();
+        assert_eq!(failed.reason, FailureReason::InvalidInputs);
+        assert!(failed.message.contains("no node of the model has the name `prodct`"), "{failed}");
+    }
+
+    #[test]
+    fn an_activation_that_several_products_read_is_quantised_once() {
+        let weights = |name: &str, seed| float_tensor(name, &[32, 32], &numbers(1024, seed));
+        let twice = model(
+            vec![value("x", DataType::Float, &[32])],
+            vec![
+                node("MatMul", &["x", "q"], "a", vec![]),
+                node("MatMul", &["x", "k"], "b", vec![]),
+                node("Add", &["a", "b"], "y", vec![]),
+            ],
+            vec![weights("q", 1), weights("k", 2)],
+            vec![value("y", DataType::Float, &[32])],
+        );
+        let (model, _) = apply(&twice, &Quantize::of(QuantizeScheme::Int8Dynamic), None).unwrap();
+        let quantizers = operators(&model).iter().filter(|name| **name == "DynamicQuantizeLinear").count();
+        assert_eq!(quantizers, 1);
+    }
+
+    #[test]
+    fn a_table_that_is_a_weight_as_well_is_stored_once() {
+        let tied = model(
+            vec![value("ids", DataType::Int64, &[])],
+            vec![
+                node("Gather", &["table", "ids"], "e", vec![]),
+                node("Gemm", &["e", "table"], "y", vec![integer("transB", 1)]),
+            ],
+            vec![float_tensor("table", &[40, 24], &numbers(960, 1))],
+            vec![value("y", DataType::Float, &[40])],
+        );
+        let (model, change) = apply(&tied, &Quantize::of(QuantizeScheme::Int8Dynamic), None).unwrap();
+        assert!(change.fold_dequantize);
+        let before = run(EngineKind::OnnxRuntime, &tied, true, &ids());
+        for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
+            assert!(sqnr(&before, &run(kind, &model, true, &ids())) > 35.0);
+        }
+        let graph = model.graph.unwrap();
+        let integers = graph
+            .initializer
+            .iter()
+            .filter(|tensor| tensor.data_type() == DataType::Int8 as i32);
+        assert_eq!(integers.count(), 1);
+    }
+}

@@ -95,10 +95,7 @@ impl Calibration {
 }
 
 fn has_fixed_batch(engine: &dyn Engine) -> bool {
-    engine
-        .inputs()
-        .iter()
-        .any(|spec| spec.shape.first().is_some_and(|size| *size >= 0))
+    engine.inputs().iter().any(|spec| spec.shape.first().is_some_and(|size| *size >= 0))
 }
 
 fn float_value(name: &str) -> ValueInfoProto {

@@ -3,7 +3,7 @@
 //! The folder holds:
 //!
 //! ```text
-//! source/model, source/calibration, source/evaluation    what was fetched
+//! source/model, source/calibration, source/evaluation, source/distillation-N, source/teacher    what was fetched
 //! fetched.json     digests and sizes                      [`fetch::Fetched`]
 //! converted/model.onnx
 //! compressed/model.onnx, compressed.json                  [`compress::Compressed`]
@@ -79,7 +79,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// What was fetched: `model`, `calibration` or `evaluation`.
+    /// What was fetched: `model`, `calibration`, `evaluation`, `distillation-N` (of the recipe's entry N) or `teacher`.
     #[must_use]
     pub fn source(&self, name: &str) -> PathBuf {
         self.work.join("source").join(name)

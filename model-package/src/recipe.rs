@@ -475,6 +475,9 @@ pub struct Inputs {
     /// What to do to it.
     #[serde(default)]
     pub optimize: Optimization,
+    /// The model whose outputs distillation trains towards; by default the one to start from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<SourceLocation>,
     /// Version of the optimiser that the revision was made for; part of the artifact's key.
     pub toolchain: String,
     /// The repository that artifacts are pushed to, `HOST[:PORT]/PATH`, without a tag.
@@ -510,7 +513,10 @@ mod tests {
         )
         .unwrap();
         assert_eq!(optimization.recipe.len(), 2);
-        assert_eq!(optimization.recipe[0].prune.as_ref().unwrap().amount.as_ref().unwrap().value(), Ok(0.5));
+        assert_eq!(
+            optimization.recipe[0].prune.as_ref().unwrap().amount.as_ref().unwrap().value(),
+            Ok(0.5)
+        );
         assert_eq!(optimization.budget.unwrap().max_size.unwrap().value(), Ok(1 << 20));
     }
 

@@ -19,9 +19,7 @@ fn digits(repository: &str) -> Inputs {
     Inputs {
         optimize: Optimization {
             recipe: vec![Technique {
-                quantize: Some(Quantize {
-                    scheme: QuantizeScheme::Int8Dynamic,
-                }),
+                quantize: Some(Quantize::of(QuantizeScheme::Int8Dynamic)),
                 ..Technique::default()
             }],
             evaluation: Some(Evaluation {
@@ -167,9 +165,7 @@ fn what_this_version_does_not_have_is_refused_before_anything_is_fetched() {
     let dir = tempfile::tempdir().unwrap();
     let mut inputs = digits("127.0.0.1:9/models");
     inputs.source.uri = "http://127.0.0.1:9/never".into();
-    inputs.optimize.recipe[0].quantize = Some(Quantize {
-        scheme: QuantizeScheme::Int4,
-    });
+    inputs.optimize.recipe[0].quantize = Some(Quantize::of(QuantizeScheme::Int4));
     assert_eq!(run(dir.path(), &inputs)[0], exit_code::UNUSABLE);
     let Some(Termination::Failed(failed)) = message("fetch", dir.path()) else {
         panic!("fetch says nothing")

@@ -8,6 +8,7 @@ use crate::calibration::Calibration;
 use crate::failure::{Failure, FailureReason, failure};
 use crate::progress::Console;
 
+pub mod distill;
 pub mod prune;
 pub mod quantize;
 
@@ -24,9 +25,9 @@ pub struct Change {
 
 /// What a technique may look at besides the model.
 pub struct Setting<'a> {
-    /// Samples that the model can be run on; `None` where there are no calibration data.
+    /// Samples that the model can be run on, for a distillation its training data; `None` where there are none.
     pub calibration: Option<&'a Calibration>,
-    /// The model before any technique was applied.
+    /// The model before any technique was applied; for a distillation the teacher, where one is named.
     pub original: &'a ModelProto,
     /// Threads to compute with, 1 or more.
     pub threads: usize,
@@ -72,6 +73,9 @@ pub fn technique(entry: &recipe::Technique) -> Result<Box<dyn Technique>, Failur
         recipe::Technique {
             quantize: Some(quantize), ..
         } => quantize::technique(quantize),
+        recipe::Technique {
+            distill: Some(distill), ..
+        } => distill::technique(distill),
         _ => Err(unsupported()),
     }
 }

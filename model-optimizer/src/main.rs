@@ -12,7 +12,8 @@ use plimsoll_optimizer::optimize::{self, Failed};
 use plimsoll_optimizer::progress::Console;
 use plimsoll_optimizer::step::{self, Context, Step, chain};
 use plimsoll_package::recipe::{
-    Budget, Dataset, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, Quantize, QuantizeScheme, SourceLocation, Technique,
+    Budget, Dataset, Distill, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, Quantize, QuantizeScheme, SourceLocation,
+    Technique,
 };
 use plimsoll_package::report::{Report, Termination, exit_code};
 use plimsoll_package::units::{Duration, Percentage, Ratio, Size};
@@ -41,7 +42,7 @@ struct OptimizeArgs {
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
     /// YAML as in spec.optimize of a ModelDeployment.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["prune", "quantize"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prune", "quantize", "epochs"])]
     recipe: Option<PathBuf>,
     /// Share of weights to set to zero, such as 0.5 or 50%.
     #[arg(long, value_name = "SHARE", value_parser = share)]
@@ -49,6 +50,12 @@ struct OptimizeArgs {
     /// 8-bit integers.
     #[arg(long, value_name = "SCHEME")]
     quantize: Option<Scheme>,
+    /// Trains the compressed model against the original on the calibration samples, for that many passes over them.
+    #[arg(long, value_name = "N", requires = "calibration", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    epochs: Option<u32>,
+    /// Model to train against in place of the original: of the same inputs and outputs.
+    #[arg(long, value_name = "MODEL")]
+    teacher: Option<String>,
     /// Unlabelled samples: .npz, CSV, Parquet, JSON lines, or pictures in a folder, .zip or .tar.
     #[arg(long, value_name = "DATA")]
     calibration: Option<String>,
@@ -245,6 +252,21 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
             ..Technique::default()
         });
     }
+    if let Some(epochs) = arguments.epochs {
+        let distill = Distill {
+            epochs,
+            loss: None,
+            temperature: None,
+            batch_size: None,
+            learning_rate: None,
+            data: None,
+            prune_to: None,
+        };
+        optimize.recipe.push(Technique {
+            distill: Some(distill),
+            ..Technique::default()
+        });
+    }
     let dataset = |uri| Dataset {
         uri,
         digest: None,
@@ -280,13 +302,15 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
             max_latency: stated.max_latency.or(budget.max_latency.take()),
         };
     }
+    let model = |uri| SourceLocation {
+        uri,
+        digest: None,
+        format: None,
+    };
     Ok(Inputs {
-        source: SourceLocation {
-            uri: arguments.model,
-            digest: None,
-            format: None,
-        },
+        source: model(arguments.model),
         optimize,
+        teacher: arguments.teacher.map(model),
         toolchain: env!("CARGO_PKG_VERSION").to_owned(),
         // Nothing is published.
         repository: String::new(),

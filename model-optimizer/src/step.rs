@@ -3,7 +3,7 @@
 //! The folder holds:
 //!
 //! ```text
-//! source/{model,calibration,evaluation}/content    what was fetched, a model's external data beside it
+//! source/{model,calibration,evaluation,distillation-N,teacher}/content    what was fetched, a model's external data beside it
 //! fetched.json     digests and sizes                      [`fetch::Fetched`]
 //! converted/model.onnx
 //! compressed/model.onnx, compressed.json                  [`compress::Compressed`]
@@ -82,7 +82,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// What was fetched: `model`, `calibration` or `evaluation`.
+    /// What was fetched: `model`, `calibration`, `evaluation`, `distillation-N` (of the recipe's entry N) or `teacher`.
     #[must_use]
     pub fn source(&self, name: &str) -> PathBuf {
         self.work.join("source").join(name).join(CONTENT)

@@ -31,9 +31,19 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
             (None, Some(quantize), None) => {
                 compress::quantize::technique(quantize)?;
             }
-            (None, None, Some(_)) => return unsupported(&format!("{field}.distill"), "distillation", "leave it out"),
+            (None, None, Some(distill)) => {
+                compress::distill::technique(distill)?;
+                if distill.data.is_none() && optimize.calibration.is_none() {
+                    return invalid(format!(
+                        "{field}.distill needs samples to train on: name them in its data, or in optimize.calibration"
+                    ));
+                }
+            }
             _ => return invalid(format!("{field} has not exactly one key; write one list entry per technique")),
         }
+    }
+    if inputs.teacher.is_some() && optimize.recipe.iter().all(|technique| technique.distill.is_none()) {
+        return invalid("a teacher is named, and nothing in optimize.recipe distils; add distill (on the command line --epochs)".into());
     }
     let Some(budget) = &optimize.budget else { return Ok(()) };
     if inputs.no_gate {

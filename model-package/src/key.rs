@@ -23,7 +23,7 @@ pub struct Contents {
     pub calibration: Option<Digest>,
     /// Of the evaluation dataset, where one is named.
     pub evaluation: Option<Digest>,
-    /// Of each `distill.data` of the recipe, in its order.
+    /// Of each `distill.data` of the recipe, in its order, and of the teacher, where one is named.
     pub distillation: Vec<Digest>,
 }
 
@@ -40,7 +40,10 @@ impl Contents {
             source: inputs.source.digest.clone()?,
             calibration: pin(optimize.calibration.as_ref())?,
             evaluation: pin(optimize.evaluation.as_ref().map(|evaluation| &evaluation.dataset))?,
-            distillation: distillation_data(optimize).map(|data| data.digest.clone()).collect::<Option<_>>()?,
+            distillation: distillation_data(optimize)
+                .map(|data| data.digest.clone())
+                .chain(inputs.teacher.iter().map(|teacher| teacher.digest.clone()))
+                .collect::<Option<_>>()?,
         })
     }
 }
@@ -133,6 +136,7 @@ mod tests {
                 format: None,
             },
             optimize: Optimization::default(),
+            teacher: None,
             toolchain: toolchain.into(),
             repository: "r.example/p".into(),
             max_fetch_size: "1Gi".parse().unwrap(),

@@ -525,6 +525,9 @@ pub struct Inputs {
     /// What to do to it.
     #[serde(default)]
     pub optimize: Optimization,
+    /// The model whose outputs distillation trains towards; by default the one to start from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<SourceLocation>,
     /// Version of the optimiser that the revision was made for; part of the artifact's key.
     pub toolchain: String,
     /// The repository that artifacts are pushed to, `HOST[:PORT]/PATH`, without a tag.

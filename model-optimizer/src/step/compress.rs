@@ -1,5 +1,6 @@
 //! `compress`: applies the recipe.
 
+use plimsoll_package::recipe::{SourceLocation, Technique};
 use plimsoll_package::report::{Skipped, TechniqueReport};
 use plimsoll_package::units::display_size;
 use plimsoll_runtime::onnx::{self, ModelProto};
@@ -7,7 +8,7 @@ use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
 use super::Context;
-use super::fetch::calibrates_on_evaluation;
+use super::fetch::{TEACHER, calibrates_on_evaluation, distillation_file};
 use crate::calibration::Calibration;
 use crate::compress::Setting;
 use crate::evaluate::dataset::{Dataset, Part, SPLIT_SEED};
@@ -35,18 +36,39 @@ pub struct Compressed {
 pub fn run(context: &Context) -> Result<(), Failure> {
     let mut model = convert::read(&context.inputs.source.uri, &context.converted())?;
     let original = model.clone();
-    let calibration = calibration(context, &original)?;
-    let setting = Setting {
-        calibration: calibration.as_ref(),
-        original: &original,
-        threads: context.threads,
-        console: &context.console,
+    let calibration = match context.inputs.optimize.calibration {
+        Some(_) => Some(samples(context, "calibration", "calibration", &original)?),
+        None => None,
     };
+    let teacher = context
+        .inputs
+        .teacher
+        .as_ref()
+        .map(|teacher| teacher_model(context, teacher))
+        .transpose()?;
     let mut record = Compressed::default();
-    for entry in &context.inputs.optimize.recipe {
+    for (index, entry) in context.inputs.optimize.recipe.iter().enumerate() {
+        let mut setting = Setting {
+            calibration: calibration.as_ref(),
+            original: &original,
+            threads: context.threads,
+            console: &context.console,
+        };
+        let training;
+        if let Some(distill) = &entry.distill {
+            setting.original = teacher.as_ref().unwrap_or(&original);
+            if distill.data.is_some() {
+                training = samples(context, "training", &distillation_file(index), &original)?;
+                setting.calibration = Some(&training);
+            }
+        }
         let change = compress::technique(entry)?.apply(&mut model, &setting)?;
         let size_after = model.encoded_len() as u64;
-        let name = if entry.prune.is_some() { "pruned" } else { "quantised" };
+        let name = match entry {
+            Technique { prune: Some(_), .. } => "pruned",
+            Technique { distill: Some(_), .. } => "trained",
+            _ => "quantised",
+        };
         context.console.info(&format!(
             "{name} {} weights, now {}",
             change.changed.len(),
@@ -64,25 +86,28 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     context.write(RECORD, &record)
 }
 
-/// The calibration data, where there are any.
-fn calibration(context: &Context, model: &ModelProto) -> Result<Option<Calibration>, Failure> {
-    if context.inputs.optimize.calibration.is_none() {
-        return Ok(None);
-    }
+/// The samples that were fetched as `name`, for `model`; the user knows them as the `what` data.
+fn samples(context: &Context, what: &str, name: &str, model: &ModelProto) -> Result<Calibration, Failure> {
     let unfit = |why: String| {
         failure(
             FailureReason::InvalidDataset,
-            format!("the calibration data do not fit the model: {why}"),
+            format!("the {what} data do not fit the model: {why}"),
         )
     };
     let (inputs, _) = onnx::signature(model).map_err(|error| unfit(error.to_string()))?;
     let bytes_max = context.inputs.max_fetch_size.value().unwrap_or(u64::MAX);
-    let samples = Dataset::read(&context.source("calibration"), &inputs, None, bytes_max);
-    // One dataset for both is split, so that nothing is judged on what a technique has seen.
-    let samples = match calibrates_on_evaluation(context)? {
+    let samples = Dataset::read(&context.source(name), &inputs, None, bytes_max);
+    // One dataset for calibration and evaluation is split, so that nothing is judged on what a technique has seen.
+    let samples = match name == "calibration" && calibrates_on_evaluation(context)? {
         true => samples.and_then(|samples| samples.split(Part::Calibration, SPLIT_SEED)),
         false => samples,
     };
-    let samples = samples.map_err(unfit)?;
-    Ok(Some(Calibration::new(samples, context.threads)))
+    Ok(Calibration::new(samples.map_err(unfit)?, context.threads))
+}
+
+/// The teacher, which goes through the same conversion as the model.
+fn teacher_model(context: &Context, teacher: &SourceLocation) -> Result<ModelProto, Failure> {
+    let converted = context.work.join("converted").join("teacher.onnx");
+    convert::to_onnx(&teacher.uri, &context.source(TEACHER), &converted, context.threads)?;
+    convert::read(&teacher.uri, &converted)
 }

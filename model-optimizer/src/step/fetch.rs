@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::path::Path;
 
 use plimsoll_package::digest::Digest;
 use plimsoll_package::key::{ArtifactKey, Contents};
-use plimsoll_package::recipe::{Dataset, Inputs};
+use plimsoll_package::recipe::{Dataset, Inputs, SourceLocation};
 use plimsoll_package::registry::{Access, Credentials, Registry, RegistryError};
 use plimsoll_package::report::Summary;
 use plimsoll_package::units::display_size;
@@ -31,6 +32,12 @@ pub struct Fetched {
     pub calibration: Option<Content>,
     /// The evaluation data.
     pub evaluation: Option<Content>,
+    /// The training data of each distillation that has its own, in the order of the recipe.
+    #[serde(default)]
+    pub distillation: Vec<Content>,
+    /// The model that distillations train towards, where it is another one.
+    #[serde(default)]
+    pub teacher: Option<Content>,
     /// The tag of the artifact.
     pub key: String,
 }
@@ -46,12 +53,21 @@ pub fn calibrates_on_evaluation(context: &Context) -> Result<bool, Failure> {
     Ok(calibration.is_some() && calibration == evaluation)
 }
 
+/// The file of the teacher.
+pub const TEACHER: &str = "teacher";
+
+/// The file of the training data of the recipe's entry `index`.
+#[must_use]
+pub fn distillation_file(index: usize) -> String {
+    format!("distillation-{index}")
+}
+
 /// Something to fetch.
 struct Wanted<'a> {
     /// As the user knows it.
     what: &'static str,
     /// Its file, and the folder of its credentials.
-    name: &'static str,
+    name: String,
     uri: &'a str,
     digest: Option<&'a Digest>,
 }
@@ -66,8 +82,8 @@ pub fn run(context: &Context) -> Result<Option<Summary>, Failure> {
     runtime.map_err(|error| internal("cannot start", &error))?.block_on(fetch(context))
 }
 
-async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
-    let inputs = &context.inputs;
+async fn fetch<'a>(context: &'a Context) -> Result<Option<Summary>, Failure> {
+    let inputs: &'a Inputs = &context.inputs;
     let size_max = inputs
         .max_fetch_size
         .value()
@@ -79,40 +95,52 @@ async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
         claims: context.claims.clone(),
         retries: RETRIES,
     };
-    let dataset =
-        |what, name, dataset: Option<&'_ Dataset>| dataset.map(|dataset| (what, name, dataset.uri.clone(), dataset.digest.clone()));
-    let calibration = dataset("calibration data", "calibration", inputs.optimize.calibration.as_ref());
-    let evaluation = dataset(
-        "evaluation data",
-        "evaluation",
-        inputs.optimize.evaluation.as_ref().map(|evaluation| &evaluation.dataset),
-    );
-    let model = Wanted {
-        what: "model",
-        name: "model",
-        uri: &inputs.source.uri,
-        digest: inputs.source.digest.as_ref(),
+    let model = |what, name: &str, model: &'a SourceLocation| Wanted {
+        what,
+        name: name.to_owned(),
+        uri: &model.uri,
+        digest: model.digest.as_ref(),
     };
-    fn wanted<'a>(entry: &'a (&'static str, &'static str, String, Option<Digest>)) -> Wanted<'a> {
-        Wanted {
-            what: entry.0,
-            name: entry.1,
-            uri: &entry.2,
-            digest: entry.3.as_ref(),
-        }
-    }
-    let optional = async |entry: &Option<(&'static str, &'static str, String, Option<Digest>)>| match entry {
-        Some(entry) => fetch_one(context, &limits, wanted(entry)).await.map(Some),
+    let dataset = |what, name: &str, dataset: &'a Dataset| Wanted {
+        what,
+        name: name.to_owned(),
+        uri: &dataset.uri,
+        digest: dataset.digest.as_ref(),
+    };
+    let optimize = &inputs.optimize;
+    let calibration = optimize
+        .calibration
+        .as_ref()
+        .map(|data| dataset("calibration data", "calibration", data));
+    let evaluation = optimize.evaluation.as_ref();
+    let evaluation = evaluation.map(|evaluation| dataset("evaluation data", "evaluation", &evaluation.dataset));
+    let distillation = optimize.recipe.iter().enumerate().filter_map(|(index, technique)| {
+        let data = technique.distill.as_ref()?.data.as_ref()?;
+        Some(fetch_one(
+            context,
+            &limits,
+            dataset("training data", &distillation_file(index), data),
+        ))
+    });
+    let teacher = inputs.teacher.as_ref().map(|teacher| model("teacher", TEACHER, teacher));
+    let optional = async |wanted: Option<Wanted<'_>>| match wanted {
+        Some(wanted) => fetch_one(context, &limits, wanted).await.map(Some),
         None => Ok(None),
     };
-    let all = futures::future::try_join3(fetch_one(context, &limits, model), optional(&calibration), optional(&evaluation));
-    let (source, calibration, evaluation) = all.await?;
+    let all = futures::future::try_join5(
+        fetch_one(context, &limits, model("model", "model", &inputs.source)),
+        optional(calibration),
+        optional(evaluation),
+        futures::future::try_join_all(distillation),
+        optional(teacher),
+    );
+    let (source, calibration, evaluation, distillation, teacher) = all.await?;
+    let digest = |content: &Content| content.digest.clone();
     let contents = Contents {
-        source: source.digest.clone(),
-        calibration: calibration.as_ref().map(|content| content.digest.clone()),
-        evaluation: evaluation.as_ref().map(|content| content.digest.clone()),
-        // Distillation is refused above.
-        distillation: vec![],
+        source: digest(&source),
+        calibration: calibration.as_ref().map(digest),
+        evaluation: evaluation.as_ref().map(digest),
+        distillation: distillation.iter().chain(&teacher).map(digest).collect(),
     };
     let key = ArtifactKey::new(inputs, &contents);
     context.write(
@@ -121,6 +149,8 @@ async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
             source,
             calibration,
             evaluation,
+            distillation,
+            teacher,
             key: key.to_string(),
         },
     )?;
@@ -129,14 +159,14 @@ async fn fetch(context: &Context) -> Result<Option<Summary>, Failure> {
 
 async fn fetch_one(context: &Context, limits: &Limits, wanted: Wanted<'_>) -> Result<Content, Failure> {
     let Wanted { what, name, uri, digest } = wanted;
-    let secret = context.secrets.join(if name == "model" { "source" } else { name });
+    let secret = context.secrets.join(if name == "model" { "source" } else { &name });
     let credentials = Credentials::read(&secret).map_err(|error| of_source(what, &error))?;
-    let destination = context.source(name);
+    let destination = context.source(&name);
     super::make_folder_of(&destination)?;
     let activity = context.console.activity(&format!("fetching the {what}"), "bytes");
     let mut content = source::fetch(what, uri, credentials.clone(), limits, &destination, activity).await?;
-    if name == "model" {
-        content = with_external_data(context, limits, uri, &credentials, content).await?;
+    if name == "model" || name == TEACHER {
+        content = with_external_data(context, limits, uri, &credentials, &destination, content).await?;
     }
     if let Some(expected) = digest.filter(|expected| **expected != content.digest) {
         let found = &content.digest;
@@ -161,11 +191,11 @@ async fn with_external_data(
     limits: &Limits,
     uri: &str,
     credentials: &Credentials,
+    path: &Path,
     model: Content,
 ) -> Result<Content, Failure> {
-    let path = context.source("model");
     // What is no ONNX model keeps nothing elsewhere; the next step says what it is.
-    let Ok(mut proto) = onnx::read_alone(&path) else { return Ok(model) };
+    let Ok(mut proto) = onnx::read_alone(path) else { return Ok(model) };
     let unreadable = |error: OnnxError| failure(FailureReason::UnreadableModel, format!("{uri}: {error}"));
     let names = onnx::external::locations(&mut proto).map_err(unreadable)?;
     let mut content = model;
@@ -187,10 +217,10 @@ async fn with_external_data(
     }
     if !names.is_empty() {
         let mut all: Box<dyn Read> = Box::new(io::empty());
-        for file in std::iter::once(path.clone()).chain(names.iter().map(|name| path.with_file_name(name))) {
+        for file in std::iter::once(path.to_owned()).chain(names.iter().map(|name| path.with_file_name(name))) {
             all = Box::new(all.chain(fs::File::open(&file).map_err(disk("read", &file))?));
         }
-        content.digest = Digest::of_reader(all).map_err(disk("read", &path))?;
+        content.digest = Digest::of_reader(all).map_err(disk("read", path))?;
     }
     Ok(content)
 }

@@ -53,6 +53,7 @@ fn inputs(uri: &str, repository: &str) -> Inputs {
             format: None,
         },
         optimize: Optimization::default(),
+        teacher: None,
         toolchain: "0.1.0".into(),
         repository: repository.into(),
         max_fetch_size: "100Mi".parse().unwrap(),

@@ -122,6 +122,7 @@ pub fn inputs(revision: &ModelRevision, settings: &Settings) -> Inputs {
     Inputs {
         source: template.source.location(),
         optimize,
+        teacher: None,
         toolchain: revision.spec.toolchain.clone(),
         repository: settings.registry_push.clone(),
         max_fetch_size: settings.max_fetch_size.clone(),

@@ -1,0 +1,194 @@
+//! How far the outputs of the model in training are from those of its teacher.
+
+use candle_core::{Result, Tensor, bail};
+use plimsoll_package::recipe::DistillLoss;
+use plimsoll_runtime::onnx::tensor_proto::DataType;
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ValueInfoProto, type_proto};
+
+use super::operators::{axis_of, log_softmax};
+use crate::graph::attribute;
+
+/// Scores are held above this, so that those of what is ruled out (minus infinity) stay numbers.
+const SCORE_MIN: f64 = -1e4;
+/// Probabilities are held above this before their logarithm is taken.
+const PROBABILITY_MIN: f64 = 1e-12;
+
+/// An output that is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Target {
+    /// The value of the trained graph that is compared: the output itself or, of class scores that end in a softmax, the softmax's input.
+    pub(super) value: String,
+    /// Which of the teacher's outputs it is compared with.
+    pub(super) output: usize,
+    pub(super) measure: Measure,
+}
+
+/// How an output is compared.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Measure {
+    /// The relative entropy of class scores, which the teacher gives as probabilities or as logarithms (up to a constant).
+    Entropy { probabilities: bool, axis: i64 },
+    /// The mean squared difference.
+    Square,
+}
+
+/// What an output is made by.
+enum Ending<'a> {
+    Softmax {
+        input: &'a str,
+        axis: Option<i64>,
+        logarithm: bool,
+    },
+    /// A matrix product.
+    Linear,
+    Other,
+}
+
+/// The outputs of `student` that can be trained, which `teacher` gives under the same names; `loss` decides how, or each output's kind.
+///
+/// # Errors
+/// In words, where there is none.
+pub(super) fn targets(
+    student: &GraphProto,
+    teacher: &GraphProto,
+    opset: i64,
+    loss: Option<DistillLoss>,
+) -> std::result::Result<Vec<Target>, String> {
+    let mut targets = Vec::new();
+    for output in student.output.iter().filter(|output| is_float(output)) {
+        let name = output.name();
+        let Some(position) = teacher.output.iter().position(|given| given.name() == name) else {
+            return Err(format!("the teacher has no output `{name}`"));
+        };
+        let entropy = |value: &str, axis: Option<i64>, probabilities: bool| Target {
+            value: value.to_owned(),
+            output: position,
+            measure: Measure::Entropy {
+                probabilities,
+                axis: axis.unwrap_or_else(|| class_axis(output)),
+            },
+        };
+        let square = Target {
+            value: name.to_owned(),
+            output: position,
+            measure: Measure::Square,
+        };
+        let probabilities = matches!(ending(teacher, name), Ending::Softmax { logarithm: false, .. });
+        targets.push(match (ending(student, name), loss) {
+            (_, Some(DistillLoss::MeanSquaredError)) => square,
+            (Ending::Softmax { input, axis, .. }, _) => entropy(input, axis.or((opset < 13).then_some(1)), probabilities),
+            (_, Some(DistillLoss::SoftTargets)) => entropy(name, None, probabilities),
+            (_, None) if probabilities || is_scores(teacher, output) => entropy(name, None, probabilities),
+            (_, None) => square,
+        });
+    }
+    if targets.is_empty() {
+        return Err("the model has no output of floats to train".into());
+    }
+    Ok(targets)
+}
+
+fn is_float(output: &ValueInfoProto) -> bool {
+    let kind = match output.r#type.as_ref().and_then(|kind| kind.value.as_ref()) {
+        Some(type_proto::Value::TensorType(tensor)) => tensor.elem_type(),
+        _ => return false,
+    };
+    let floats = [DataType::Float, DataType::Float16, DataType::Bfloat16, DataType::Double];
+    floats.iter().any(|float| *float as i32 == kind)
+}
+
+fn rank(output: &ValueInfoProto) -> Option<usize> {
+    match output.r#type.as_ref()?.value.as_ref()? {
+        type_proto::Value::TensorType(tensor) => Some(tensor.shape.as_ref()?.dim.len()),
+        _ => None,
+    }
+}
+
+/// Images of scores hold the classes as channels, all else in the last axis.
+fn class_axis(output: &ValueInfoProto) -> i64 {
+    if rank(output).is_some_and(|rank| rank >= 4) { 1 } else { -1 }
+}
+
+/// Whether an output holds class scores: several numbers made by a matrix product, and no embedding by its name.
+fn is_scores(graph: &GraphProto, output: &ValueInfoProto) -> bool {
+    let embedding = output.name().to_ascii_lowercase().contains("embed");
+    let single = match output.r#type.as_ref().and_then(|kind| kind.value.as_ref()) {
+        Some(type_proto::Value::TensorType(tensor)) => tensor.shape.as_ref().and_then(|shape| shape.dim.last()).is_some_and(|last| {
+            matches!(
+                last.value,
+                Some(plimsoll_runtime::onnx::tensor_shape_proto::dimension::Value::DimValue(1))
+            )
+        }),
+        _ => false,
+    };
+    !embedding && !single && matches!(ending(graph, output.name()), Ending::Linear)
+}
+
+fn ending<'a>(graph: &'a GraphProto, output: &'a str) -> Ending<'a> {
+    let maker = |value: &str| graph.node.iter().find(|node| node.output.iter().any(|output| output == value));
+    let (mut value, mut moved) = (output, false);
+    // Past what changes no score: types, shapes, a bias.
+    loop {
+        let Some(node) = maker(value) else { return Ending::Other };
+        let input = |index: usize| node.input.get(index).map_or("", String::as_str);
+        match node.op_type() {
+            "Softmax" | "LogSoftmax" => {
+                // Its axis is not known any more after a change of shape.
+                if moved {
+                    return Ending::Other;
+                }
+                return Ending::Softmax {
+                    input: node.input.first().map_or("", String::as_str),
+                    axis: attribute(node, "axis").map(AttributeProto::i),
+                    logarithm: node.op_type() == "LogSoftmax",
+                };
+            }
+            "Gemm" | "MatMul" | "MatMulInteger" => return Ending::Linear,
+            "Identity" | "Cast" => value = input(0),
+            "Reshape" | "Squeeze" | "Flatten" => (value, moved) = (input(0), true),
+            "Add" => {
+                moved = true;
+                let made = |index: usize| maker(input(index)).is_some();
+                match (made(0), made(1)) {
+                    (true, false) => value = input(0),
+                    (false, true) => value = input(1),
+                    _ => return Ending::Other,
+                }
+            }
+            _ => return Ending::Other,
+        }
+    }
+}
+
+/// The loss of one output for a batch, for each of its samples in the mean.
+///
+/// Entropy: the relative entropy of the scores softened by `temperature` T to the teacher's, times T² (Hinton, Vinyals and Dean 2015,
+/// "Distilling the Knowledge in a Neural Network", section 2). Square: the mean squared difference.
+pub(super) fn loss(measure: Measure, student: &Tensor, teacher: &Tensor, temperature: f64) -> Result<Tensor> {
+    if student.dims() != teacher.dims() {
+        bail!(
+            "the teacher gives the shape {:?} where the model gives {:?}",
+            teacher.dims(),
+            student.dims()
+        );
+    }
+    match measure {
+        Measure::Square => (student - teacher)?.sqr()?.mean_all(),
+        Measure::Entropy { probabilities, axis } => {
+            let axis = axis_of(axis, student.rank())?;
+            let classes = student.dim(axis)?;
+            if classes < 2 {
+                bail!("soft targets of one score are the same for every model; use the loss MeanSquaredError");
+            }
+            let teacher = if probabilities {
+                teacher.maximum(PROBABILITY_MIN)?.log()?
+            } else {
+                teacher.maximum(SCORE_MIN)?
+            };
+            let softened = |scores: &Tensor| log_softmax(&(scores / temperature)?, axis);
+            let (wanted, given) = (softened(&teacher)?, softened(&student.maximum(SCORE_MIN)?)?);
+            let entropy = wanted.exp()?.mul(&(&wanted - given)?)?.sum_all()?;
+            entropy * (temperature * temperature * classes as f64 / student.elem_count() as f64)
+        }
+    }
+}

@@ -70,7 +70,11 @@ pub async fn fetch_beside(
         return fetch_file(what, uri, Some(name), credentials, limits, destination, activity).await;
     }
     // A query is the model's own, such as a signature of its address.
-    let path = if uri.starts_with("http") { uri.split(['?', '#']).next().unwrap_or(uri) } else { uri };
+    let path = if uri.starts_with("http") {
+        uri.split(['?', '#']).next().unwrap_or(uri)
+    } else {
+        uri
+    };
     let folder = path.rfind('/').map_or("", |end| &path[..=end]);
     fetch_file(what, &format!("{folder}{name}"), None, credentials, limits, destination, activity).await
 }

@@ -43,7 +43,10 @@ pub fn write(model: &ModelProto, path: &Path) -> io::Result<()> {
 }
 
 fn write_within(model: &ModelProto, path: &Path, message_bytes_max: usize) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let graph = model.graph.as_ref();
     let tensors = graph.map_or(&[][..], |graph| &graph.initializer);
     let mut heads: Vec<TensorProto> = tensors.iter().map(head).collect();
@@ -138,7 +141,11 @@ fn write_message(file: &File, model: &ModelProto, tensors: &[TensorProto], heads
         let raw = inline(tensor, head).map_or(0, |raw| key_len(field::TENSOR_RAW_DATA) + encoded_len_varint(raw as u64) + raw);
         head.encoded_len() + raw
     };
-    let lengths: Vec<usize> = tensors.iter().zip(heads).map(|(tensor, head)| tensor_length(tensor, head)).collect();
+    let lengths: Vec<usize> = tensors
+        .iter()
+        .zip(heads)
+        .map(|(tensor, head)| tensor_length(tensor, head))
+        .collect();
     let initializers: usize = lengths
         .iter()
         .map(|length| key_len(field::GRAPH_INITIALIZER) + encoded_len_varint(*length as u64) + length)

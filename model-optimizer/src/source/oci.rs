@@ -29,7 +29,10 @@ pub(super) async fn fetch(
     let progress = Progress::new(move |done, total| activity.report(done, total));
     let mut delays: Delays = delays(limits.retries);
     loop {
-        match registry.fetch_artifact(reference, name, destination, limits.size_max, &progress).await {
+        match registry
+            .fetch_artifact(reference, name, destination, limits.size_max, &progress)
+            .await
+        {
             Ok(fetched) => {
                 return Ok(Content {
                     digest: fetched.digest,

@@ -202,7 +202,8 @@ async fn with_external_data(
     for name in &names {
         let destination = path.with_file_name(name);
         if destination == path {
-            let message = format!("{uri} keeps its weights in a file called `{name}`, a name that is taken here; give that file another name");
+            let message =
+                format!("{uri} keeps its weights in a file called `{name}`, a name that is taken here; give that file another name");
             return Err(failure(FailureReason::UnreadableModel, message));
         }
         super::make_folder_of(&destination)?;

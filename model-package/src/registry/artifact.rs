@@ -217,7 +217,8 @@ fn plain_file<'a>(manifest: &'a OciImageManifest, wanted: Option<&str>) -> Resul
 
 /// Whether the archive's entry `path` is the file `name`, in whatever folder.
 fn is_named(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|folder| folder.is_empty() || folder.ends_with('/'))
+    path.strip_suffix(name)
+        .is_some_and(|folder| folder.is_empty() || folder.ends_with('/'))
 }
 
 fn is_model(name: &str) -> bool {

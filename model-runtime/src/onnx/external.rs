@@ -83,7 +83,8 @@ fn location(tensor: &TensorProto) -> Result<&str, OnnxError> {
     if plain {
         Ok(location)
     } else {
-        let reason = format!("keeps its data in `{location}`, which is not a file beside the model; save the model again with its data beside it");
+        let reason =
+            format!("keeps its data in `{location}`, which is not a file beside the model; save the model again with its data beside it");
         Err(refuse(tensor, &reason))
     }
 }
@@ -120,14 +121,20 @@ fn view(tensor: &TensorProto, file: &Bytes) -> Result<Bytes, OnnxError> {
     }
     let end = offset.checked_add(length).filter(|end| *end <= size);
     let end = end.ok_or_else(|| {
-        let reason = format!("has its external data at {offset}, {length} bytes long, in a file of {size} bytes; the file is cut off or another one");
+        let reason = format!(
+            "has its external data at {offset}, {length} bytes long, in a file of {size} bytes; the file is cut off or another one"
+        );
         refuse(tensor, &reason)
     })?;
     Ok(file.slice(offset as usize..end as usize))
 }
 
 fn entry<'a>(tensor: &'a TensorProto, key: &str) -> Option<&'a str> {
-    tensor.external_data.iter().find(|entry| entry.key() == key).map(|entry| entry.value())
+    tensor
+        .external_data
+        .iter()
+        .find(|entry| entry.key() == key)
+        .map(|entry| entry.value())
 }
 
 fn refuse(tensor: &TensorProto, reason: &str) -> OnnxError {
@@ -192,8 +199,14 @@ mod tests {
             (&[("location", "/etc/passwd")], "is not a file beside the model"),
             (&[("offset", "0")], "does not say in which"),
             (&[("location", "gone.data")], "`gone.data`, which cannot be read"),
-            (&[("location", "w.data"), ("length", "12")], "12 bytes of external data, and its shape and type say 16"),
-            (&[("location", "w.data"), ("offset", "20"), ("length", "16")], "cut off or another one"),
+            (
+                &[("location", "w.data"), ("length", "12")],
+                "12 bytes of external data, and its shape and type say 16",
+            ),
+            (
+                &[("location", "w.data"), ("offset", "20"), ("length", "16")],
+                "cut off or another one",
+            ),
             (&[("location", "w.data"), ("offset", "-1")], "no number of bytes"),
         ] {
             let said = read(entries).unwrap_err();

@@ -50,7 +50,9 @@ pub fn map(file: &File) -> io::Result<Bytes> {
 pub fn release(bytes: &[u8]) {
     let start = bytes.as_ptr() as usize;
     let mappings = mappings();
-    let Some((first, map)) = mappings.range(..=start).next_back() else { return };
+    let Some((first, map)) = mappings.range(..=start).next_back() else {
+        return;
+    };
     let offset = start - first;
     if offset + bytes.len() > map.len() || bytes.is_empty() {
         return;

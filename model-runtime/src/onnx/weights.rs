@@ -18,8 +18,12 @@ pub fn shape(tensor: &TensorProto) -> Result<Vec<usize>, OnnxError> {
         .map(|&size| usize::try_from(size).map_err(|_| refuse(tensor, "has a negative dimension")))
         .collect::<Result<_, _>>()?;
     // Eight bytes are the widest element; what fits so fits into memory's addresses.
-    let bytes = shape.iter().try_fold(8_isize, |product, &size| product.checked_mul(isize::try_from(size).ok()?));
-    bytes.map(|_| shape).ok_or_else(|| refuse(tensor, "has more values than memory has addresses"))
+    let bytes = shape
+        .iter()
+        .try_fold(8_isize, |product, &size| product.checked_mul(isize::try_from(size).ok()?));
+    bytes
+        .map(|_| shape)
+        .ok_or_else(|| refuse(tensor, "has more values than memory has addresses"))
 }
 
 /// The number of bytes that a tensor's shape and type ask for; `None` where the type has no fixed width.

@@ -11,19 +11,19 @@ use crate::graph::{self, operators};
 
 mod content;
 
-/// Reads the model at `path`, simplifies it, writes it to `destination`, and sees that an engine loads it. `uri` is what a user
-/// knows it as.
+/// Reads the model at `path`, simplifies it, writes it to `destination`, and, with `threads`, sees that an engine runs it. `uri` is what a
+/// user knows it as.
 ///
 /// # Errors
 /// [`FailureReason::UnreadableModel`] where it is no model, [`FailureReason::Unsupported`] where it is one of another format, and
 /// [`FailureReason::UnsupportedOperator`] where no engine runs one of its operators.
-pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: usize) -> Result<(), Failure> {
+pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: Option<usize>) -> Result<(), Failure> {
     content::check_is_onnx(uri, path)?;
     let mut model = read(uri, path)?;
     graph::simplify::simplify(&mut model);
     onnx::signature(&model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))?;
     write(&model, destination)?;
-    check_runs(uri, &model, destination, threads)
+    threads.map_or(Ok(()), |threads| check_runs(uri, &model, destination, threads))
 }
 
 /// Reads an ONNX model.

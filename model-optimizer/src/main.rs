@@ -80,8 +80,8 @@ struct OptimizeArgs {
     /// Most that one inference may take, such as 5ms; a model slower than the original is refused then, too.
     #[arg(long, value_name = "DURATION")]
     max_latency: Option<Duration>,
-    /// Hands the result out whatever it lost; the report says so.
-    #[arg(long, conflicts_with_all = ["max_accuracy_drop", "max_class_accuracy_drop", "min_fidelity", "max_size", "max_latency"])]
+    /// Hands the result out without running it, so that nobody knows what it lost; the report says so.
+    #[arg(long, conflicts_with_all = ["evaluation", "max_accuracy_drop", "max_class_accuracy_drop", "min_fidelity", "max_size", "max_latency"])]
     no_gate: bool,
     /// Threads that an inference may use. Default: as many as there are.
     #[arg(long, value_name = "N")]

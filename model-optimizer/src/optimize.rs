@@ -52,14 +52,18 @@ pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<
     match ran {
         Ok(()) => {}
         Err(failure) if failure.reason == FailureReason::BudgetExceeded && context.package().join(REPORT_FILE).is_file() => {
+            let report = context.read(&format!("package/{REPORT_FILE}"))?;
             place(&context.package(), output)?;
-            let report = Some(context.read(&format!("package/{REPORT_FILE}"))?);
-            return Err(Failed { failure, report });
+            return Err(Failed {
+                failure,
+                report: Some(report),
+            });
         }
         Err(failure) => return Err(failure.into()),
     }
+    let report = context.read(&format!("package/{REPORT_FILE}"))?;
     place(&context.package(), output)?;
-    Ok(context.read(&format!("package/{REPORT_FILE}"))?)
+    Ok(report)
 }
 
 /// Why there is no package.
@@ -101,7 +105,7 @@ fn remove_when_ended(work: &Path) -> Result<(), Failure> {
     chain::on_termination(ended).map_err(|error| internal("cannot watch for signals", &error))
 }
 
-/// Puts the files of `folder` in the place of `output`: they are written beside it, and then take its name.
+/// Moves the files of `folder` to the place of `output`: they come to lie beside it, and then take its name.
 fn place(folder: &Path, output: &Path) -> Result<(), Failure> {
     let _placing = PLACING.lock();
     let parent = match output.parent() {
@@ -123,8 +127,9 @@ fn place(folder: &Path, output: &Path) -> Result<(), Failure> {
     for entry in fs::read_dir(folder).map_err(disk("read", folder))? {
         let entry = entry.map_err(disk("read", folder))?;
         let file = beside.path().join(entry.file_name());
-        fs::copy(entry.path(), &file)
-            .and_then(|_| fs::File::open(&file)?.sync_all())
+        // From another file system it is a copy.
+        fs::rename(entry.path(), &file)
+            .or_else(|_| fs::copy(entry.path(), &file).map(drop))
             .map_err(disk("write", output))?;
     }
     // An empty folder gives way to a renamed one; one that holds an older package changes names with it.
@@ -232,7 +237,7 @@ pub fn table(report: &Report) -> Table {
     let verdict = match report.gate.verdict {
         Verdict::WithinBudget => "within the budget",
         Verdict::BudgetExceeded => "outside of the budget",
-        Verdict::NotGated => "outside of the budget, and handed out without the gate",
+        Verdict::NotGated => "not measured: the gate was turned off",
     };
     table.add_row(["verdict".to_owned(), String::new(), verdict.to_owned()]);
     table

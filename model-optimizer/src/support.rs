@@ -45,10 +45,10 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
     if inputs.teacher.is_some() && optimize.recipe.iter().all(|technique| technique.distill.is_none()) {
         return invalid("a teacher is named, and nothing in optimize.recipe distils; add distill (on the command line --epochs)".into());
     }
-    let Some(budget) = &optimize.budget else { return Ok(()) };
-    if inputs.no_gate {
-        return invalid("optimize.budget and --no-gate contradict each other; leave one of them out".into());
+    if inputs.no_gate && (optimize.budget.is_some() || optimize.evaluation.is_some()) {
+        return invalid("--no-gate leaves nothing to measure; leave it out, or optimize.budget and optimize.evaluation".into());
     }
+    let Some(budget) = &optimize.budget else { return Ok(()) };
     check_budget(budget, optimize.evaluation.as_ref().map(|evaluation| evaluation.metric))
 }
 

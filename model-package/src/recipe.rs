@@ -540,7 +540,7 @@ pub struct Inputs {
     /// Annotations of the published image, such as the ModelDeployment that first made it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
-    /// Whether the result is handed out whatever it lost (`--no-gate` on a laptop); the report says so.
+    /// Whether the result is handed out without being run and measured (`--no-gate` on a laptop); the report says so.
     #[serde(default, skip_serializing_if = "is_default")]
     pub no_gate: bool,
     /// A second tag of the published image, which names this very run: it is found by it though the Job's pod is gone.

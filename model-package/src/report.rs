@@ -263,7 +263,7 @@ pub struct Report {
 pub struct Gate {
     /// What comes of it.
     pub verdict: Verdict,
-    /// Every limit that binds, with what was measured.
+    /// Every limit that binds, with what was measured; none without the gate.
     pub limits: Vec<LimitCheck>,
 }
 
@@ -275,7 +275,7 @@ pub enum Verdict {
     WithinBudget,
     /// It is outside of a limit, and not handed out.
     BudgetExceeded,
-    /// It is outside of a limit, and handed out all the same, for the gate was turned off.
+    /// Nobody knows: it is handed out without having been run, for the gate was turned off.
     NotGated,
 }
 

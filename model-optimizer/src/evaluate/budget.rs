@@ -21,18 +21,11 @@ const CLASS_SAMPLES_MIN: u64 = 5;
 /// Room for the rounding of a difference of two ratios.
 const ROUNDING: f64 = 1e-9;
 
-/// Holds a result against the budget; where `no_gate`, the verdict is at worst [`Verdict::NotGated`]. `ratio` is the latency's on the chosen
-/// engine.
+/// Holds a result against the budget. `ratio` is the latency's on the chosen engine.
 ///
 /// # Errors
 /// [`FailureReason::InvalidInputs`] where a limit does not parse.
-pub fn check(
-    budget: Option<&Budget>,
-    no_gate: bool,
-    summary: &Summary,
-    judgement: &Judgement,
-    ratio: Option<Spread>,
-) -> Result<Gate, Failure> {
+pub fn check(budget: Option<&Budget>, summary: &Summary, judgement: &Judgement, ratio: Option<Spread>) -> Result<Gate, Failure> {
     let default = Budget::default();
     let budget = budget.unwrap_or(&default);
     let drop = value(budget.max_accuracy_drop.as_ref().map(|drop| drop.value()))?;
@@ -71,7 +64,6 @@ pub fn check(
     }
     let verdict = match limits.iter().all(|limit| limit.passed) {
         true => Verdict::WithinBudget,
-        false if no_gate => Verdict::NotGated,
         false => Verdict::BudgetExceeded,
     };
     Ok(Gate { verdict, limits })
@@ -311,7 +303,7 @@ mod tests {
     /// What is said of the limits that are exceeded.
     fn said(budget: &Budget, judgement: &Judgement) -> Option<String> {
         let summary = summary(2048);
-        let gate = check(Some(budget), false, &summary, judgement, None).unwrap();
+        let gate = check(Some(budget), &summary, judgement, None).unwrap();
         exceeded(&gate, &summary).map(|failed| {
             assert_eq!(failed.reason, FailureReason::BudgetExceeded);
             assert_eq!(failed.measured.as_deref(), Some(&summary));
@@ -447,7 +439,7 @@ mod tests {
                 p90: p10 + 0.2,
             };
             let summary = summary(1);
-            let gate = check(Some(&budget), false, &summary, &judgement(None, vec![]), Some(spread)).unwrap();
+            let gate = check(Some(&budget), &summary, &judgement(None, vec![]), Some(spread)).unwrap();
             exceeded(&gate, &summary).map(|failed| failed.message)
         };
         assert_eq!(check("90us", 0.95), None);
@@ -461,14 +453,5 @@ mod tests {
                 .unwrap()
                 .starts_with("the model is slower than the original (100 us -> 90 us, 1.11 times")
         );
-    }
-
-    #[test]
-    fn without_the_gate_the_verdict_says_so() {
-        let bad = judgement(None, vec![output("y", 0.5)]);
-        let gate = check(None, true, &summary(1), &bad, None).unwrap();
-        assert_eq!(gate.verdict, Verdict::NotGated);
-        assert_eq!(exceeded(&gate, &summary(1)), None);
-        assert!(!gate.limits[0].passed && gate.limits[0].message.is_some());
     }
 }

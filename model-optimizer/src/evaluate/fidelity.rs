@@ -40,15 +40,6 @@ impl Sums {
         self.largest = if error.is_nan() { f64::INFINITY } else { self.largest.max(error) };
     }
 
-    fn merge(&mut self, other: &Self) {
-        self.count += other.count;
-        self.product += other.product;
-        self.before += other.before;
-        self.after += other.after;
-        self.noise += other.noise;
-        self.largest = self.largest.max(other.largest);
-    }
-
     /// Cosine similarity: 1 where both are all zero, 0 where one of them is or a value is not finite.
     fn cosine(&self) -> f64 {
         let lengths = self.before.sqrt() * self.after.sqrt();
@@ -107,59 +98,52 @@ impl Comparison {
             self.broken = true;
             return;
         }
+        let is_float = matches!(before.datatype(), Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
         match (before.as_f32(), after.as_f32()) {
-            (Some(one), Some(other)) => self.add_values(before.shape(), one, other),
+            (Some(one), Some(other)) => self.add_values(before.shape(), one, other, is_float),
             _ => {
-                let (Some(one), Some(other)) = (before.data().to_f64(), after.data().to_f64()) else {
-                    return;
-                };
-                self.add_values(before.shape(), &one, &other);
+                if let (Some(one), Some(other)) = (before.data().to_f64(), after.data().to_f64()) {
+                    self.add_values(before.shape(), &one, &other, is_float);
+                }
             }
         }
-        self.add_agreement(before, after);
     }
 
-    fn add_values<T: Copy + Into<f64>>(&mut self, shape: &[usize], before: &[T], after: &[T]) {
+    fn add_values<T: Copy + Into<f64> + PartialOrd>(&mut self, shape: &[usize], before: &[T], after: &[T], is_float: bool) {
+        for (before, after) in before.iter().zip(after) {
+            self.whole.add((*before).into(), (*after).into());
+        }
         let axes: Vec<usize> = match shape.len() {
             0 | 1 => vec![],
             2 => vec![1],
             rank => vec![1, rank - 1],
         };
-        let axes: Vec<usize> = axes.into_iter().filter(|axis| (2..=SLICES_MAX).contains(&shape[*axis])).collect();
-        for axis in &axes {
-            let size = shape[*axis];
-            let index = self.axes.iter().position(|(known, sums)| known == axis && sums.len() == size);
-            let index = index.unwrap_or_else(|| {
-                self.axes.push((*axis, vec![Sums::default(); size]));
+        for axis in axes.into_iter().filter(|axis| (2..=SLICES_MAX).contains(&shape[*axis])) {
+            let size = shape[axis];
+            let known = self.axes.iter().position(|(known, sums)| *known == axis && sums.len() == size);
+            let known = known.unwrap_or_else(|| {
+                self.axes.push((axis, vec![Sums::default(); size]));
                 self.axes.len() - 1
             });
-            let sums = &mut self.axes[index].1;
+            let sums = &mut self.axes[known].1;
+            // The values of one slice that lie together.
             let inner: usize = shape[axis + 1..].iter().product();
-            if inner == 0 {
-                continue;
-            }
-            for (place, (before, after)) in before.chunks_exact(inner).zip(after.chunks_exact(inner)).enumerate() {
-                let mut run = Sums::default();
-                for (before, after) in before.iter().zip(after) {
-                    run.add((*before).into(), (*after).into());
+            let pairs = before
+                .chunks_exact(size * inner.max(1))
+                .zip(after.chunks_exact(size * inner.max(1)));
+            for (before, after) in pairs {
+                for (slice, sums) in sums.iter_mut().enumerate() {
+                    let values = slice * inner..(slice + 1) * inner;
+                    for (before, after) in before[values.clone()].iter().zip(&after[values]) {
+                        sums.add((*before).into(), (*after).into());
+                    }
                 }
-                sums[place % size].merge(&run);
             }
         }
-        for (before, after) in before.iter().zip(after) {
-            self.whole.add((*before).into(), (*after).into());
-        }
-    }
-
-    fn add_agreement(&mut self, before: &Tensor, after: &Tensor) {
-        let is_float = matches!(before.datatype(), Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
-        let width = if is_float { before.shape().last().copied().unwrap_or(1) } else { 1 };
-        if is_float && width < 2 || width == 0 {
+        let width = if is_float { shape.last().copied().unwrap_or(1) } else { 1 };
+        if is_float && width < 2 {
             return;
         }
-        let (Some(before), Some(after)) = (before.data().to_f64(), after.data().to_f64()) else {
-            return;
-        };
         for (before, after) in before.chunks_exact(width).zip(after.chunks_exact(width)) {
             self.rows += 1;
             let agreed = if is_float {
@@ -211,7 +195,7 @@ impl Comparison {
     }
 }
 
-fn largest(values: &[f64]) -> usize {
+fn largest<T: PartialOrd>(values: &[T]) -> usize {
     let mut best = 0;
     for (index, value) in values.iter().enumerate() {
         if *value > values[best] {

@@ -13,6 +13,6 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         &context.inputs.source.uri,
         &context.source("model"),
         &context.converted(),
-        context.threads,
+        (!context.inputs.no_gate).then_some(context.threads),
     )
 }

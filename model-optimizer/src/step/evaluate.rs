@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::time::Instant;
 
 use plimsoll_package::digest::Digest;
-use plimsoll_package::manifest::{File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE, Probe, REPORT_FILE, TensorSpec};
+use plimsoll_package::manifest::{Engine as EngineKind, File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE, REPORT_FILE, TensorSpec};
 use plimsoll_package::recipe::Metric;
 use plimsoll_package::registry::layer_size;
-use plimsoll_package::report::{EngineReport, Report, SampleSource, Samples, Summary};
-use plimsoll_runtime::onnx;
+use plimsoll_package::report::{EngineReport, Gate, Report, SampleSource, Samples, Summary, Verdict};
+use plimsoll_runtime::onnx::{self, ModelProto};
 use strum::IntoEnumIterator as _;
 
 use super::chain::took_ms;
@@ -17,27 +18,25 @@ use super::compress::Compressed;
 use super::fetch::{Fetched, calibrates_on_evaluation};
 use super::{Context, Step, write_json};
 use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
-use crate::evaluate::engines::{self, Pair};
+use crate::evaluate::engines;
 use crate::evaluate::{budget, judgement};
 use crate::failure::{Failure, FailureReason, disk, failure};
 use crate::{convert, graph};
 
-/// Evaluates. The report is laid out even where the result is outside of its budget; the model is not.
+/// Evaluates; without the gate the package is laid out unmeasured. The report is laid out even where the result is outside of its budget;
+/// the model is not.
 ///
 /// # Errors
 /// Where the data do not fit the model, no engine runs the result, or it is outside of the budget.
 pub fn run(context: &Context) -> Result<(), Failure> {
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let fetched: Fetched = context.read(super::fetch::RECORD)?;
     let compressed: Compressed = context.read(super::compress::RECORD)?;
     let model = convert::read(&context.inputs.source.uri, &context.compressed())?;
-    let (inputs, _) = onnx::signature(&model).map_err(|error| {
-        failure(
-            FailureReason::Unsupported,
-            format!("{} cannot be served: {error}", context.inputs.source.uri),
-        )
-    })?;
-    let mut data = Data::of(context, &inputs)?;
+    if context.inputs.no_gate {
+        return hand_out(context, fetched, compressed, &model, begun);
+    }
+    let mut data = Data::of(context, &signature(context, &model)?.0)?;
     let candidates = engines::load(context, compressed.fold_dequantize, &mut data.samples)?;
     let samples = &data.samples[0];
     let (measured, probe) = engines::compare(&candidates, &model, &samples.first()?, context)?;
@@ -65,31 +64,15 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     let judgement = judgement::judge(chosen, samples, data.metric, &activity)?;
     drop(activity);
 
-    let file_size = |path: &Path| fs::metadata(path).map(|metadata| metadata.len()).map_err(disk("read", path));
-    let layer = |path: &Path| layer_size(path).map_err(disk("read", path));
     let summary = Summary {
-        artifact: None,
-        reused: false,
-        source_digest: fetched.source.digest.clone(),
-        evaluation_digest: fetched.evaluation.as_ref().map(|content| content.digest.clone()),
-        size_before: fetched.source.size,
-        size_after: file_size(&context.compressed())?,
-        size_layer_before: Some(layer(&context.source("model"))?),
-        size_layer_after: Some(layer(&context.compressed())?),
-        sparsity: model.graph.as_ref().map_or(0.0, graph::weight::sparsity),
         metric: judgement.metric,
         fidelity: judgement.outputs.iter().map(|output| output.cosine).reduce(f64::min),
         latency: Some(latency),
-        engine: chosen.after.kind(),
-        toolchain: env!("CARGO_PKG_VERSION").to_owned(),
+        ..summary(context, &fetched, &model, chosen.after.kind())?
     };
     let optimize = &context.inputs.optimize;
-    let gate = budget::check(optimize.budget.as_ref(), context.inputs.no_gate, &summary, &judgement, ratio)?;
+    let gate = budget::check(optimize.budget.as_ref(), &summary, &judgement, ratio)?;
     let exceeded = budget::exceeded(&gate, &summary);
-    let mut step_ms: BTreeMap<String, f64> = Step::iter()
-        .filter_map(|step| Some((step.to_string(), took_ms(&context.work, step)?)))
-        .collect();
-    step_ms.insert(Step::Evaluate.to_string(), begun.elapsed().as_secs_f64() * 1e3);
     let report = Report {
         schema_version: 1,
         summary,
@@ -109,13 +92,83 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         classes: judgement.classes,
         engines,
         skipped: compressed.skipped,
-        step_ms,
+        step_ms: step_ms(context, begun),
     };
     write_json(&context.package().join(REPORT_FILE), &report)?;
-    match exceeded {
-        Some(failed) => Err(failed),
-        None => write_package(context, &report, &probe, chosen, compressed.fold_dequantize),
+    if let Some(failed) = exceeded {
+        return Err(failed);
     }
+    write_json(&context.package().join(PROBE_FILE), &probe)?;
+    let files = [MODEL_FILE, REPORT_FILE, PROBE_FILE];
+    write_package(context, &report, signature(context, &model)?, compressed.fold_dequantize, &files)
+}
+
+/// The result in brief, without what only running it shows.
+fn summary(context: &Context, fetched: &Fetched, model: &ModelProto, engine: EngineKind) -> Result<Summary, Failure> {
+    let compressed = context.compressed();
+    let layer = |path: &Path| layer_size(path).map_err(disk("read", path));
+    Ok(Summary {
+        artifact: None,
+        reused: false,
+        source_digest: fetched.source.digest.clone(),
+        evaluation_digest: fetched.evaluation.as_ref().map(|content| content.digest.clone()),
+        size_before: fetched.source.size,
+        size_after: fs::metadata(&compressed).map_err(disk("read", &compressed))?.len(),
+        size_layer_before: Some(layer(&context.source("model"))?),
+        size_layer_after: Some(layer(&compressed)?),
+        sparsity: model.graph.as_ref().map_or(0.0, graph::weight::sparsity),
+        metric: None,
+        fidelity: None,
+        latency: None,
+        engine,
+        toolchain: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+/// Lays out the package without running the model: nothing is measured but sizes, no engine is tried, and there is no probe.
+fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: &ModelProto, begun: Instant) -> Result<(), Failure> {
+    let (inputs, outputs) = signature(context, model)?;
+    let engine = convert::engines().last().copied().unwrap_or(EngineKind::Tract);
+    let report = Report {
+        schema_version: 1,
+        summary: summary(context, &fetched, model, engine)?,
+        inputs: context.inputs.clone(),
+        gate: Gate {
+            verdict: Verdict::NotGated,
+            limits: vec![],
+        },
+        samples: None,
+        steps: compressed.steps,
+        outputs: vec![],
+        classes: vec![],
+        engines: vec![],
+        skipped: compressed.skipped,
+        step_ms: step_ms(context, begun),
+    };
+    write_json(&context.package().join(REPORT_FILE), &report)?;
+    write_package(
+        context,
+        &report,
+        (inputs, outputs),
+        compressed.fold_dequantize,
+        &[MODEL_FILE, REPORT_FILE],
+    )
+}
+
+type Signature = (Vec<TensorSpec>, Vec<TensorSpec>);
+
+fn signature(context: &Context, model: &ModelProto) -> Result<Signature, Failure> {
+    let uri = &context.inputs.source.uri;
+    onnx::signature(model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))
+}
+
+/// The wall time of each step, of this one since it has `begun`, in milliseconds.
+fn step_ms(context: &Context, begun: Instant) -> BTreeMap<String, f64> {
+    let mut step_ms: BTreeMap<String, f64> = Step::iter()
+        .filter_map(|step| Some((step.to_string(), took_ms(&context.work, step)?)))
+        .collect();
+    step_ms.insert(Step::Evaluate.to_string(), begun.elapsed().as_secs_f64() * 1e3);
+    step_ms
 }
 
 /// The samples to judge on.
@@ -183,32 +236,34 @@ impl Data {
     }
 }
 
-fn write_package(context: &Context, report: &Report, probe: &Probe, chosen: &Pair, fold_dequantize: bool) -> Result<(), Failure> {
+/// Puts the model beside the report, and the manifest of the package's `files`.
+fn write_package(
+    context: &Context,
+    report: &Report,
+    (inputs, outputs): Signature,
+    fold_dequantize: bool,
+    files: &[&str],
+) -> Result<(), Failure> {
     let package = context.package();
-    fs::create_dir_all(&package).map_err(disk("make", &package))?;
     let model = package.join(MODEL_FILE);
-    fs::copy(context.compressed(), &model).map_err(disk("write", &model))?;
-    write_json(&package.join(PROBE_FILE), probe)?;
-    let mut files = BTreeMap::new();
-    for name in [MODEL_FILE, REPORT_FILE, PROBE_FILE] {
+    // The same file under another name, where the file system can.
+    if fs::hard_link(context.compressed(), &model).is_err() {
+        fs::copy(context.compressed(), &model).map_err(disk("write", &model))?;
+    }
+    let described = |name: &&str| -> Result<(String, File), Failure> {
         let path = package.join(name);
         let file = fs::File::open(&path).map_err(disk("read", &path))?;
         let size = file.metadata().map_err(disk("read", &path))?.len();
-        files.insert(
-            name.to_owned(),
-            File {
-                digest: Digest::of_reader(file).map_err(disk("read", &path))?,
-                size,
-            },
-        );
-    }
+        let digest = Digest::of_reader(file).map_err(disk("read", &path))?;
+        Ok(((*name).to_owned(), File { digest, size }))
+    };
     let manifest = Manifest {
         schema_version: 1,
-        inputs: chosen.after.inputs().to_vec(),
-        outputs: chosen.after.outputs().to_vec(),
-        engine: chosen.after.kind(),
+        inputs,
+        outputs,
+        engine: report.summary.engine,
         fold_dequantize,
-        files,
+        files: files.iter().map(described).collect::<Result<_, _>>()?,
         source_digest: report.summary.source_digest.clone(),
         toolchain: report.summary.toolchain.clone(),
     };

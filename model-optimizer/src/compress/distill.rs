@@ -377,3 +377,48 @@ fn unsupported(error: candle_core::Error) -> Failure {
 fn unreadable(name: &str, error: &candle_core::Error) -> Failure {
     failure(FailureReason::UnreadableModel, format!("cannot train the weight `{name}`: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn distill(change: impl FnOnce(&mut Distill)) -> Result<Distillation, Failure> {
+        let mut distill = Distill {
+            epochs: 3,
+            loss: None,
+            temperature: None,
+            batch_size: None,
+            learning_rate: None,
+            data: None,
+            prune_to: None,
+        };
+        change(&mut distill);
+        Distillation::new(&distill)
+    }
+
+    #[test]
+    fn defaults_are_those_that_the_recipe_documents() {
+        let expected = Distillation {
+            epochs: 3,
+            loss: None,
+            temperature: 2.0,
+            batch: 32,
+            rate: 1e-4,
+            prune_to: None,
+        };
+        assert_eq!(distill(|_| {}).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_out_of_range_is_refused_by_its_name() {
+        let refusal = |change: fn(&mut Distill)| {
+            let refused = distill(change).unwrap_err();
+            assert_eq!(refused.reason, FailureReason::InvalidInputs);
+            refused.message
+        };
+        assert!(refusal(|distill| distill.epochs = 0).contains("epochs is 0; write a number from 1 to 1000"));
+        assert!(refusal(|distill| distill.temperature = Some(101)).contains("temperature is 101"));
+        assert!(refusal(|distill| distill.batch_size = Some(0)).contains("batchSize is 0"));
+        assert!(refusal(|distill| distill.learning_rate = Some("0".parse().unwrap())).contains("learningRate is 0"));
+    }
+}

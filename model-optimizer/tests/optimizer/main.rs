@@ -1,6 +1,7 @@
 //! The optimiser as its users meet it: fetching from real servers, steps as real processes, real models on both engines.
 
 mod chain;
+mod distill;
 mod external;
 mod fetch;
 mod job;

@@ -58,3 +58,44 @@ impl AdamW {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use candle_core::{DType, Device};
+    use plimsoll_runtime::onnx::GraphProto;
+
+    use super::*;
+    use crate::compress::distill::forward::Place;
+    use crate::graph::{float_tensor, node};
+
+    #[test]
+    fn two_steps_are_those_of_torch() {
+        // torch.optim.AdamW([w], lr=0.1) on w = [[1, -2]] with the gradients [[0.5, -1]] and [[0.2, 0.3]]; the bias b = [1] gets the same
+        // gradients as w's first element, with weight_decay=0.
+        let graph = GraphProto {
+            node: vec![node("Gemm", &["x", "w", "b"], "y", vec![])],
+            initializer: vec![float_tensor("w", &[1, 2], &[1.0, -2.0]), float_tensor("b", &[1], &[1.0])],
+            ..GraphProto::default()
+        };
+        let place = Place {
+            device: Device::Cpu,
+            dtype: DType::F64,
+        };
+        let parameters = Parameters::find(&graph, &["y".to_owned()], &place).unwrap();
+        assert_eq!(parameters.names(), HashSet::from(["w".to_owned(), "b".to_owned()]));
+        let mut optimizer = AdamW::new(2);
+        for gradient in [[0.5, -1.0], [0.2, 0.3]] {
+            let of_weight = Tensor::new(&[gradient], &Device::Cpu).unwrap();
+            let of_bias = Tensor::new(&[gradient[0]], &Device::Cpu).unwrap();
+            optimizer.step(&parameters, &[Some(of_weight), Some(of_bias)], 0.1).unwrap();
+        }
+        let values = parameters.values().unwrap();
+        let flat = |name: &str| values[name].flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let expected = [0.808243483901, -1.853317142428, 0.810142483903];
+        for (value, expected) in flat("w").into_iter().chain(flat("b")).zip(expected) {
+            assert!((value - expected).abs() < 1e-9, "{value}, not {expected}");
+        }
+    }
+}

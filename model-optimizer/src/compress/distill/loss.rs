@@ -192,3 +192,118 @@ pub(super) fn loss(measure: Measure, student: &Tensor, teacher: &Tensor, tempera
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use plimsoll_runtime::onnx::TypeProto;
+
+    use super::*;
+    use crate::graph::{float_tensor, integer, node};
+
+    fn graph(nodes: Vec<plimsoll_runtime::onnx::NodeProto>, output: &str) -> GraphProto {
+        let kind = type_proto::Tensor {
+            elem_type: Some(DataType::Float as i32),
+            shape: None,
+        };
+        GraphProto {
+            node: nodes,
+            initializer: vec![float_tensor("w", &[2, 3], &[0.0; 6])],
+            output: vec![ValueInfoProto {
+                name: Some(output.into()),
+                r#type: Some(TypeProto {
+                    value: Some(type_proto::Value::TensorType(kind)),
+                    ..TypeProto::default()
+                }),
+                ..ValueInfoProto::default()
+            }],
+            ..GraphProto::default()
+        }
+    }
+
+    fn target(nodes: Vec<plimsoll_runtime::onnx::NodeProto>, output: &str, loss: Option<DistillLoss>) -> Target {
+        let graph = graph(nodes, output);
+        targets(&graph, &graph, 17, loss).unwrap().remove(0)
+    }
+
+    #[test]
+    fn what_ends_in_a_softmax_is_compared_before_it() {
+        let nodes = || {
+            vec![
+                node("Gemm", &["x", "w"], "z", vec![]),
+                node("Softmax", &["z"], "p", vec![integer("axis", 1)]),
+            ]
+        };
+        let found = target(nodes(), "p", None);
+        assert_eq!(found.value, "z");
+        assert_eq!(
+            found.measure,
+            Measure::Entropy {
+                probabilities: true,
+                axis: 1
+            }
+        );
+        let squared = target(nodes(), "p", Some(DistillLoss::MeanSquaredError));
+        assert_eq!((squared.value.as_str(), squared.measure), ("p", Measure::Square));
+    }
+
+    #[test]
+    fn logits_are_scores_and_embeddings_and_activations_are_not() {
+        let linear = || vec![node("MatMul", &["x", "w"], "m", vec![]), node("Add", &["m", "b"], "logits", vec![])];
+        assert_eq!(
+            target(linear(), "logits", None).measure,
+            Measure::Entropy {
+                probabilities: false,
+                axis: -1
+            }
+        );
+        let embedding = vec![node("Gemm", &["x", "w"], "image_embeds", vec![])];
+        assert_eq!(target(embedding, "image_embeds", None).measure, Measure::Square);
+        let activation = vec![node("Gemm", &["x", "w"], "z", vec![]), node("Tanh", &["z"], "y", vec![])];
+        assert_eq!(target(activation, "y", None).measure, Measure::Square);
+    }
+
+    fn value(measure: Measure, student: &[[f32; 2]], teacher: &[[f32; 2]], temperature: f64) -> f32 {
+        let tensor = |values: &[[f32; 2]]| Tensor::from_vec(values.concat(), (values.len(), 2), &Device::Cpu).unwrap();
+        loss(measure, &tensor(student), &tensor(teacher), temperature)
+            .unwrap()
+            .to_scalar()
+            .unwrap()
+    }
+
+    #[test]
+    fn soft_targets_are_the_relative_entropy_times_the_squared_temperature() {
+        let logits = Measure::Entropy {
+            probabilities: false,
+            axis: -1,
+        };
+        // Scores 0 and 2 ln 3 at temperature 2 are the probabilities 1/4 and 3/4, to the student's 1/2 and 1/2:
+        // 4 * (1/4 ln 1/2 + 3/4 ln 3/2).
+        let score = 2.0 * 3.0_f32.ln();
+        let expected = 4.0 * (0.25 * 0.5_f32.ln() + 0.75 * 1.5_f32.ln());
+        let one = value(logits, &[[7.0, 7.0]], &[[0.0, score]], 2.0);
+        assert!((one - expected).abs() < 1e-5, "{one}, not {expected}");
+        // The mean over samples, of which the second one is learnt.
+        let two = value(logits, &[[7.0, 7.0], [1.0, 2.0]], &[[0.0, score], [3.0, 4.0]], 2.0);
+        assert!((two - expected / 2.0).abs() < 1e-5);
+        // A teacher that gives probabilities (1/10 and 9/10, softened 1/4 and 3/4) says the same.
+        let probabilities = Measure::Entropy {
+            probabilities: true,
+            axis: -1,
+        };
+        assert!((value(probabilities, &[[7.0, 7.0]], &[[0.1, 0.9]], 2.0) - expected).abs() < 1e-5);
+        // What is ruled out costs nothing where both rule it out.
+        assert_eq!(value(logits, &[[1.0, f32::NEG_INFINITY]], &[[5.0, f32::NEG_INFINITY]], 1.0), 0.0);
+    }
+
+    #[test]
+    fn one_score_has_no_soft_targets() {
+        let one = Tensor::new(&[[1.0_f32]], &Device::Cpu).unwrap();
+        let logits = Measure::Entropy {
+            probabilities: false,
+            axis: -1,
+        };
+        assert!(loss(logits, &one, &one, 2.0).unwrap_err().to_string().contains("MeanSquaredError"));
+        assert_eq!(value(Measure::Square, &[[1.0, 2.0]], &[[1.0, 4.0]], 9.0), 2.0);
+    }
+}

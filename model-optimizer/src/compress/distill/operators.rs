@@ -281,12 +281,14 @@ pub(super) fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         shape[last] = columns;
         a.contiguous()?.reshape(((), inner))?.matmul(&b)?.reshape(shape)?
     } else {
-        let (a_shape, b_shape) = a.shape().broadcast_shape_matmul(b.shape())?;
-        let (a, b) = (a.broadcast_as(&a_shape)?.contiguous()?, b.broadcast_as(&b_shape)?.contiguous()?);
-        let mut shape = a_shape.dims().to_vec();
-        let last = shape.len() - 1;
-        shape[last] = columns;
-        let flat = a.reshape(((), rows, inner))?.matmul(&b.reshape(((), inner, columns))?)?;
+        let batches = |x: &Tensor| candle_core::Shape::from(&x.dims()[..x.rank() - 2]);
+        let batches = batches(&a).broadcast_shape_binary_op(&batches(&b), "matmul")?;
+        let batched = |x: &Tensor, matrix: [usize; 2]| {
+            let shape = [batches.dims(), &matrix].concat();
+            x.broadcast_as(shape)?.contiguous()?.reshape(((), matrix[0], matrix[1]))
+        };
+        let flat = batched(&a, [rows, inner])?.matmul(&batched(&b, [inner, columns])?)?;
+        let shape = [batches.dims(), &[rows, columns]].concat();
         flat.reshape(shape)?
     };
     if right {

@@ -652,3 +652,218 @@ fn bytes(value: &Tensor, kind: DataType) -> Result<Vec<u8>> {
         kind => candle_core::bail!("no values of type {} are written", kind.as_str_name()),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use plimsoll_package::recipe::{Quantize, QuantizeScheme};
+    use plimsoll_runtime::onnx::{ModelProto, OperatorSetIdProto, ValueInfoProto};
+
+    use super::*;
+    use crate::compress::{Setting, quantize};
+    use crate::graph::{float_tensor, integer, node};
+    use crate::progress::Console;
+
+    fn place() -> Place {
+        Place {
+            device: Device::Cpu,
+            dtype: DType::F32,
+        }
+    }
+
+    fn model(nodes: Vec<NodeProto>, initializers: Vec<TensorProto>) -> ModelProto {
+        let value = |name: &str| ValueInfoProto {
+            name: Some(name.into()),
+            ..ValueInfoProto::default()
+        };
+        ModelProto {
+            opset_import: vec![OperatorSetIdProto {
+                domain: None,
+                version: Some(17),
+            }],
+            graph: Some(GraphProto {
+                node: nodes,
+                initializer: initializers,
+                input: vec![value("x")],
+                output: vec![value("y")],
+                ..GraphProto::default()
+            }),
+            ..ModelProto::default()
+        }
+    }
+
+    fn weight() -> TensorProto {
+        let values: Vec<f32> = (0..64 * 48)
+            .map(|index| ((index * 37 % 101) as f32 - 50.0) * 0.01 * (1.0 + (index % 48) as f32))
+            .collect();
+        float_tensor("w", &[64, 48], &values)
+    }
+
+    fn quantized(scheme: QuantizeScheme) -> GraphProto {
+        let mut model = model(
+            vec![node("Gemm", &["x", "w", "b"], "y", vec![])],
+            vec![weight(), float_tensor("b", &[48], &[0.5; 48])],
+        );
+        let original = model.clone();
+        let console = Console::silent();
+        let setting = Setting {
+            calibration: None,
+            original: &original,
+            threads: 1,
+            console: &console,
+        };
+        quantize::technique(&Quantize::of(scheme))
+            .unwrap()
+            .apply(&mut model, &setting)
+            .unwrap();
+        model.graph.unwrap()
+    }
+
+    fn find(graph: &GraphProto) -> Parameters {
+        Parameters::find(graph, &["y".to_owned()], &place()).unwrap()
+    }
+
+    fn initializer<'a>(graph: &'a GraphProto, part: &str) -> &'a TensorProto {
+        graph.initializer.iter().find(|tensor| tensor.name().contains(part)).unwrap()
+    }
+
+    #[test]
+    fn a_quantised_weight_is_unchanged_before_training_and_refreshed_after() {
+        for (scheme, most) in [(QuantizeScheme::Int8Weights, 127.0), (QuantizeScheme::Int8Dynamic, 64.0)] {
+            let mut graph = quantized(scheme);
+            let before = graph.clone();
+            let parameters = find(&graph);
+            assert!(parameters.frozen.is_empty(), "{:?}", parameters.frozen);
+            assert_eq!(parameters.len(), 2, "the weight and the bias");
+            parameters.write(&mut graph).unwrap();
+            for name in ["int8", "scale"] {
+                let (now, then) = (initializer(&graph, name), initializer(&before, name));
+                assert_eq!(weights::floats(now).unwrap(), weights::floats(then).unwrap(), "{scheme} {name}");
+            }
+            // Each channel grows by its own factor: the integers stay, the scales follow.
+            let trained = &parameters.list[0];
+            let factors: Vec<f32> = (0..48).map(|channel| 1.0 + channel as f32 / 10.0).collect();
+            let grown = trained
+                .var
+                .as_tensor()
+                .broadcast_mul(&Tensor::from_vec(factors.clone(), 48, &Device::Cpu).unwrap())
+                .unwrap();
+            trained.var.set(&grown.detach()).unwrap();
+            parameters.write(&mut graph).unwrap();
+            let integers = weights::floats(initializer(&graph, "int8")).unwrap();
+            assert_eq!(integers, weights::floats(initializer(&before, "int8")).unwrap());
+            assert_eq!(integers.iter().copied().fold(0.0, f32::max), most);
+            let scales = weights::floats(initializer(&graph, "scale")).unwrap();
+            let expected = weights::floats(initializer(&before, "scale")).unwrap();
+            for ((scale, before), factor) in scales.iter().zip(expected).zip(factors) {
+                assert!((scale / before - factor).abs() < 1e-5, "{scale} from {before} by {factor}");
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_that_pruning_made_are_masked_and_those_of_rounding_are_not() {
+        let mask = |integers: &[f32]| mask_of_integers(&Tensor::new(integers, &Device::Cpu).unwrap()).unwrap();
+        // As many on 0 as on each of its neighbours.
+        let smooth: Vec<f32> = (0..300).map(|index| (index % 21) as f32 - 10.0).collect();
+        assert!(mask(&smooth).is_none());
+        let pruned: Vec<f32> = smooth.iter().map(|value| if value.abs() < 4.0 { 0.0 } else { *value }).collect();
+        let found = mask(&pruned).unwrap().to_vec1::<f32>().unwrap();
+        assert!(pruned.iter().zip(found).all(|(value, mask)| (*value != 0.0) == (mask == 1.0)));
+        // In floats a zero is no accident.
+        let mut values: Vec<f32> = (1..=100).map(|value| value as f32).collect();
+        let whole = |values: &[f32]| {
+            find(
+                &model(
+                    vec![node("MatMul", &["x", "w"], "y", vec![])],
+                    vec![float_tensor("w", &[10, 10], values)],
+                )
+                .graph
+                .unwrap(),
+            )
+        };
+        assert!(whole(&values).list[0].mask.is_none());
+        values[..2].fill(0.0);
+        assert_eq!(mean(whole(&values).list[0].mask.as_ref().unwrap()).unwrap(), 0.98);
+    }
+
+    #[test]
+    fn gradual_pruning_keeps_what_was_pruned() {
+        let values: Vec<f32> = (0..100).map(|value| if value < 30 { 0.0 } else { value as f32 }).collect();
+        let graph = model(
+            vec![node("MatMul", &["x", "w"], "y", vec![])],
+            vec![float_tensor("w", &[10, 10], &values)],
+        )
+        .graph
+        .unwrap();
+        let mut parameters = find(&graph);
+        assert!((parameters.sparsity().unwrap() - 0.3).abs() < 1e-9);
+        parameters.prune(0.6).unwrap();
+        assert!((parameters.sparsity().unwrap() - 0.6).abs() < 1e-9);
+        let values = parameters.values().unwrap()["w"].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(values[..60].iter().all(|value| *value == 0.0) && values[60..].iter().all(|value| *value != 0.0));
+    }
+
+    #[test]
+    fn constants_of_the_graphs_own_arithmetic_are_not_trained() {
+        let nodes = vec![
+            node("Mul", &["x", "half"], "a", vec![]),
+            node("Add", &["a", "mask"], "b", vec![]),
+            node("Gather", &["table", "x"], "t", vec![]),
+            node("Transpose", &["w"], "turned", vec![]),
+            node("MatMul", &["b", "turned"], "c", vec![]),
+            node("Add", &["c", "bias"], "d", vec![]),
+            node("Add", &["d", "t"], "y", vec![]),
+            node("MatMul", &["d", "unread"], "dead", vec![]),
+        ];
+        let initializers = vec![
+            float_tensor("half", &[1], &[0.5]),
+            float_tensor("mask", &[2, 2], &[0.0; 4]),
+            float_tensor("table", &[4, 2], &[1.0; 8]),
+            float_tensor("w", &[2, 2], &[1.0; 4]),
+            float_tensor("bias", &[1, 2], &[0.0; 2]),
+            float_tensor("unread", &[2, 2], &[1.0; 4]),
+        ];
+        let parameters = find(&model(nodes, initializers).graph.unwrap());
+        let expected = ["table", "w", "bias"].map(str::to_owned);
+        assert_eq!(parameters.names(), HashSet::from(expected));
+        assert!(
+            parameters.list.iter().all(|parameter| parameter.mask.is_none()),
+            "a bias of zeros is no pruned weight"
+        );
+    }
+
+    #[test]
+    fn a_bias_in_integers_follows_the_scale_of_its_weight() {
+        let nodes = vec![
+            node("DequantizeLinear", &["w", "w_scale"], "w_float", vec![integer("axis", 0)]),
+            node("DequantizeLinear", &["b", "b_scale"], "b_float", vec![integer("axis", 0)]),
+            node("Conv", &["x", "w_float", "b_float"], "y", vec![]),
+        ];
+        let bias: Vec<u8> = [1000_i32, -2000].iter().flat_map(|value| value.to_le_bytes()).collect();
+        let initializers = vec![
+            tensor(
+                "w",
+                DataType::Int8,
+                &[2, 1, 1, 2],
+                [127_i8, 3, -127, 50].map(|value| value as u8).to_vec(),
+            ),
+            float_tensor("w_scale", &[2], &[0.1, 0.2]),
+            tensor("b", DataType::Int32, &[2], bias),
+            float_tensor("b_scale", &[2], &[0.001, 0.002]),
+        ];
+        let mut graph = model(nodes, initializers).graph.unwrap();
+        let parameters = find(&graph);
+        assert_eq!(parameters.len(), 2);
+        let doubled = parameters.list[0].var.as_tensor().detach().affine(2.0, 0.0).unwrap();
+        parameters.list[0].var.set(&doubled).unwrap();
+        parameters.write(&mut graph).unwrap();
+        let floats = |name: &str| weights::floats(graph.initializer.iter().find(|tensor| tensor.name() == name).unwrap()).unwrap();
+        assert_eq!(floats("w"), [127.0, 3.0, -127.0, 50.0]);
+        for (now, expected) in floats("w_scale").iter().chain(&floats("b_scale")).zip([0.2, 0.4, 0.002, 0.004]) {
+            assert!((now - expected).abs() < 1e-6);
+        }
+        // The bias itself is the same at the doubled scale.
+        assert_eq!(floats("b"), [500.0, -1000.0]);
+    }
+}

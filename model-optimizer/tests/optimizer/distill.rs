@@ -1,0 +1,104 @@
+//! Distillation by the program, on a real model.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Output;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use plimsoll_package::report::{Report, exit_code};
+
+use super::{model, program};
+
+fn run(source: &str, package: &Path, flags: &[&str]) -> Output {
+    let mut command = program();
+    command.arg("optimize").arg(model(source)).arg("--output").arg(package);
+    command.args(flags).arg("--json").output().unwrap()
+}
+
+fn data(name: &str) -> String {
+    model(&format!("digits/{name}.npz")).to_str().unwrap().to_owned()
+}
+
+fn report(output: &Output) -> Report {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The bytes of a file once compressed, as they are shipped where layers are.
+fn compressed(path: &Path) -> usize {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+    encoder.write_all(&fs::read(path).unwrap()).unwrap();
+    encoder.finish().unwrap().len()
+}
+
+/// The losses on the held-out data that the messages of a run tell, before the first and after each epoch.
+fn losses(output: &Output) -> Vec<f64> {
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let number = |text: &str| text.split([' ', '"']).next().and_then(|number| number.parse().ok());
+    let before = said.split("held out; loss ").nth(1).and_then(number);
+    let after = said.split(", held out ").skip(1).filter_map(number);
+    before.into_iter().chain(after).collect()
+}
+
+#[test]
+fn digits_pruned_quantised_and_distilled_are_six_times_smaller_within_half_a_point() {
+    for (name, scheme) in [("digits/digits-v1.onnx", "Int8"), ("digits/digits-v2.onnx", "Int8Weights")] {
+        let dir = tempfile::tempdir().unwrap();
+        let recipe = dir.path().join("recipe.yaml");
+        let text = format!(
+            "recipe:\n- prune: {{amount: \"50%\"}}\n- quantize: {{scheme: {scheme}}}\n- distill: {{epochs: 6, learningRate: \"0.001\"}}\ncalibration: {{uri: \"{}\"}}\nevaluation:\n  dataset: {{uri: \"{}\"}}\nbudget: {{maxAccuracyDrop: \"0.5%\"}}\n",
+            data("digits-training"),
+            data("digits-heldout"),
+        );
+        fs::write(&recipe, text).unwrap();
+        let package = dir.path().join("package");
+        let output = run(name, &package, &["--recipe", recipe.to_str().unwrap()]);
+        let report = report(&output);
+        let shipped = compressed(&package.join("model.onnx"));
+        let ratio = report.summary.size_before as f64 / shipped as f64;
+        assert!(ratio >= 6.0, "{name} as {scheme}: {shipped} bytes are shipped, {ratio:.2} times fewer");
+        let metric = report.summary.metric.unwrap();
+        assert!(metric.after >= metric.before - 0.005, "{name} as {scheme}: {metric:?}");
+        assert!(report.summary.sparsity >= 0.495, "what was pruned stays zero: {}", report.summary.sparsity);
+        let losses = losses(&output);
+        assert_eq!(losses.len(), 7, "{losses:?}");
+        let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+        assert!(best < losses[0] / 3.0, "training mends what compression broke: {losses:?}");
+    }
+}
+
+#[test]
+fn gradual_pruning_ends_at_its_share_and_the_same_seed_gives_the_same_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = dir.path().join("recipe.yaml");
+    let text = format!(
+        "recipe:\n- distill: {{epochs: 3, batchSize: 64, learningRate: \"0.001\", loss: MeanSquaredError, pruneTo: \"60%\", data: {{uri: \"{}\"}}}}\nevaluation:\n  dataset: {{uri: \"{}\"}}\nbudget: {{maxAccuracyDrop: \"1%\"}}\n",
+        data("digits-training"),
+        data("digits-heldout"),
+    );
+    fs::write(&recipe, text).unwrap();
+    let models = ["first", "second"].map(|name| {
+        let package = dir.path().join(name);
+        let report = report(&run("digits/digits-v1.onnx", &package, &["--recipe", recipe.to_str().unwrap()]));
+        assert!((report.summary.sparsity - 0.6).abs() < 0.001, "{}", report.summary.sparsity);
+        fs::read(package.join("model.onnx")).unwrap()
+    });
+    assert!(models[0] == models[1]);
+}
+
+#[test]
+fn a_model_learns_from_a_teacher_that_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let teacher = model("digits/digits-v2.onnx");
+    let training = data("digits-training");
+    let flags = ["--epochs", "2", "--teacher", teacher.to_str().unwrap(), "--calibration", &training];
+    let output = run("digits/digits-v1.onnx", &dir.path().join("package"), &flags);
+    // Towards its original there is nothing to learn.
+    assert!(losses(&output)[0] > 1e-3, "{}", String::from_utf8_lossy(&output.stderr));
+
+    let flags = ["--teacher", teacher.to_str().unwrap(), "--calibration", &training];
+    let refused = run("digits/digits-v1.onnx", &dir.path().join("other"), &flags);
+    assert_eq!(refused.status.code(), Some(i32::from(exit_code::USAGE)));
+}

@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
+use plimsoll_package::report::Termination;
 use serde_json::Value;
 
 use super::gateway::{Client, Gateway};
@@ -51,7 +52,7 @@ impl Served {
     pub(super) fn published(&self) -> bool {
         let published = |status: &Value| {
             let message = status["state"]["terminated"]["message"].as_str().unwrap_or_default();
-            status["name"] == "publish" && message.contains("Succeeded")
+            matches!(serde_json::from_str(message), Ok(Termination::Succeeded(summary)) if !summary.reused)
         };
         let statuses = |seen: &Seen| {
             seen.object["status"]["containerStatuses"]

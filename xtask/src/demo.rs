@@ -94,6 +94,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let counted = traffic.stop();
     let (second, undone) = moved?;
     record.moved(&second, &undone, counted);
+    let again = rollout.apply_again("v1", &record.report.summary)?;
+    held_out.ask(&gateway.client(), &infer_path(), held_out.any())?;
+    record.applied_again(&again, again.begun.elapsed());
     println!("\n{}\n", record.story());
 
     let path = record.write()?;

@@ -137,6 +137,17 @@ pub(crate) fn references() -> Vec<(&'static str, String)> {
         .collect()
 }
 
+/// The chart's value that makes the pods under `key` anew where `image` was built anew, whose tag is the same for every build of a version.
+///
+/// # Errors
+/// Where `archives` lack the image.
+pub(crate) fn pod_annotation(archives: &[PathBuf], image: &str, key: &str) -> Result<String> {
+    let archive = archives.iter().find(|path| path.file_stem().is_some_and(|stem| stem == image));
+    let digest = archive::digest_of(archive.with_context(|| format!("the image {image} has no archive"))?)?;
+    let digest = digest.rsplit(':').next().unwrap_or_default();
+    Ok(format!("{key}.podAnnotations.plimsoll\\.dev/image={}", &digest[..16]))
+}
+
 /// Builds programs of the workspace as the images hold them, for use outside of them.
 ///
 /// # Errors

@@ -6,7 +6,6 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 
 use super::NAMESPACE;
 use super::target::{Delivery, Target, text_of};
@@ -58,12 +57,7 @@ fn values(delivery: &Delivery, archives: &[PathBuf]) -> Result<Vec<String>> {
     if let Delivery::Registry(registry) = delivery {
         values.push(format!("images.repository={registry}"));
     }
-    // The tag is the same for every build of a version: only a change of the pods lets a newer build run.
-    let archive = archives.iter().find(|path| path.file_stem().is_some_and(|stem| stem == "operator"));
-    let archive = archive.context("every image has an archive")?;
-    let content = fs::read(archive).with_context(|| format!("cannot read {}", archive.display()))?;
-    let digest = hex::encode(Sha256::digest(content));
-    values.push(format!("operator.podAnnotations.plimsoll\\.dev/image={}", &digest[..16]));
+    values.push(images::pod_annotation(archives, "operator", "operator")?);
     Ok(values)
 }
 

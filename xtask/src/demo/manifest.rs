@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{Context as _, Result};
+use plimsoll_package::report::Summary;
 use serde_yaml_ng::Value;
 
 use super::NAMESPACE;
@@ -31,6 +32,18 @@ pub(super) fn manifest(version: &str, accelerated: bool) -> Result<String> {
             .context("the example has no spec")?
             .remove("accelerator");
     }
+    Ok(serde_yaml_ng::to_string(&manifest)?)
+}
+
+/// The manifest with its contents pinned: an artifact that was made of them is found without a Job.
+///
+/// # Errors
+/// As [`manifest`].
+pub(super) fn pinned(version: &str, accelerated: bool, summary: &Summary) -> Result<String> {
+    let mut manifest: Value = serde_yaml_ng::from_str(&manifest(version, accelerated)?)?;
+    manifest["spec"]["source"]["digest"] = summary.source_digest.to_string().into();
+    let evaluation = summary.evaluation_digest.as_ref().context("the example is judged on data")?;
+    manifest["spec"]["optimize"]["evaluation"]["dataset"]["digest"] = evaluation.to_string().into();
     Ok(serde_yaml_ng::to_string(&manifest)?)
 }
 

@@ -21,6 +21,8 @@ use crate::workspace;
 pub(super) struct Record {
     apply_to_ready_s: f64,
     apply_to_first_prediction_s: f64,
+    /// The same for a model that is applied again, whose artifact is there.
+    reapply_to_first_prediction_s: f64,
     /// Whether the Job found the artifact of an earlier run.
     artifact_reused: bool,
     size_bytes_before: u64,
@@ -57,6 +59,7 @@ impl Record {
         Self {
             apply_to_ready_s: first.ready_s,
             apply_to_first_prediction_s: first_prediction.as_secs_f64(),
+            reapply_to_first_prediction_s: 0.0,
             artifact_reused: !first.published(),
             size_bytes_before: summary.size_before,
             size_bytes_after: summary.size_after,
@@ -81,6 +84,12 @@ impl Record {
         self.requests_total = counted.total;
         self.requests_failed = counted.failed;
         self.first_failure = counted.first_failure;
+    }
+
+    /// Adds the model that was deleted and applied again, with the time from apply to its first answer.
+    pub(super) fn applied_again(&mut self, again: &Served, first_prediction: Duration) {
+        self.revisions.push(RevisionRecord::of(again));
+        self.reapply_to_first_prediction_s = first_prediction.as_secs_f64();
     }
 
     /// Before and after, where it serves, and where the time went.
@@ -112,7 +121,10 @@ impl Record {
         table
             .load_style(comfy_table::presets::UTF8_FULL_CONDENSED)
             .set_header(["", "revision", "name", "apply to Ready"]);
-        for (what, revision) in ["first version", "second version", "undo"].iter().zip(&self.revisions) {
+        for (what, revision) in ["first version", "second version", "undo", "deleted, applied again"]
+            .iter()
+            .zip(&self.revisions)
+        {
             table.add_row([
                 *what,
                 &revision.number.to_string(),
@@ -121,8 +133,8 @@ impl Record {
             ]);
         }
         format!(
-            "{table}\n  {} requests meanwhile, {} failed",
-            self.requests_total, self.requests_failed
+            "{table}\n  {} requests during the rollout and the undo, {} failed; applied again, the first prediction came after {:.2} s",
+            self.requests_total, self.requests_failed, self.reapply_to_first_prediction_s
         )
     }
 

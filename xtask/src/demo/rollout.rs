@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
+use plimsoll_package::report::{Summary, Termination};
 use serde_json::Value;
 
 use super::gateway::{Client, Gateway};
@@ -51,7 +52,7 @@ impl Served {
     pub(super) fn published(&self) -> bool {
         let published = |status: &Value| {
             let message = status["state"]["terminated"]["message"].as_str().unwrap_or_default();
-            status["name"] == "publish" && message.contains("Succeeded")
+            matches!(serde_json::from_str(message), Ok(Termination::Succeeded(summary)) if !summary.reused)
         };
         let statuses = |seen: &Seen| {
             seen.object["status"]["containerStatuses"]
@@ -87,7 +88,7 @@ impl<'a> Rollout<'a> {
         if earlier.is_null() {
             return Ok(());
         }
-        phase("removing the model of an earlier demo", |_| {
+        phase("removing the model", |_| {
             let wait = ["--namespace", NAMESPACE, "--timeout=120s"];
             target.kubectl_text(&[&["delete", "modeldeployment", MODEL, "--cascade=foreground", "--wait"][..], &wait].concat())?;
             let selector = format!("--selector=plimsoll.dev/model={MODEL}");
@@ -102,7 +103,19 @@ impl<'a> Rollout<'a> {
     /// # Errors
     /// Where the cluster refuses the manifest, the operator says that it is stalled, or it takes too long.
     pub(super) fn apply(&self, version: &str) -> Result<Served> {
-        let manifest = manifest::manifest(version, self.accelerated)?;
+        self.apply_manifest(version, &manifest::manifest(version, self.accelerated)?)
+    }
+
+    /// Removes the model and applies it again with its contents pinned, so that no Job is needed.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub(super) fn apply_again(&self, version: &str, summary: &Summary) -> Result<Served> {
+        Self::clear(self.target)?;
+        self.apply_manifest(version, &manifest::pinned(version, self.accelerated, summary)?)
+    }
+
+    fn apply_manifest(&self, version: &str, manifest: &str) -> Result<Served> {
         let (sender, receiver) = channel();
         let selector = format!("labelSelector=plimsoll.dev/model%3D{MODEL}");
         self.watch(
@@ -116,7 +129,7 @@ impl<'a> Rollout<'a> {
         drop(sender);
         phase(&format!("kubectl apply of digits:{version}, until it is Ready"), |bar| {
             let (begun, applied_at) = (Instant::now(), SystemTime::now());
-            let applied = self.target.apply(&manifest)?;
+            let applied = self.target.apply(manifest)?;
             let generation = applied["metadata"]["generation"].as_i64().context("an object has a generation")?;
             let say = |words: &str| {
                 bar.suspend(|| eprintln!("    {:6.2} s  {words}", seconds_since(begun)));

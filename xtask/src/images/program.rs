@@ -69,19 +69,15 @@ fn release_target() -> PathBuf {
     workspace::target().join("images")
 }
 
-/// Compiler flags that replace this machine's folders in panic messages, in the form of `CARGO_ENCODED_RUSTFLAGS`.
+/// Compiler flags that replace this machine's folders in panic messages, in the form of `CARGO_ENCODED_RUSTFLAGS`. The checkout's own is not
+/// among them, since cargo names its files by relative paths: every checkout has the same flags, and they share what is compiled.
 fn flags(target: &std::path::Path) -> Result<String> {
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
     let cargo = std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(home)
         .context("neither CARGO_HOME nor HOME is set")?;
-    // The last that matches wins; the target folder may lie in the checkout.
-    let replaced = [
-        (cargo, "/cargo"),
-        (workspace::root().to_path_buf(), "/plimsoll"),
-        (target.to_path_buf(), "/target"),
-    ];
+    let replaced = [(cargo, "/cargo"), (target.to_path_buf(), "/target")];
     Ok(replaced
         .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
         .join("\u{1f}"))

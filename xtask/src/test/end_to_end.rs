@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 
 use super::log;
 use super::tally::Tally;
@@ -86,12 +86,8 @@ fn install(kubeconfig: &Path) -> Result<()> {
     ]);
     helm.arg("--set-json")
         .arg(format!("models.plainHttpHosts={}", serde_json::to_string(&hosts)?));
-    // The tag is the same for every build of a version; the annotation makes a newer build run.
     for (image, key) in [("operator", "operator"), ("registry", "registry.internal")] {
-        helm.arg("--set-string").arg(format!(
-            "{key}.podAnnotations.plimsoll\\.dev/image={}",
-            fingerprint(&archives, image)?
-        ));
+        helm.arg("--set-string").arg(images::pod_annotation(&archives, image, key)?);
     }
     phase("installing the Helm chart", |bar| run_logged(&mut helm, &log("helm"), bar))?;
     match std::fs::remove_dir_all(discovery_cache(kubeconfig)) {
@@ -104,16 +100,6 @@ fn install(kubeconfig: &Path) -> Result<()> {
 /// discovered before the chart was in lacks the kinds of Plimsoll, and `kubectl explain md` never looks twice.
 fn discovery_cache(kubeconfig: &Path) -> PathBuf {
     kubeconfig.with_file_name("kubectl-cache")
-}
-
-fn fingerprint(archives: &[PathBuf], image: &str) -> Result<String> {
-    let archive = archives
-        .iter()
-        .find(|path| path.file_stem().is_some_and(|stem| stem == image))
-        .context("every image has an archive")?;
-    let content = std::fs::read(archive)?;
-    use sha2::Digest as _;
-    Ok(hex::encode(sha2::Sha256::digest(content))[..16].to_owned())
 }
 
 /// What can be tested with an apiserver alone; the rest is counted and named.

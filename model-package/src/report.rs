@@ -6,6 +6,11 @@ use serde::{Deserialize, Serialize};
 use crate::digest::Digest;
 use crate::manifest::Engine;
 use crate::recipe::{Inputs, Metric};
+use front::Front;
+use layer::LayerChange;
+
+pub mod front;
+pub mod layer;
 
 /// Most bytes of a container's termination message (Kubernetes, `terminationMessagePath`).
 pub const TERMINATION_MESSAGE_BYTES_MAX: usize = 4096;
@@ -253,6 +258,12 @@ pub struct Report {
     pub engines: Vec<EngineReport>,
     /// What was left alone, and why.
     pub skipped: Vec<Skipped>,
+    /// What became of each weight, the largest first; at most 512.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<LayerChange>,
+    /// What a search tried; absent where the recipe was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub front: Option<Front>,
     /// Wall time of each step, in milliseconds.
     pub step_ms: std::collections::BTreeMap<String, f64>,
 }

@@ -92,6 +92,8 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         classes: judgement.classes,
         engines,
         skipped: compressed.skipped,
+        layers: vec![],
+        front: None,
         step_ms: step_ms(context, begun),
     };
     write_json(&context.package().join(REPORT_FILE), &report)?;
@@ -143,6 +145,8 @@ fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: 
         classes: vec![],
         engines: vec![],
         skipped: compressed.skipped,
+        layers: vec![],
+        front: None,
         step_ms: step_ms(context, begun),
     };
     write_json(&context.package().join(REPORT_FILE), &report)?;

@@ -6,5 +6,6 @@ pub mod engines;
 pub mod fidelity;
 pub mod judgement;
 pub mod latency;
+pub mod layers;
 mod memory;
 pub mod metric;

@@ -5,6 +5,7 @@
 //! ```text
 //! manifest.json   what it is: inputs, outputs, engine, files with digests, provenance   [`manifest::Manifest`]
 //! report.json     what the optimisation measured                                        [`report::Report`]
+//! report.html     the same as a page for people
 //! model.onnx      the model
 //! probe.json      an input and the outputs expected for it, which readiness replays
 //! ```

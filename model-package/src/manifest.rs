@@ -12,6 +12,8 @@ use crate::digest::Digest;
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// Name of the report's file in a package.
 pub const REPORT_FILE: &str = "report.json";
+/// Name of the file in a package that shows the report to people.
+pub const REPORT_PAGE_FILE: &str = "report.html";
 /// Name of the model's file in a package.
 pub const MODEL_FILE: &str = "model.onnx";
 /// Name of the probe's file in a package.

@@ -482,6 +482,7 @@ pub struct Budget {
 
 /// Where the original model lies.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct SourceLocation {
     /// `https://`, `http://` (to allowed hosts), `oci://`, `pvc://CLAIM/PATH`, or a path on a laptop.
@@ -518,6 +519,7 @@ pub enum ModelFormat {
 
 /// All that an optimisation Job is told; each of its steps gets it as JSON in the environment variable `PLIMSOLL_INPUTS`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Inputs {
     /// The model to start from.

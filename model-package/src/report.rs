@@ -11,6 +11,8 @@ use layer::LayerChange;
 
 pub mod front;
 pub mod layer;
+#[cfg(feature = "schema")]
+pub mod schema;
 
 /// Most bytes of a container's termination message (Kubernetes, `terminationMessagePath`).
 pub const TERMINATION_MESSAGE_BYTES_MAX: usize = 4096;
@@ -145,6 +147,7 @@ impl FailureReason {
 
 /// The result of an optimisation in brief.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Summary {
     /// Digest of the published image's manifest; absent before publication.
@@ -187,6 +190,7 @@ pub struct Summary {
 
 /// A metric before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct MetricChange {
     /// What was measured.
@@ -201,6 +205,7 @@ pub struct MetricChange {
 
 /// A latency before and after, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct LatencyChange {
     /// Median of the source model, in microseconds.
@@ -211,6 +216,7 @@ pub struct LatencyChange {
 
 /// The spread of a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Spread {
     /// The median.
@@ -223,6 +229,7 @@ pub struct Spread {
 
 /// Memory before and after, in bytes: what becomes resident when a model is loaded and run once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct MemoryChange {
     /// Of the source model, in bytes.
@@ -233,6 +240,7 @@ pub struct MemoryChange {
 
 /// The full report of an optimisation, `report.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
     /// Version of this structure: 1.
@@ -270,6 +278,7 @@ pub struct Report {
 
 /// Whether a result is within its budget.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Gate {
     /// What comes of it.
@@ -280,6 +289,7 @@ pub struct Gate {
 
 /// What comes of a result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Verdict {
     /// It is within every limit.
     #[default]
@@ -292,6 +302,7 @@ pub enum Verdict {
 
 /// A limit and what was measured against it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct LimitCheck {
     /// The field of `spec.optimize.budget`.
@@ -314,6 +325,7 @@ pub struct LimitCheck {
 
 /// The samples that a result was judged on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Samples {
     /// Where they come from.
@@ -327,6 +339,7 @@ pub struct Samples {
 
 /// Where samples come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum SampleSource {
     /// The evaluation data.
     Evaluation,
@@ -340,6 +353,7 @@ pub enum SampleSource {
 
 /// What one technique did.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct TechniqueReport {
     /// The technique with its parameters, as in the recipe.
@@ -352,6 +366,7 @@ pub struct TechniqueReport {
 
 /// Fidelity of one output to the original model's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct OutputFidelity {
     /// The output's name.
@@ -380,6 +395,7 @@ pub struct OutputFidelity {
 
 /// Fidelity of a slice of an output: all values at one index of an axis.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct SliceFidelity {
     /// The axis, from 0.
@@ -395,6 +411,7 @@ pub struct SliceFidelity {
 
 /// Accuracy of one class.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct ClassChange {
     /// The label.
@@ -409,6 +426,7 @@ pub struct ClassChange {
 
 /// How the model does on one engine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct EngineReport {
     /// The engine.
@@ -429,6 +447,7 @@ pub struct EngineReport {
 
 /// Something that a technique left alone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Skipped {
     /// The weight or node.

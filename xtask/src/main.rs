@@ -34,7 +34,7 @@ enum Task {
     Cluster(cluster::Arguments),
     /// Builds the container images as OCI archives, without Docker.
     Images(images::Arguments),
-    /// Writes the CRDs' YAML from the Rust types.
+    /// Writes the CRDs' YAML and the report's JSON schema from the Rust types.
     Crds(crds::Arguments),
     /// Installs ONNX Runtime's shared library from its pinned wheel and prints its path.
     Onnxruntime,

@@ -58,12 +58,13 @@ struct Entry {
     size: u64,
 }
 
-/// The layers of the package in `dir`: the JSON files in one, all others in further ones, each sorted by name.
+/// The layers of the package in `dir`: the JSON files and pages in one, all others in further ones, each sorted by name.
 pub(super) fn plan(dir: &Path) -> io::Result<Vec<Layer>> {
     let mut entries = Vec::new();
     collect(dir, "", &mut entries)?;
     entries.sort_by(|a, b| a.name.cmp(&b.name));
-    let (described, weights): (Vec<_>, Vec<_>) = entries.into_iter().partition(|entry| entry.name.ends_with(".json"));
+    let describes = |entry: &Entry| [".json", ".html"].iter().any(|ending| entry.name.ends_with(ending));
+    let (described, weights): (Vec<_>, Vec<_>) = entries.into_iter().partition(describes);
     let mut groups: Vec<Vec<Entry>> = Vec::new();
     let mut filled = u64::MAX;
     for entry in weights {
@@ -413,12 +414,18 @@ mod tests {
             ("model.onnx", 1_000_000),
             ("weights/a.bin", 512),
             ("manifest.json", 7),
+            ("report.html", 9),
             ("empty.txt", 0),
         ] {
             fs::write(dir.path().join(name), noise(length)).unwrap();
         }
         let layers = plan(dir.path()).unwrap();
         assert_eq!(layers.len(), 2);
+        let Content::Plain(described) = &layers[1].content else {
+            panic!("it is not packed")
+        };
+        let names: Vec<&str> = described.iter().map(|entry| entry.name.as_str()).collect();
+        assert_eq!(names, ["manifest.json", "report.html"], "what changes with each run lies apart from the weights");
         let out = tempfile::tempdir().unwrap();
         for layer in &layers {
             let mut bytes = Vec::new();
@@ -429,7 +436,7 @@ mod tests {
             assert_eq!((Digest::of(&bytes), bytes.len() as u64), (layer.digest.clone(), layer.size));
             unpack(&mut bytes.as_slice(), out.path()).unwrap();
         }
-        for name in ["model.onnx", "weights/a.bin", "manifest.json", "empty.txt"] {
+        for name in ["model.onnx", "weights/a.bin", "manifest.json", "report.html", "empty.txt"] {
             assert_eq!(
                 fs::read(dir.path().join(name)).unwrap(),
                 fs::read(out.path().join(name)).unwrap(),

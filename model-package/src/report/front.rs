@@ -7,6 +7,7 @@ use crate::recipe::Technique;
 
 /// What a search tried, in the order in which it did.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Front {
     /// The seed of every choice that is not forced.
@@ -24,6 +25,7 @@ pub struct Front {
 
 /// A recipe that was tried.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Candidate {
     /// The recipe; none is the original.
@@ -55,6 +57,7 @@ pub struct Candidate {
 
 /// What came of a recipe that was tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Outcome {
     /// It is the smallest within the budget.
     Chosen,
@@ -70,6 +73,7 @@ pub enum Outcome {
 
 /// How much a layer loses when it alone is quantised.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Sensitivity {
     /// The node.

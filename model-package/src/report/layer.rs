@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// A weight before and after.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct LayerChange {
     /// The weight's name in the source model.
@@ -19,6 +20,7 @@ pub struct LayerChange {
 
 /// A weight as it is stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct LayerState {
     /// The ONNX name of its element type, such as `FLOAT` or `INT8`.
@@ -36,6 +38,7 @@ pub struct LayerState {
 
 /// A histogram of bins of equal width.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Distribution {
     /// The lower edge of the first bin.

@@ -1,0 +1,105 @@
+//! Figures as people read them.
+
+use plimsoll_package::recipe::{Metric, Technique};
+use plimsoll_package::report::Spread;
+use serde_json::Value;
+
+/// `3.92x smaller`.
+pub(crate) fn smaller(before: u64, after: u64) -> String {
+    let (before, after) = (before.max(1) as f64, after.max(1) as f64);
+    if after <= before {
+        format!("{:.2}x smaller", before / after)
+    } else {
+        format!("{:.2}x larger", after / before)
+    }
+}
+
+/// A time in microseconds, with its unit.
+pub(crate) fn time(us: f64) -> String {
+    match us {
+        _ if us < 1e3 => format!("{us:.0} us"),
+        _ if us < 1e6 => format!("{:.2} ms", us / 1e3),
+        _ => format!("{:.2} s", us / 1e6),
+    }
+}
+
+/// A fidelity with five digits.
+pub(crate) fn fidelity(fidelity: f64) -> String {
+    let text = format!("{fidelity:.5}");
+    text.strip_suffix(".00000").unwrap_or(&text).to_owned()
+}
+
+/// Decibels, infinite where nothing differs.
+pub(crate) fn decibels(sqnr_db: Option<f64>) -> String {
+    sqnr_db.map_or_else(|| "∞".to_owned(), |decibels| format!("{decibels:.1} dB"))
+}
+
+/// `0.81 (0.78 to 0.85)`: the median, and where the middle 80 percent lie.
+pub(crate) fn spread(Spread { median, p10, p90 }: Spread) -> String {
+    format!("{median:.2} ({p10:.2} to {p90:.2})")
+}
+
+/// A metric within a sentence.
+pub(crate) fn metric_name(metric: Metric) -> String {
+    match metric {
+        Metric::Accuracy => "accuracy".to_owned(),
+        metric => metric.to_string(),
+    }
+}
+
+/// A recipe in one line, as YAML in its flow form; `nothing` where it is empty.
+pub(crate) fn recipe(recipe: &[Technique]) -> String {
+    let entries = recipe.iter().filter_map(|entry| serde_json::to_value(entry).ok());
+    let entries: Vec<String> = entries.map(|entry| fields(&entry)).collect();
+    if entries.is_empty() { "nothing".to_owned() } else { entries.join(", ") }
+}
+
+/// The fields of an object; of anything else its value.
+fn fields(value: &Value) -> String {
+    match value {
+        Value::Object(object) => {
+            let fields = object.iter().map(|(key, value)| match value {
+                Value::Object(_) => format!("{key}: {{{}}}", fields(value)),
+                value => format!("{key}: {}", fields(value)),
+            });
+            fields.collect::<Vec<_>>().join(", ")
+        }
+        Value::Array(array) => format!("[{}]", array.iter().map(fields).collect::<Vec<_>>().join(", ")),
+        Value::String(text) => text.clone(),
+        value => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_package::recipe::{Prune, Quantize, QuantizeScheme};
+
+    use super::*;
+
+    #[test]
+    fn figures_have_their_units() {
+        assert_eq!([12.0, 1234.0, 2.5e6].map(time), ["12 us", "1.23 ms", "2.50 s"]);
+        assert_eq!([smaller(400, 100), smaller(100, 110)], ["4.00x smaller", "1.10x larger"]);
+        assert_eq!([1.0, 0.999_99, 0.5].map(fidelity), ["1", "0.99999", "0.50000"]);
+    }
+
+    #[test]
+    fn a_recipe_is_read_in_one_line() {
+        let prune = Technique {
+            prune: Some(Prune {
+                amount: Some("50%".parse().unwrap()),
+                ..Prune::default()
+            }),
+            ..Technique::default()
+        };
+        let quantize = Technique {
+            quantize: Some(Quantize {
+                exclude: vec!["a".into(), "b".into()],
+                ..Quantize::of(QuantizeScheme::Int8)
+            }),
+            ..Technique::default()
+        };
+        assert_eq!(recipe(&[prune, quantize]), "prune: {amount: 50%}, quantize: {exclude: [a, b], scheme: Int8}");
+        assert_eq!(recipe(&[]), "nothing");
+    }
+}

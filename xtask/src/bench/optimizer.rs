@@ -24,9 +24,19 @@ pub(crate) struct Arguments {
     /// Size of the synthetic transformer in gigabytes; 0 leaves it out. Twice as much disk is needed.
     #[arg(long, default_value_t = 10)]
     gigabytes: u32,
-    /// Only work whose name holds this.
-    #[arg(long, value_name = "TEXT")]
-    only: Option<String>,
+    /// Only this work; may be given several times.
+    #[arg(long)]
+    only: Vec<Work>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Work {
+    /// Pruning of weights in memory.
+    Prune,
+    /// A sentence encoder of 90 MB.
+    Minilm,
+    /// A transformer larger than memory.
+    Synthetic,
 }
 
 /// A piece of work, done by us and, where it has one, by a peer.
@@ -57,20 +67,28 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         command.args(["--locked", "--package", "plimsoll-optimizer", "--example", "magnitude"]);
         progress::run_logged(&mut command, &folder.join("magnitude.log"), bar)
     })?;
-    let bench = Bench {
+    let mut bench = Bench {
         peers: Peers::install(&folder.join("peers.log"))?,
         optimizer: programs.into_iter().next().context("one program was asked for")?,
         library: onnxruntime::library()?,
         models: folder.join("minilm"),
         work: tempfile::tempdir_in(&folder)?,
         rounds: arguments.rounds,
-        only: arguments.only.clone(),
         rows: Vec::new(),
     };
-    let rows = bench.run(arguments.gigabytes)?;
-    println!("\n{}", table(&rows));
+    let wants = |work| arguments.only.is_empty() || arguments.only.contains(&work);
+    if wants(Work::Prune) {
+        bench.prune()?;
+    }
+    if wants(Work::Minilm) {
+        bench.minilm()?;
+    }
+    if wants(Work::Synthetic) && arguments.gigabytes > 0 {
+        bench.synthetic(arguments.gigabytes)?;
+    }
+    println!("\n{}", table(&bench.rows));
     let path = folder.join("optimizer.json");
-    fs::write(&path, serde_json::to_vec_pretty(&rows)?)?;
+    fs::write(&path, serde_json::to_vec_pretty(&bench.rows)?)?;
     println!("written to {}", path.display());
     Ok(())
 }
@@ -82,7 +100,6 @@ struct Bench {
     models: PathBuf,
     work: tempfile::TempDir,
     rounds: u32,
-    only: Option<String>,
     rows: Vec<Row>,
 }
 
@@ -99,24 +116,6 @@ struct Files<'a> {
 }
 
 impl Bench {
-    fn run(mut self, gigabytes: u32) -> Result<Vec<Row>> {
-        self.prune()?;
-        if ["minilm"].iter().any(|name| self.wants(name)) || self.wants("quantise") {
-            self.minilm()?;
-        }
-        if gigabytes > 0 && self.wants("synthetic") {
-            self.synthetic(gigabytes)?;
-        }
-        Ok(self.rows)
-    }
-
-    /// Whether work of that name may be asked for.
-    fn wants(&self, name: &str) -> bool {
-        self.only
-            .as_ref()
-            .is_none_or(|only| name.contains(only.as_str()) || only.contains(name))
-    }
-
     fn prune(&mut self) -> Result<()> {
         let folder = self.optimizer.parent().context("a program lies in a folder")?;
         let ours = folder.join("examples").join("magnitude");
@@ -127,9 +126,6 @@ impl Bench {
         for count in [22_300_000_u64, 100_700_000] {
             let count = (count / 8192 * 8192).to_string();
             let work = format!("prune 50% of {:.1} M weights in memory", count.parse::<f64>()? / 1e6);
-            if !self.wants(&work) {
-                continue;
-            }
             let mut program = Command::new(&ours);
             program.arg(&count);
             let mut peer = Command::new(TORCH_PYTHON);
@@ -295,9 +291,6 @@ impl Bench {
 
     /// Runs ours and the peer's in turns, and compares what they lose.
     fn compare(&mut self, work: &str, ours: &Command, peer: Option<(&str, &Command)>, files: &Files) -> Result<()> {
-        if !self.wants(work) {
-            return Ok(());
-        }
         let (mut own, mut others) = (vec![], vec![]);
         progress::phase(work, |_| {
             for _ in 0..self.rounds {

@@ -17,12 +17,12 @@ use super::chain::took_ms;
 use super::compress::Compressed;
 use super::fetch::{self, Fetched, calibrates_on_evaluation};
 use super::{Context, Step, write_json};
+use crate::convert;
 use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
 use crate::evaluate::engines;
 use crate::evaluate::{budget, judgement};
 use crate::failure::{Failure, FailureReason, disk, failure};
 use crate::graph::{self, serialize};
-use crate::convert;
 
 /// Evaluates; without the gate the package is laid out unmeasured. The report is laid out even where the result is outside of its budget;
 /// the model is not.
@@ -153,13 +153,7 @@ fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: 
         step_ms: step_ms(context, begun),
     };
     write_json(&context.package().join(REPORT_FILE), &report)?;
-    write_package(
-        context,
-        &report,
-        (inputs, outputs),
-        compressed.fold_dequantize,
-        &[REPORT_FILE],
-    )
+    write_package(context, &report, (inputs, outputs), compressed.fold_dequantize, &[REPORT_FILE])
 }
 
 type Signature = (Vec<TensorSpec>, Vec<TensorSpec>);
@@ -254,7 +248,10 @@ fn write_package(
     let package = context.package();
     let model = package.join(MODEL_FILE);
     let mut files: Vec<PathBuf> = files.iter().map(|name| package.join(name)).collect();
-    for (from, to) in serialize::files(&context.compressed()).iter().zip([model.clone(), serialize::external_file(&model)]) {
+    for (from, to) in serialize::files(&context.compressed())
+        .iter()
+        .zip([model.clone(), serialize::external_file(&model)])
+    {
         // The same file under another name, where the file system can.
         if fs::hard_link(from, &to).is_err() {
             fs::copy(from, &to).map_err(disk("write", &to))?;

@@ -19,7 +19,14 @@ const STYLE: &str = include_str!("report/style.css");
 /// is absent of the page.
 #[must_use]
 pub fn page(report: &Report) -> String {
-    let name = report.inputs.source.uri.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+    let name = report
+        .inputs
+        .source
+        .uri
+        .trim_end_matches('/')
+        .rsplit('/')
+        .next()
+        .unwrap_or_default();
     let head = [
         Html::own("<meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"),
         // Whatever gets into the page, nothing runs and nothing is fetched.
@@ -29,7 +36,11 @@ pub fn page(report: &Report) -> String {
     ];
     let title = [
         element("h1", &[], [text(name)]),
-        labelled("p", "faint", format_args!("What compression by {} cost", figure::recipe(&report.inputs.optimize.recipe))),
+        labelled(
+            "p",
+            "faint",
+            format_args!("What compression by {} cost", figure::recipe(&report.inputs.optimize.recipe)),
+        ),
     ];
     let searched = report.front.as_ref();
     let parts = [
@@ -49,7 +60,11 @@ pub fn page(report: &Report) -> String {
         Some(reproduction::again(report)),
     ];
     let main = element("main", &[], title.into_iter().chain(parts.into_iter().flatten()));
-    let page = element("html", &[("lang", &"en")], [element("head", &[], head), element("body", &[], [main])]);
+    let page = element(
+        "html",
+        &[("lang", &"en")],
+        [element("head", &[], head), element("body", &[], [main])],
+    );
     format!("<!doctype html>\n{}\n", page.as_str())
 }
 
@@ -61,8 +76,8 @@ mod tests {
     use plimsoll_package::report::front::{Candidate, Front, Outcome, Sensitivity};
     use plimsoll_package::report::layer::{Distribution, LayerChange, LayerState};
     use plimsoll_package::report::{
-        ClassChange, EngineReport, Gate, LatencyChange, LimitCheck, MemoryChange, MetricChange, OutputFidelity, SampleSource, Samples, Skipped,
-        SliceFidelity, Spread, Summary, TechniqueReport, Verdict,
+        ClassChange, EngineReport, Gate, LatencyChange, LimitCheck, MemoryChange, MetricChange, OutputFidelity, SampleSource, Samples,
+        Skipped, SliceFidelity, Spread, Summary, TechniqueReport, Verdict,
     };
 
     use super::*;
@@ -368,7 +383,9 @@ mod tests {
     #[test]
     fn the_page_fetches_nothing_and_runs_nothing() {
         let page = page(&full());
-        for forbidden in ["<script", "<link", "<img", "<iframe", "src=", "href=", "@import", "url(", "http://", "https://"] {
+        for forbidden in [
+            "<script", "<link", "<img", "<iframe", "src=", "href=", "@import", "url(", "http://", "https://",
+        ] {
             assert!(!page.contains(forbidden), "{forbidden}");
         }
         assert!(page.contains("default-src 'none'"));

@@ -24,8 +24,8 @@ const FORMS: [&str; 3] = ["_int8", "_blocks", "_half"];
 /// Operators whose operand is a weight even where it is a vector.
 const PRODUCTS: [&str; 5] = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"];
 
-/// What became of the weights of `before` in `after`, the largest first, at most 512. A weight is a constant of two or more axes in floats or in
-/// quantised integers; it is found again by its name, or by the name that a technique gives what stands in its place.
+/// What became of the weights of `before` in `after`, the largest first, at most 512. A weight is a constant of two or more axes in floats
+/// or in quantised integers; it is found again by its name, or by the name that a technique gives what stands in its place.
 ///
 /// Distributions have 64 bins over the values before and after together; they cost three passes over all weights, the rest costs one.
 ///
@@ -42,23 +42,23 @@ pub fn changes(before: &ModelProto, after: &ModelProto, distributions: bool) -> 
             forms.entry(origin).or_default().push(tensor);
         }
     }
-    let change = |(weight, operator): (&TensorProto, &str)| {
+    let mut weights = before.weights();
+    weights.truncate(LAYERS_MAX);
+    let changes = weights.into_par_iter().map(|(weight, operator)| -> Result<LayerChange, OnnxError> {
         let mut forms = forms.get(weight.name()).cloned().unwrap_or_default();
         // What stands in its place first, and what is left of itself last.
         forms.sort_by_key(|form| (form.name() == weight.name(), form.name()));
         let was = before.stored(weight)?;
-        let is = forms.iter().map(|form| after.stored(form)).collect::<Result<Vec<_>, _>>()?;
+        let is = forms.into_iter().map(|form| after.stored(form)).collect::<Result<Vec<_>, _>>()?;
         let change = compare(weight.name(), operator, &was, &is, distributions);
-        for tensor in is.iter().chain([&was]).map(|stored| stored.tensor) {
-            if tensor.raw_data().len() >= RELEASED_BYTES_MIN {
-                mapping::release(tensor.raw_data());
+        for data in is.iter().chain([&was]).map(|stored| stored.tensor.raw_data()) {
+            if data.len() >= RELEASED_BYTES_MIN {
+                mapping::release(data);
             }
         }
         Ok(change)
-    };
-    let mut weights = before.weights();
-    weights.truncate(LAYERS_MAX);
-    weights.into_par_iter().map(change).collect::<Result<_, OnnxError>>().map_err(|error| {
+    });
+    changes.collect::<Result<_, _>>().map_err(|error| {
         let message = format!("a weight cannot be compared: {error}");
         failure(FailureReason::UnreadableModel, message)
     })
@@ -77,7 +77,9 @@ fn compare(name: &str, operator: &str, was: &Stored, is: &[Stored], distribution
         weight: name.to_owned(),
         operator: operator.to_owned(),
         before: was.state(was.bytes, bounds),
-        after: is.first().map(|shown| shown.state(is.iter().map(|stored| stored.bytes).sum(), bounds)),
+        after: is
+            .first()
+            .map(|shown| shown.state(is.iter().map(|stored| stored.bytes).sum(), bounds)),
     }
 }
 
@@ -97,7 +99,8 @@ impl<'a> Wiring<'a> {
     }
 
     fn add(&mut self, graph: &'a GraphProto) {
-        self.constants.extend(graph.initializer.iter().map(|tensor| (tensor.name(), tensor)));
+        self.constants
+            .extend(graph.initializer.iter().map(|tensor| (tensor.name(), tensor)));
         for node in &graph.node {
             self.makers.extend(node.output.iter().map(|output| (output.as_str(), node)));
             for input in &node.input {
@@ -109,7 +112,10 @@ impl<'a> Wiring<'a> {
 
     /// The weights with the operators that use them, the largest first.
     fn weights(&self) -> Vec<(&'a TensorProto, &'a str)> {
-        let tensors = self.constants.values().filter(|tensor| tensor.dims.len() >= 2 && !tensor.dims.contains(&0));
+        let tensors = self
+            .constants
+            .values()
+            .filter(|tensor| tensor.dims.len() >= 2 && !tensor.dims.contains(&0));
         let weight = |tensor: &'a TensorProto| {
             let operator = self.readers.get(tensor.name())?.first()?.op_type();
             let is_wide = tensor.dims.iter().filter(|size| **size > 1).count() >= 2;
@@ -130,9 +136,12 @@ impl<'a> Wiring<'a> {
         let mut stem = name;
         loop {
             if let Some((name, _)) = self.constants.get_key_value(stem) {
-                return Some(name);
+                return Some(*name);
             }
-            let numbered = || stem.trim_end_matches(|character: char| character.is_ascii_digit()).strip_suffix('_');
+            let numbered = || {
+                stem.trim_end_matches(|character: char| character.is_ascii_digit())
+                    .strip_suffix('_')
+            };
             stem = FORMS.iter().find_map(|form| stem.strip_suffix(form)).or_else(numbered)?;
         }
     }
@@ -144,7 +153,10 @@ impl<'a> Wiring<'a> {
     /// How the nodes that read a tensor of integers make numbers of it; `None` where they do not, or their scales are no constants.
     fn grid(&self, tensor: &TensorProto) -> Option<Grid<'a>> {
         let readers = self.readers.get(tensor.name())?;
-        readers.iter().find_map(|node| self.grid_of(node, tensor)).filter(|grid| grid.fits(tensor))
+        readers
+            .iter()
+            .find_map(|node| self.grid_of(node, tensor))
+            .filter(|grid| grid.fits(tensor))
     }
 
     fn grid_of(&self, node: &'a NodeProto, tensor: &TensorProto) -> Option<Grid<'a>> {
@@ -155,10 +167,14 @@ impl<'a> Wiring<'a> {
         let channels = |axis: i64, scale, zero| Grid {
             scale,
             zero,
-            layout: Layout::Channels { axis: axis.rem_euclid(rank) as usize },
+            layout: Layout::Channels {
+                axis: axis.rem_euclid(rank) as usize,
+            },
         };
         match node.op_type() {
-            "DequantizeLinear" if reads(0) && integer("block_size", 0) == 0 => Some(channels(integer("axis", 1), constant(1)?, constant(2))),
+            "DequantizeLinear" if reads(0) && integer("block_size", 0) == 0 => {
+                Some(channels(integer("axis", 1), constant(1)?, constant(2)))
+            }
             "MatMulInteger" if reads(1) => Some(channels(-1, self.factor(node.output.first()?)?, constant(3))),
             "Gather" if reads(0) => Some(channels(0, self.factor(node.output.first()?)?, None)),
             "MatMulNBits" if reads(1) => Some(Grid {
@@ -178,7 +194,9 @@ impl<'a> Wiring<'a> {
     /// The constant that an integer `value` is multiplied by once it is a float.
     fn factor(&self, mut value: &'a str) -> Option<&'a TensorProto> {
         loop {
-            let [reader] = self.readers.get(value)?.as_slice() else { return None };
+            let [reader] = self.readers.get(value)?.as_slice() else {
+                return None;
+            };
             let other = reader.input.iter().find(|input| *input != value);
             match (reader.op_type(), other) {
                 ("Cast", _) => {}
@@ -196,7 +214,7 @@ impl<'a> Wiring<'a> {
     /// The constant that `value` is, or is looked up in, or has as a factor.
     fn constant(&self, value: &str) -> Option<&'a TensorProto> {
         if let Some(constant) = self.constants.get(value) {
-            return Some(constant);
+            return Some(*constant);
         }
         let maker = self.makers.get(value)?;
         match maker.op_type() {
@@ -247,7 +265,10 @@ impl Grid<'_> {
                 let blocks = inputs.div_ceil(block_size.max(1));
                 let packed = |values: usize| values.checked_mul(bits as usize).map(|bits| bits.div_ceil(8));
                 let zero_bytes = packed(blocks).and_then(|row| row.checked_mul(outputs));
-                let bytes = blocks.checked_mul(block_size).and_then(packed).and_then(|row| row.checked_mul(outputs));
+                let bytes = blocks
+                    .checked_mul(block_size)
+                    .and_then(packed)
+                    .and_then(|row| row.checked_mul(outputs));
                 matches!(bits, 4 | 8)
                     && inputs > 0
                     && outputs > 0
@@ -290,7 +311,11 @@ impl<'a> Stored<'a> {
                 stored.bytes += byte_length(grid.scale) + grid.zero.map_or(0, byte_length);
                 if let Layout::Blocks { bits, inputs, outputs, .. } = grid.layout {
                     stored.shape = vec![outputs, inputs];
-                    stored.element_type = if bits == 4 { DataType::Uint4.as_str_name() } else { stored.element_type };
+                    stored.element_type = if bits == 4 {
+                        DataType::Uint4.as_str_name()
+                    } else {
+                        stored.element_type
+                    };
                 }
                 Numbers::Integers(Integers::of(data, kind == DataType::Int8, &stored.shape, &grid)?)
             }
@@ -354,7 +379,11 @@ impl<'a> Integers<'a> {
                     count,
                     inputs: count,
                     padded: count,
-                    run: if scales.len() == 1 { count } else { shape[axis + 1..].iter().product() },
+                    run: if scales.len() == 1 {
+                        count
+                    } else {
+                        shape[axis + 1..].iter().product()
+                    },
                     scales,
                     zeros,
                 }
@@ -454,14 +483,18 @@ impl Numbers<'_> {
         match self {
             // Both zeros but for their sign.
             Self::Floats(words) => {
-                let of_piece = |piece: &[[u8; 4]]| piece.iter().map(|word| u32::from(u32::from_le_bytes(*word) << 1 == 0)).sum::<u32>() as usize;
+                let of_piece =
+                    |piece: &[[u8; 4]]| piece.iter().map(|word| u32::from(u32::from_le_bytes(*word) << 1 == 0)).sum::<u32>() as usize;
                 words.par_chunks(PIECE).map(of_piece).sum()
             }
             Self::Integers(integers) if integers.bits == 8 && integers.zeros.iter().all(|zero| *zero == 0.0) => {
                 let of_piece = |piece: &[u8]| piece.iter().map(|byte| u32::from(*byte == 0)).sum::<u32>() as usize;
                 integers.data.par_chunks(PIECE).map(of_piece).sum()
             }
-            _ => self.scan(|values| values.iter().filter(|value| **value == 0.0).count()).into_iter().sum(),
+            _ => self
+                .scan(|values| values.iter().filter(|value| **value == 0.0).count())
+                .into_iter()
+                .sum(),
         }
     }
 
@@ -502,8 +535,8 @@ mod tests {
     use plimsoll_package::recipe::{Quantize, QuantizeScheme, Technique};
 
     use super::*;
-    use crate::compress::quantize::integers::{self, PRODUCT_WEIGHT_MAX, WEIGHT_MAX};
     use crate::compress::quantize::blocks;
+    use crate::compress::quantize::integers::{self, PRODUCT_WEIGHT_MAX, WEIGHT_MAX};
     use crate::compress::{self, Setting};
     use crate::graph::{float_tensor, integer, node, tensor};
     use crate::progress::Console;
@@ -513,7 +546,9 @@ mod tests {
     fn numbers(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 40) as f32 / (1 << 24) as f32
         };
         (0..count).map(|_| if next() < 0.25 { 0.0 } else { next() - 0.5 }).collect()
@@ -578,7 +613,14 @@ mod tests {
     }
 
     fn floats(model: &ModelProto, name: &str) -> (Vec<f32>, Vec<usize>) {
-        let tensor = model.graph.as_ref().unwrap().initializer.iter().find(|tensor| tensor.name() == name).unwrap();
+        let tensor = model
+            .graph
+            .as_ref()
+            .unwrap()
+            .initializer
+            .iter()
+            .find(|tensor| tensor.name() == name)
+            .unwrap();
         (weights::floats(tensor).unwrap(), weights::shape(tensor).unwrap())
     }
 
@@ -586,7 +628,9 @@ mod tests {
     fn histogram(values: &[f32], low: f64, high: f64) -> Vec<u64> {
         let mut counts = vec![0; BINS];
         for value in values {
-            let bin = (0..BINS).rev().find(|bin| f64::from(*value) >= low + (high - low) * *bin as f64 / BINS as f64);
+            let bin = (0..BINS)
+                .rev()
+                .find(|bin| f64::from(*value) >= low + (high - low) * *bin as f64 / BINS as f64);
             counts[bin.unwrap()] += 1;
         }
         counts
@@ -597,7 +641,9 @@ mod tests {
         let quantized = integers::quantize(values, shape, Some(axis), largest).unwrap();
         let inner: usize = shape[axis + 1..].iter().product();
         let values = quantized.values.iter().enumerate();
-        values.map(|(index, value)| f32::from(*value) * quantized.scales[index / inner % shape[axis]]).collect()
+        values
+            .map(|(index, value)| f32::from(*value) * quantized.scales[index / inner % shape[axis]])
+            .collect()
     }
 
     fn check(change: &LayerChange, before: &[f32], after: &[f32]) {
@@ -606,7 +652,11 @@ mod tests {
         let (was, is) = (change.before.distribution.as_ref().unwrap(), state.distribution.as_ref().unwrap());
         let all = || before.iter().chain(after);
         let (low, high) = (all().copied().fold(f32::MAX, f32::min), all().copied().fold(f32::MIN, f32::max));
-        assert_eq!([was.low, was.high, is.low, is.high], [low, high, low, high].map(f64::from), "{name}");
+        assert_eq!(
+            [was.low, was.high, is.low, is.high],
+            [low, high, low, high].map(f64::from),
+            "{name}"
+        );
         assert_eq!(was.counts, histogram(before, was.low, was.high), "{name} before");
         assert_eq!(is.counts, histogram(after, is.low, is.high), "{name} after");
         let zeros = |values: &[f32]| values.iter().filter(|value| **value == 0.0).count() as f64 / values.len() as f64;
@@ -629,7 +679,10 @@ mod tests {
                 check(change, &before, &in_bytes(&before, &shape, axis, largest));
                 let (was, is) = (&change.before, change.after.as_ref().unwrap());
                 assert_eq!((was.element_type.as_str(), is.element_type.as_str()), ("FLOAT", "INT8"));
-                assert_eq!((was.bytes, is.bytes), (4 * before.len() as u64, (before.len() + 4 * shape[axis]) as u64));
+                assert_eq!(
+                    (was.bytes, is.bytes),
+                    (4 * before.len() as u64, (before.len() + 4 * shape[axis]) as u64)
+                );
             }
         }
     }
@@ -651,7 +704,13 @@ mod tests {
             };
             (0..before.len()).map(value).collect::<Vec<_>>()
         };
-        let has_zeros = compressed.graph.as_ref().unwrap().initializer.iter().any(|tensor| tensor.name() == "rows_zero");
+        let has_zeros = compressed
+            .graph
+            .as_ref()
+            .unwrap()
+            .initializer
+            .iter()
+            .any(|tensor| tensor.name() == "rows_zero");
         check(change, &before, &dequantized(has_zeros));
         let after = change.after.as_ref().unwrap();
         assert_eq!((after.element_type.as_str(), after.shape.as_slice()), ("UINT4", &[32, 1100][..]));
@@ -667,7 +726,10 @@ mod tests {
         let halved = changes(&original, &quantized(&original, QuantizeScheme::Float16), false).unwrap();
         let after = halved[2].after.as_ref().unwrap();
         assert_eq!((after.element_type.as_str(), after.bytes), ("FLOAT16", 5120));
-        assert!(halved.iter().all(|change| change.before.distribution.is_none()), "they were not asked for");
+        assert!(
+            halved.iter().all(|change| change.before.distribution.is_none()),
+            "they were not asked for"
+        );
         let mut pruned = original.clone();
         let graph = pruned.graph.as_mut().unwrap();
         graph.initializer[0] = float_tensor("table", &[64, 40], &[vec![0.0; 2559], vec![-0.0]].concat());
@@ -681,16 +743,18 @@ mod tests {
 
     #[test]
     fn a_weight_whose_name_looks_like_anothers_quantised_form_is_its_own() {
-        let both = || model(
-            vec![
-                float_tensor("w", &[4, 40], &numbers(160, 1)),
-                float_tensor("w_int8", &[8, 40], &numbers(320, 2)),
-            ],
-            vec![
-                node("MatMul", &["x", "w"], "product", vec![]),
-                node("MatMul", &["x", "w_int8"], "gemm", vec![]),
-            ],
-        );
+        let both = || {
+            model(
+                vec![
+                    float_tensor("w", &[4, 40], &numbers(160, 1)),
+                    float_tensor("w_int8", &[8, 40], &numbers(320, 2)),
+                ],
+                vec![
+                    node("MatMul", &["x", "w"], "product", vec![]),
+                    node("MatMul", &["x", "w_int8"], "gemm", vec![]),
+                ],
+            )
+        };
         let mut compressed = both();
         compressed.graph.as_mut().unwrap().initializer[0].name = Some("w_int8_2".into());
         let changes = changes(&both(), &compressed, false).unwrap();
@@ -700,7 +764,12 @@ mod tests {
 
     #[test]
     fn values_that_are_all_the_same_fall_into_one_bin_and_infinite_ones_into_none() {
-        let constant = |value: f32| model(vec![float_tensor("w", &[2, 3], &[value; 6])], vec![node("MatMul", &["x", "w"], "product", vec![])]);
+        let constant = |value: f32| {
+            model(
+                vec![float_tensor("w", &[2, 3], &[value; 6])],
+                vec![node("MatMul", &["x", "w"], "product", vec![])],
+            )
+        };
         let changes = |value| changes(&constant(value), &constant(value), true).unwrap();
         let distribution = changes(2.0)[0].before.distribution.clone().unwrap();
         assert_eq!((distribution.low, distribution.high, distribution.counts[32]), (1.5, 2.5, 6));

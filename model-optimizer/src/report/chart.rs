@@ -20,7 +20,11 @@ const BOTTOM: f64 = 326.0;
 pub(super) fn bar(share: f64, class: &'static str) -> Html {
     let share = if share.is_finite() { share.clamp(0.0, 1.0) * 100.0 } else { 0.0 };
     let style = format!("width:{share:.1}%");
-    element("span", &[("class", &"bar")], [element("i", &[("class", &class), ("style", &style)], [])])
+    element(
+        "span",
+        &[("class", &"bar")],
+        [element("i", &[("class", &class), ("style", &style)], [])],
+    )
 }
 
 /// Two bars, one below the other.
@@ -31,7 +35,13 @@ pub(super) fn bars(before: f64, after: f64) -> Html {
 /// A distribution as an area, and the one that came of it as a line. Counts are logarithmic, so that tails are seen beside the peak.
 pub(super) fn distribution(before: &Distribution, after: Option<&Distribution>) -> Html {
     let counts = |distribution: &Distribution| distribution.counts.clone();
-    let largest = [Some(before), after].into_iter().flatten().flat_map(counts).max().unwrap_or(1).max(1);
+    let largest = [Some(before), after]
+        .into_iter()
+        .flatten()
+        .flat_map(counts)
+        .max()
+        .unwrap_or(1)
+        .max(1);
     let height = |count: u64| DISTRIBUTION_HEIGHT * (1.0 - (1.0 + count as f64).ln() / (1.0 + largest as f64).ln());
     let steps = |distribution: &Distribution| {
         let width = DISTRIBUTION_WIDTH / distribution.counts.len().max(1) as f64;
@@ -47,17 +57,34 @@ pub(super) fn distribution(before: &Distribution, after: Option<&Distribution>) 
     let line = after.map(|after| element("path", &[("class", &"line"), ("d", &steps(after))], []));
     let foot = DISTRIBUTION_HEIGHT + 13.0;
     let edge = |x: f64, anchor: &'static str, value: f64| {
-        element("text", &[("x", &x), ("y", &foot), ("text-anchor", &anchor)], [text(significant(value))])
+        element(
+            "text",
+            &[("x", &x), ("y", &foot), ("text-anchor", &anchor)],
+            [text(significant(value))],
+        )
     };
     let (low, high) = (before.low, before.high);
     let zero = (low < 0.0 && high > 0.0).then(|| DISTRIBUTION_WIDTH * -low / (high - low));
-    let tick = zero.map(|x| element("path", &[("class", &"tick"), ("d", &format!("M{x:.1} 0V{DISTRIBUTION_HEIGHT}"))], []));
+    let tick = zero.map(|x| {
+        element(
+            "path",
+            &[("class", &"tick"), ("d", &format!("M{x:.1} 0V{DISTRIBUTION_HEIGHT}"))],
+            [],
+        )
+    });
     // Where it does not run into the edges' labels.
     let middle = zero.filter(|x| (60.0..DISTRIBUTION_WIDTH - 60.0).contains(x));
     let content = tick.into_iter().chain([area]).chain(line).chain([edge(0.0, "start", low)]);
-    let content = content.chain(middle.map(|x| edge(x, "middle", 0.0))).chain([edge(DISTRIBUTION_WIDTH, "end", high)]);
+    let content = content
+        .chain(middle.map(|x| edge(x, "middle", 0.0)))
+        .chain([edge(DISTRIBUTION_WIDTH, "end", high)]);
     let view = format!("0 -2 {DISTRIBUTION_WIDTH} {}", DISTRIBUTION_HEIGHT + 18.0);
-    let attributes: [Attribute; 4] = [("class", &"distribution"), ("viewBox", &view), ("role", &"img"), ("aria-label", &"distribution")];
+    let attributes: [Attribute; 4] = [
+        ("class", &"distribution"),
+        ("viewBox", &view),
+        ("role", &"img"),
+        ("aria-label", &"distribution"),
+    ];
     element("svg", &attributes, content)
 }
 
@@ -94,7 +121,9 @@ impl Axis {
 /// The least of 1, 2 and 5 times a power of ten that is not below `step`.
 fn round_step(step: f64) -> f64 {
     let power = 10_f64.powf(step.log10().floor());
-    let factor = [1.0, 2.0, 5.0, 10.0].into_iter().find(|factor| factor * power >= step * (1.0 - 1e-9));
+    let factor = [1.0, 2.0, 5.0, 10.0]
+        .into_iter()
+        .find(|factor| factor * power >= step * (1.0 - 1e-9));
     factor.unwrap_or(10.0) * power
 }
 
@@ -165,16 +194,30 @@ pub(super) fn scatter(x_axis: &Axis, y_axis: &Axis, points: &[Point]) -> Html {
     for (point, (x, y)) in points.iter().zip(&centres) {
         let (path, class) = point.mark.path();
         let title = element("title", &[], [text(&point.title)]);
-        content.push(element("path", &[("class", &class), ("d", &format!("M{x:.1} {y:.1}{path}"))], [title]));
+        content.push(element(
+            "path",
+            &[("class", &class), ("d", &format!("M{x:.1} {y:.1}{path}"))],
+            [title],
+        ));
         // Where no other label or point is, if there is such a place.
-        let places = [(11.0, -9.0), (11.0, 9.0), (-11.0, -9.0), (-11.0, 9.0), (0.0, -16.0), (0.0, 16.0)].map(|(right, down)| (x + right, y + down));
-        let is_free = |place: &&(f64, f64)| taken.iter().all(|other| (place.0 - other.0).abs() > 12.0 || (place.1 - other.1).abs() > 10.0);
+        let places =
+            [(13.0, -9.0), (13.0, 9.0), (-13.0, -9.0), (-13.0, 9.0), (0.0, -16.0), (0.0, 16.0)].map(|(right, down)| (x + right, y + down));
+        let is_free = |place: &&(f64, f64)| {
+            taken
+                .iter()
+                .all(|other| (place.0 - other.0).abs() > 12.0 || (place.1 - other.1).abs() > 10.0)
+        };
         let place = places.iter().find(is_free).copied().unwrap_or(places[0]);
         taken.push(place);
         content.push(word(place.0, place.1 + 4.0, "middle", &point.label));
     }
     let says = format!("{} against {}", y_axis.title, x_axis.title);
-    let attributes: [Attribute; 4] = [("class", &"scatter"), ("viewBox", &"0 0 760 380"), ("role", &"img"), ("aria-label", &says)];
+    let attributes: [Attribute; 4] = [
+        ("class", &"scatter"),
+        ("viewBox", &"0 0 760 380"),
+        ("role", &"img"),
+        ("aria-label", &says),
+    ];
     element("svg", &attributes, content)
 }
 
@@ -203,7 +246,10 @@ mod tests {
     fn axes_begin_and_end_at_round_values() {
         let axis = Axis::linear("x".into(), 0.0, 23.0, |value| format!("{value}"));
         assert_eq!((axis.low, axis.high), (0.0, 25.0));
-        assert_eq!(axis.ticks.iter().map(|tick| tick.1.as_str()).collect::<Vec<_>>(), ["0", "5", "10", "15", "20", "25"]);
+        assert_eq!(
+            axis.ticks.iter().map(|tick| tick.1.as_str()).collect::<Vec<_>>(),
+            ["0", "5", "10", "15", "20", "25"]
+        );
         let flat = Axis::linear("x".into(), 0.5, 0.5, |value| format!("{value}"));
         assert!(flat.low < 0.5 && 0.5 < flat.high && flat.ticks.len() < 10, "{:?}", flat.ticks);
     }
@@ -216,8 +262,14 @@ mod tests {
             counts: counts.to_vec(),
         };
         let html = distribution(&of(&[0, 7]), Some(&of(&[7, 0])));
-        assert!(html.as_str().contains("class=\"area\" d=\"M0 96V96.0H112.0V0.0H224.0V96\""), "{html:?}");
-        assert!(html.as_str().contains("class=\"line\" d=\"M0 96V0.0H112.0V96.0H224.0V96\""), "{html:?}");
+        assert!(
+            html.as_str().contains("class=\"area\" d=\"M0 96V96.0H112.0V0.0H224.0V96\""),
+            "{html:?}"
+        );
+        assert!(
+            html.as_str().contains("class=\"line\" d=\"M0 96V0.0H112.0V96.0H224.0V96\""),
+            "{html:?}"
+        );
     }
 
     #[test]
@@ -240,6 +292,9 @@ mod tests {
 
     #[test]
     fn numbers_have_three_digits() {
-        assert_eq!([0.0, 1.0, -0.1234, 12.34, 1234.5, 1e-9, 5e7].map(significant), ["0", "1.00", "-0.123", "12.3", "1234", "1.0e-9", "5.0e7"]);
+        assert_eq!(
+            [0.0, 1.0, -0.1234, 12.34, 1234.5, 1e-9, 5e7].map(significant),
+            ["0", "1.00", "-0.123", "12.3", "1234", "1.0e-9", "5.0e7"]
+        );
     }
 }

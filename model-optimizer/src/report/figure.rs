@@ -2,10 +2,10 @@
 
 use plimsoll_package::recipe::{Metric, Technique};
 use plimsoll_package::report::Spread;
-use serde_json::Value;
+use serde_yaml_ng::Value;
 
 /// `3.92x smaller`.
-pub(crate) fn smaller(before: u64, after: u64) -> String {
+pub(super) fn smaller(before: u64, after: u64) -> String {
     let (before, after) = (before.max(1) as f64, after.max(1) as f64);
     if after <= before {
         format!("{:.2}x smaller", before / after)
@@ -15,7 +15,7 @@ pub(crate) fn smaller(before: u64, after: u64) -> String {
 }
 
 /// A time in microseconds, with its unit.
-pub(crate) fn time(us: f64) -> String {
+pub(super) fn time(us: f64) -> String {
     match us {
         _ if us < 1e3 => format!("{us:.0} us"),
         _ if us < 1e6 => format!("{:.2} ms", us / 1e3),
@@ -24,23 +24,23 @@ pub(crate) fn time(us: f64) -> String {
 }
 
 /// A fidelity with five digits.
-pub(crate) fn fidelity(fidelity: f64) -> String {
+pub(super) fn fidelity(fidelity: f64) -> String {
     let text = format!("{fidelity:.5}");
     text.strip_suffix(".00000").unwrap_or(&text).to_owned()
 }
 
 /// Decibels, infinite where nothing differs.
-pub(crate) fn decibels(sqnr_db: Option<f64>) -> String {
+pub(super) fn decibels(sqnr_db: Option<f64>) -> String {
     sqnr_db.map_or_else(|| "∞".to_owned(), |decibels| format!("{decibels:.1} dB"))
 }
 
 /// `0.81 (0.78 to 0.85)`: the median, and where the middle 80 percent lie.
-pub(crate) fn spread(Spread { median, p10, p90 }: Spread) -> String {
+pub(super) fn spread(Spread { median, p10, p90 }: Spread) -> String {
     format!("{median:.2} ({p10:.2} to {p90:.2})")
 }
 
 /// A metric within a sentence.
-pub(crate) fn metric_name(metric: Metric) -> String {
+pub(super) fn metric_name(metric: Metric) -> String {
     match metric {
         Metric::Accuracy => "accuracy".to_owned(),
         metric => metric.to_string(),
@@ -48,25 +48,33 @@ pub(crate) fn metric_name(metric: Metric) -> String {
 }
 
 /// A recipe in one line, as YAML in its flow form; `nothing` where it is empty.
-pub(crate) fn recipe(recipe: &[Technique]) -> String {
-    let entries = recipe.iter().filter_map(|entry| serde_json::to_value(entry).ok());
+pub(super) fn recipe(recipe: &[Technique]) -> String {
+    let entries = recipe.iter().filter_map(|entry| serde_yaml_ng::to_value(entry).ok());
     let entries: Vec<String> = entries.map(|entry| fields(&entry)).collect();
-    if entries.is_empty() { "nothing".to_owned() } else { entries.join(", ") }
+    if entries.is_empty() {
+        "nothing".to_owned()
+    } else {
+        entries.join(", ")
+    }
 }
 
-/// The fields of an object; of anything else its value.
+/// The fields of a mapping without its braces; of anything else the whole.
 fn fields(value: &Value) -> String {
+    let Value::Mapping(mapping) = value else {
+        return flow(value);
+    };
+    let fields = mapping.iter().map(|(key, value)| format!("{}: {}", flow(key), flow(value)));
+    fields.collect::<Vec<_>>().join(", ")
+}
+
+fn flow(value: &Value) -> String {
     match value {
-        Value::Object(object) => {
-            let fields = object.iter().map(|(key, value)| match value {
-                Value::Object(_) => format!("{key}: {{{}}}", fields(value)),
-                value => format!("{key}: {}", fields(value)),
-            });
-            fields.collect::<Vec<_>>().join(", ")
-        }
-        Value::Array(array) => format!("[{}]", array.iter().map(fields).collect::<Vec<_>>().join(", ")),
+        Value::Mapping(_) => format!("{{{}}}", fields(value)),
+        Value::Sequence(items) => format!("[{}]", items.iter().map(flow).collect::<Vec<_>>().join(", ")),
         Value::String(text) => text.clone(),
-        value => value.to_string(),
+        Value::Number(number) => number.to_string(),
+        Value::Bool(flag) => flag.to_string(),
+        Value::Null | Value::Tagged(_) => "null".to_owned(),
     }
 }
 
@@ -99,7 +107,10 @@ mod tests {
             }),
             ..Technique::default()
         };
-        assert_eq!(recipe(&[prune, quantize]), "prune: {amount: 50%}, quantize: {exclude: [a, b], scheme: Int8}");
+        assert_eq!(
+            recipe(&[prune, quantize]),
+            "prune: {amount: 50%}, quantize: {scheme: Int8, exclude: [a, b]}"
+        );
         assert_eq!(recipe(&[]), "nothing");
     }
 }

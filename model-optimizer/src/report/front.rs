@@ -1,5 +1,6 @@
 //! What a search tried: the front of size against accuracy, every candidate, and how sensitive each layer is.
 
+use plimsoll_package::recipe::Metric;
 use plimsoll_package::report::Report;
 use plimsoll_package::report::front::{Candidate, Front, Outcome, Sensitivity};
 use plimsoll_package::units::display_size;
@@ -17,7 +18,11 @@ const NINES_MAX: f64 = 6.0;
 
 /// The candidates as points, and in a table.
 pub(super) fn candidates(report: &Report, front: &Front) -> Html {
-    let complete = if front.complete { "" } else { ", which was not enough for all that it meant to try" };
+    let complete = if front.complete {
+        ""
+    } else {
+        ", which was not enough for all that it meant to try"
+    };
     let says = format!(
         "The search tried {} recipes in {}{complete}; the seed of its choices is {}. The numbers are those of the table below.",
         front.candidates.len(),
@@ -78,7 +83,10 @@ fn mark(outcome: Outcome) -> Mark {
 
 /// Size against the metric or, where there is none, against fidelity; nothing where no candidate has both.
 fn chart(report: &Report, front: &Front) -> Html {
-    let metric = report.summary.metric.filter(|_| front.candidates.iter().any(|candidate| candidate.metric.is_some()));
+    let metric = report
+        .summary
+        .metric
+        .filter(|_| front.candidates.iter().any(|candidate| candidate.metric.is_some()));
     let height = |candidate: &Candidate| match metric {
         Some(_) => candidate.metric.map(|metric| metric.after),
         None => candidate.fidelity.map(nines),
@@ -111,7 +119,11 @@ fn chart(report: &Report, front: &Front) -> Html {
         Some(metric) => {
             let better = if metric.name.is_error() { "lower" } else { "higher" };
             let title = format!("{} ({better} is better)", figure::metric_name(metric.name));
-            Axis::linear(title, low, high, |value| metric.name.display(value))
+            let is_ratio = !metric.name.is_error() && metric.name != Metric::R2;
+            Axis::linear(title, low, high, |value| match is_ratio {
+                true => format!("{}%", ((value * 1e4).round() / 1e2)),
+                false => metric.name.display(value),
+            })
         }
         None => {
             let ticks = low.floor() as u32..=high.ceil() as u32;
@@ -125,8 +137,13 @@ fn chart(report: &Report, front: &Front) -> Html {
     };
     let largest = of(|point| point.x, 0.0, f64::max);
     // Round values in the unit that the largest size has.
-    let unit = [1024_f64.powi(3), 1024_f64.powi(2), 1024.0, 1.0].into_iter().find(|unit| largest >= *unit).unwrap_or(1.0);
-    let mut x_axis = Axis::linear("size of the file".into(), 0.0, largest / unit, |size| display_size((size * unit) as u64));
+    let unit = [1024_f64.powi(3), 1024_f64.powi(2), 1024.0, 1.0]
+        .into_iter()
+        .find(|unit| largest >= *unit)
+        .unwrap_or(1.0);
+    let mut x_axis = Axis::linear("size of the file".into(), 0.0, largest / unit, |size| {
+        display_size((size * unit) as u64)
+    });
     x_axis.high *= unit;
     x_axis.ticks.iter_mut().for_each(|(size, _)| *size *= unit);
     let legend = [
@@ -136,7 +153,9 @@ fn chart(report: &Report, front: &Front) -> Html {
         Mark::Cross.legend("over budget"),
         Mark::Square.legend("original"),
     ];
-    [element("p", &[("class", &"legends")], legend), scatter(&x_axis, &y_axis, &points)].into_iter().collect()
+    [element("p", &[("class", &"legends")], legend), scatter(&x_axis, &y_axis, &points)]
+        .into_iter()
+        .collect()
 }
 
 /// The number of nines of a fidelity: 2 of 0.99; 0 where it is 0 or less.

@@ -111,7 +111,9 @@ pub(super) fn table(columns: &[Column], mut rows: Vec<Vec<Html>>, shown: usize) 
         return first;
     }
     let summary = element("summary", &[], [text(format_args!("{} more", more.len()))]);
-    [first, element("details", &[], [summary, plain_table(columns, more)])].into_iter().collect()
+    [first, element("details", &[], [summary, plain_table(columns, more)])]
+        .into_iter()
+        .collect()
 }
 
 fn plain_table(columns: &[Column], rows: Vec<Vec<Html>>) -> Html {
@@ -119,7 +121,11 @@ fn plain_table(columns: &[Column], rows: Vec<Vec<Html>>) -> Html {
     let head = element("thead", &[], [element("tr", &[], heads)]);
     let row = |cells: Vec<Html>| {
         let cells = cells.into_iter().zip(columns);
-        element("tr", &[], cells.map(|(cell, column)| element("td", &[("class", &column.class)], [cell])))
+        element(
+            "tr",
+            &[],
+            cells.map(|(cell, column)| element("td", &[("class", &column.class)], [cell])),
+        )
     };
     let body = element("tbody", &[], rows.into_iter().map(row));
     element("div", &[("class", &"scroll")], [element("table", &[], [head, body])])
@@ -137,7 +143,11 @@ mod tests {
 
     #[test]
     fn text_and_values_are_escaped_and_markup_is_not() {
-        let html = element("p", &[("title", &"a\"b")], [text("<script>alert('&')</script>\0"), Html::own("<br>")]);
+        let html = element(
+            "p",
+            &[("title", &"a\"b")],
+            [text("<script>alert('&')</script>\0"), Html::own("<br>")],
+        );
         assert_eq!(
             html.as_str(),
             "<p title=\"a&quot;b\">&lt;script&gt;alert(&#39;&amp;&#39;)&lt;/script&gt;\u{fffd}<br></p>"

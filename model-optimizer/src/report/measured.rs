@@ -34,18 +34,30 @@ pub(super) fn change(report: &Report) -> Html {
         rows.push(row(text(name), before, after, text(change)));
     }
     if let Some(fidelity) = summary.fidelity {
-        rows.push(row(text("least fidelity of an output"), "1".into(), figure::fidelity(fidelity), text("")));
+        rows.push(row(
+            text("least fidelity of an output"),
+            "1".into(),
+            figure::fidelity(fidelity),
+            text(""),
+        ));
     }
     let slices = report.outputs.iter().filter_map(|output| output.worst_slices.first());
     if let Some(worst) = slices.min_by(|a, b| a.cosine.total_cmp(&b.cosine)) {
-        rows.push(row(text("least fidelity of a slice"), "1".into(), figure::fidelity(worst.cosine), text("")));
+        rows.push(row(
+            text("least fidelity of a slice"),
+            "1".into(),
+            figure::fidelity(worst.cosine),
+            text(""),
+        ));
     }
     for measured in &report.engines {
         let chosen = if measured.engine == summary.engine { ", chosen" } else { "" };
         let name = text(format_args!("latency on {}{chosen}", measured.engine));
         rows.push(match (measured.latency, &measured.refused) {
             (Some(latency), _) => {
-                let ratio = measured.latency_ratio.map(|ratio| format!("{} times as long", figure::spread(ratio)));
+                let ratio = measured
+                    .latency_ratio
+                    .map(|ratio| format!("{} times as long", figure::spread(ratio)));
                 let (before, after) = (figure::time(latency.before_us), figure::time(latency.after_us));
                 row(name, before, after, text(ratio.unwrap_or_default()))
             }
@@ -56,10 +68,20 @@ pub(super) fn change(report: &Report) -> Html {
         if let Some(memory) = measured.memory {
             let name = text(format_args!("memory on {}", measured.engine));
             let change = text(figure::smaller(memory.before_bytes, memory.after_bytes));
-            rows.push(row(name, display_size(memory.before_bytes), display_size(memory.after_bytes), change));
+            rows.push(row(
+                name,
+                display_size(memory.before_bytes),
+                display_size(memory.after_bytes),
+                change,
+            ));
         }
     }
-    rows.push(row(text("weights that are zero"), String::new(), display_percent(summary.sparsity), text("")));
+    rows.push(row(
+        text("weights that are zero"),
+        String::new(),
+        display_percent(summary.sparsity),
+        text(""),
+    ));
     let columns = [words(""), numbers("before"), numbers("after"), words("change")];
     let says = "Latencies are medians of one sample, measured by turns with the original; the spread is of the middle 80 % of neighbouring \
         pairs. Memory is what becomes resident when a model is loaded and run once.";
@@ -158,7 +180,11 @@ pub(super) fn classes(classes: &[ClassChange]) -> Option<Html> {
     ];
     let mut sorted: Vec<&ClassChange> = classes.iter().collect();
     sorted.sort_by(|a, b| (a.after - a.before).total_cmp(&(b.after - b.before)).then(a.class.cmp(&b.class)));
-    let legend = element("p", &[("class", &"legends")], [swatch("before", "before"), swatch("after", "after")]);
+    let legend = element(
+        "p",
+        &[("class", &"legends")],
+        [swatch("before", "before"), swatch("after", "after")],
+    );
     let rows = sorted.into_iter().map(row).collect();
     let says = "The share of each class's samples that are right, the class that lost most first.";
     Some(section("Classes", says, [legend, table(&columns, rows, ROWS_SHOWN)]))

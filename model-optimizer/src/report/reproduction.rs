@@ -5,8 +5,8 @@ use plimsoll_package::report::{Report, SampleSource, Samples, TechniqueReport};
 use plimsoll_package::units::display_size;
 use strum::IntoEnumIterator as _;
 
-use super::figure;
 use super::chart::bar;
+use super::figure;
 use super::html::{Html, labelled, numbers, section, table, text, words};
 use crate::step::Step;
 
@@ -30,7 +30,11 @@ pub(super) fn techniques(steps: &[TechniqueReport]) -> Option<Html> {
     };
     let columns = [numbers("#"), words("technique"), numbers("weights changed"), numbers("size after")];
     let rows = steps.iter().enumerate().map(row).collect();
-    Some(section("What was done", "The techniques of the recipe, in order.", [table(&columns, rows, usize::MAX)]))
+    Some(section(
+        "What was done",
+        "The techniques of the recipe, in order.",
+        [table(&columns, rows, usize::MAX)],
+    ))
 }
 
 /// The samples that the result was judged on.
@@ -38,7 +42,9 @@ pub(super) fn samples(samples: Option<Samples>) -> Option<Html> {
     let Samples { from, count, seed } = samples?;
     let origin = match from {
         SampleSource::Evaluation => "samples of the evaluation data",
-        SampleSource::EvaluationPart => "samples of the evaluation data, those that no technique has seen: calibration and evaluation share one dataset",
+        SampleSource::EvaluationPart => {
+            "samples of the evaluation data, those that no technique has seen: calibration and evaluation share one dataset"
+        }
         SampleSource::Calibration => "samples of the calibration data, for there are no evaluation data",
         SampleSource::Signature => "random samples of the model's signature, for there are no data; real ones say more",
     };
@@ -53,7 +59,13 @@ pub(super) fn times(report: &Report) -> Option<Html> {
     let row = |(step, ms): (Step, f64)| vec![text(step), text(figure::time(ms * 1e3)), bar(ms / all, "after")];
     let rows: Vec<Vec<Html>> = known.map(row).collect();
     let says = format!("Wall time, {} in all.", figure::time(all * 1e3));
-    (!rows.is_empty()).then(|| section("Time", says, [table(&[words("step"), numbers("took"), words("")], rows, usize::MAX)]))
+    (!rows.is_empty()).then(|| {
+        section(
+            "Time",
+            says,
+            [table(&[words("step"), numbers("took"), words("")], rows, usize::MAX)],
+        )
+    })
 }
 
 /// The command, the recipe and the digests.
@@ -68,13 +80,25 @@ pub(super) fn again(report: &Report) -> Html {
         ("source", report.inputs.source.uri.clone()),
         ("its digest", summary.source_digest.to_string()),
     ];
-    rows.extend(summary.evaluation_digest.as_ref().map(|digest| ("evaluation data's digest", digest.to_string())));
+    rows.extend(
+        summary
+            .evaluation_digest
+            .as_ref()
+            .map(|digest| ("evaluation data's digest", digest.to_string())),
+    );
     rows.extend(report.inputs.teacher.as_ref().map(|teacher| ("teacher", teacher.uri.clone())));
     rows.push(("optimiser", format!("plimsoll-optimizer {}", summary.toolchain)));
-    let rows = rows.into_iter().map(|(what, which)| vec![text(what), labelled("code", "name", which)]).collect();
+    let rows = rows
+        .into_iter()
+        .map(|(what, which)| vec![text(what), labelled("code", "name", which)])
+        .collect();
     content.push(labelled("h3", "part", "Provenance"));
     content.push(table(&[words(""), words("")], rows, usize::MAX));
-    section("How to reproduce", "The same from the same source and data, by the same version of the optimiser.", content)
+    section(
+        "How to reproduce",
+        "The same from the same source and data, by the same version of the optimiser.",
+        content,
+    )
 }
 
 /// The recipe's file; `None` where nothing is asked for.
@@ -139,7 +163,10 @@ mod tests {
             no_gate: false,
             run_tag: None,
         };
-        assert_eq!(command(&inputs), "plimsoll-optimizer optimize 'https://models/it'\\''s here.onnx' --output package");
+        assert_eq!(
+            command(&inputs),
+            "plimsoll-optimizer optimize 'https://models/it'\\''s here.onnx' --output package"
+        );
         inputs.source = location("m.onnx");
         inputs.optimize = serde_yaml_ng::from_str("recipe: [{prune: {amount: 50%}}]").unwrap();
         inputs.teacher = Some(location("t.onnx"));

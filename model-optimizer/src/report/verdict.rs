@@ -16,7 +16,11 @@ pub(super) fn banner(report: &Report) -> Html {
         Verdict::BudgetExceeded => ("verdict bad", "✗ Outside of the budget"),
         Verdict::NotGated => ("verdict unknown", "? Not measured"),
     };
-    element("div", &[("class", &class)], [labelled("strong", "word", word), labelled("p", "sentence", sentence(report))])
+    element(
+        "div",
+        &[("class", &class)],
+        [labelled("strong", "word", word), labelled("p", "sentence", sentence(report))],
+    )
 }
 
 fn sentence(report: &Report) -> String {
@@ -70,7 +74,11 @@ pub(super) fn limits(report: &Report) -> Option<Html> {
     let mut limits: Vec<&LimitCheck> = report.gate.limits.iter().collect();
     limits.sort_by_key(|limit| limit.passed);
     let row = |limit: &LimitCheck| {
-        let (class, word) = if limit.passed { ("good", "✓ holds") } else { ("bad", "✗ exceeded") };
+        let (class, word) = if limit.passed {
+            ("good", "✓ holds")
+        } else {
+            ("bad", "✗ exceeded")
+        };
         let stated = if limit.default { "default" } else { "stated" };
         vec![
             text(&limit.limit),
@@ -81,9 +89,20 @@ pub(super) fn limits(report: &Report) -> Option<Html> {
             labelled("span", class, word),
         ]
     };
-    let columns = [words("limit"), words(""), words("of"), numbers("allowed"), numbers("measured"), words("")];
+    let columns = [
+        words("limit"),
+        words(""),
+        words("of"),
+        numbers("allowed"),
+        numbers("measured"),
+        words(""),
+    ];
     let says = "Every limit that binds, with what was measured. A limit that was not stated in the budget is the default one.";
-    Some(section("Limits", says, [table(&columns, limits.into_iter().map(row).collect(), LIMITS_SHOWN)]))
+    Some(section(
+        "Limits",
+        says,
+        [table(&columns, limits.into_iter().map(row).collect(), LIMITS_SHOWN)],
+    ))
 }
 
 /// An amount in the unit of the limit's field.

@@ -53,7 +53,11 @@ pub(super) fn layers(layers: &[LayerChange]) -> Option<Html> {
 }
 
 fn legend() -> Html {
-    element("p", &[("class", &"legends")], [swatch("before", "before"), swatch("after", "after")])
+    element(
+        "p",
+        &[("class", &"legends")],
+        [swatch("before", "before"), swatch("after", "after")],
+    )
 }
 
 /// The type and shape of a weight, and what became of them.
@@ -73,14 +77,19 @@ pub(super) fn distributions(layers: &[LayerChange]) -> Option<Html> {
     let figure = |layer: &LayerChange| {
         let before = layer.before.distribution.as_ref()?;
         let after = layer.after.as_ref().and_then(|after| after.distribution.as_ref());
-        let caption = element("figcaption", &[], [labelled("b", "name", &layer.weight), labelled("span", "faint", form(layer))]);
+        let caption = element(
+            "figcaption",
+            &[],
+            [labelled("b", "name", &layer.weight), labelled("span", "faint", form(layer))],
+        );
         Some(element("figure", &[], [caption, distribution(before, after)]))
     };
     let figures: Vec<Html> = layers.iter().filter_map(figure).take(DISTRIBUTIONS_SHOWN).collect();
     if figures.is_empty() {
         return None;
     }
-    let says = "How many values of the largest weights lie where, on a logarithmic scale; of quantised ones, the values that they stand for.";
+    let says =
+        "How many values of the largest weights lie where, on a logarithmic scale; of quantised ones, the values that they stand for.";
     let figures = element("div", &[("class", &"figures")], figures);
     Some(section("Distributions of weights", says, [legend(), figures]))
 }

@@ -6,9 +6,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use plimsoll_package::digest::Digest;
-use plimsoll_package::manifest::{Engine as EngineKind, File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE, REPORT_FILE, TensorSpec};
+use plimsoll_package::manifest::{
+    Engine as EngineKind, File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE, REPORT_FILE, REPORT_PAGE_FILE, TensorSpec,
+};
 use plimsoll_package::recipe::Metric;
 use plimsoll_package::registry::layer_size;
+use plimsoll_package::report::layer::LayerChange;
 use plimsoll_package::report::{EngineReport, Gate, Report, SampleSource, Samples, Summary, Verdict};
 use plimsoll_runtime::onnx::{self, ModelProto};
 use strum::IntoEnumIterator as _;
@@ -17,12 +20,11 @@ use super::chain::took_ms;
 use super::compress::Compressed;
 use super::fetch::{self, Fetched, calibrates_on_evaluation};
 use super::{Context, Step, write_json};
-use crate::convert;
 use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
-use crate::evaluate::engines;
-use crate::evaluate::{budget, judgement};
+use crate::evaluate::{budget, engines, judgement, layers};
 use crate::failure::{Failure, FailureReason, disk, failure};
 use crate::graph::{self, serialize};
+use crate::{convert, report};
 
 /// Evaluates; without the gate the package is laid out unmeasured. The report is laid out even where the result is outside of its budget;
 /// the model is not.
@@ -93,16 +95,16 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         classes: judgement.classes,
         engines,
         skipped: compressed.skipped,
-        layers: vec![],
+        layers: layers_of(context, &model, true)?,
         front: None,
         step_ms: step_ms(context, begun),
     };
-    write_json(&context.package().join(REPORT_FILE), &report)?;
+    write_report(context, &report)?;
     if let Some(failed) = exceeded {
         return Err(failed);
     }
     write_json(&context.package().join(PROBE_FILE), &probe)?;
-    let files = [REPORT_FILE, PROBE_FILE];
+    let files = [REPORT_FILE, REPORT_PAGE_FILE, PROBE_FILE];
     write_package(context, &report, signature(context, &model)?, compressed.fold_dequantize, &files)
 }
 
@@ -148,12 +150,18 @@ fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: 
         classes: vec![],
         engines: vec![],
         skipped: compressed.skipped,
-        layers: vec![],
+        layers: layers_of(context, model, false)?,
         front: None,
         step_ms: step_ms(context, begun),
     };
-    write_json(&context.package().join(REPORT_FILE), &report)?;
-    write_package(context, &report, (inputs, outputs), compressed.fold_dequantize, &[REPORT_FILE])
+    write_report(context, &report)?;
+    write_package(
+        context,
+        &report,
+        (inputs, outputs),
+        compressed.fold_dequantize,
+        &[REPORT_FILE, REPORT_PAGE_FILE],
+    )
 }
 
 type Signature = (Vec<TensorSpec>, Vec<TensorSpec>);
@@ -235,6 +243,20 @@ impl Data {
             metric: Metric::Fidelity,
         })
     }
+}
+
+/// What became of each weight of the model before compression.
+fn layers_of(context: &Context, model: &ModelProto, distributions: bool) -> Result<Vec<LayerChange>, Failure> {
+    let original = convert::read(&context.inputs.source.uri, &context.converted())?;
+    layers::changes(&original, model, distributions)
+}
+
+/// Writes the report, for programs and for people.
+fn write_report(context: &Context, report: &Report) -> Result<(), Failure> {
+    let package = context.package();
+    write_json(&package.join(REPORT_FILE), report)?;
+    let page = package.join(REPORT_PAGE_FILE);
+    fs::write(&page, report::page(report)).map_err(disk("write", &page))
 }
 
 /// Puts the model beside the report, and the manifest of it and the package's other `files`.

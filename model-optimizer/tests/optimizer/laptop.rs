@@ -152,7 +152,7 @@ fn a_person_reads_a_table_and_a_failure_in_one_line() {
     );
     assert_eq!(
         files(&dir.path().join("other")),
-        ["report.json"],
+        ["report.html", "report.json"],
         "of what is outside of the budget there is the report alone"
     );
 
@@ -196,11 +196,11 @@ fn a_report_of_what_failed_takes_the_place_of_an_older_package() {
     let package = dir.path().join("package");
     let digits = model("digits/digits-v1.onnx");
     report(&optimize(&digits, &package, &["--quantize", "int8", "--json"]));
-    let all = ["manifest.json", "model.onnx", "probe.json", "report.json"];
+    let all = ["manifest.json", "model.onnx", "probe.json", "report.html", "report.json"];
     assert_eq!(files(&package), all);
     let failed = optimize(&digits, &package, &["--max-size", "10Ki", "--json"]);
     assert_eq!(failed.status.code(), Some(i32::from(exit_code::BUDGET_EXCEEDED)));
-    assert_eq!(files(&package), ["report.json"]);
+    assert_eq!(files(&package), ["report.html", "report.json"]);
     let written: Report = serde_json::from_slice(&fs::read(package.join("report.json")).unwrap()).unwrap();
     assert_eq!(written, serde_json::from_slice::<Report>(&failed.stdout).unwrap());
     assert_eq!(written.gate.verdict, Verdict::BudgetExceeded);
@@ -263,7 +263,7 @@ fn the_gate_refuses_a_broken_model_and_is_turned_off_in_the_open() {
     let report = report(&optimize(&digits, &package, &["--prune", "99%", "--no-gate", "--json"]));
     assert_eq!(report.gate.verdict, Verdict::NotGated);
     assert!(report.inputs.no_gate && report.gate.limits.is_empty() && report.engines.is_empty());
-    assert_eq!(files(&package), ["manifest.json", "model.onnx", "report.json"]);
+    assert_eq!(files(&package), ["manifest.json", "model.onnx", "report.html", "report.json"]);
     assert!(
         report.summary.size_layer_after.unwrap() < report.summary.size_after / 4,
         "{:?}",

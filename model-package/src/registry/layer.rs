@@ -425,7 +425,11 @@ mod tests {
             panic!("it is not packed")
         };
         let names: Vec<&str> = described.iter().map(|entry| entry.name.as_str()).collect();
-        assert_eq!(names, ["manifest.json", "report.html"], "what changes with each run lies apart from the weights");
+        assert_eq!(
+            names,
+            ["manifest.json", "report.html"],
+            "what changes with each run lies apart from the weights"
+        );
         let out = tempfile::tempdir().unwrap();
         for layer in &layers {
             let mut bytes = Vec::new();

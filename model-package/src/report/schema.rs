@@ -44,7 +44,10 @@ mod tests {
             assert!(required.contains(&field.into()), "{field}: {required:?}");
         }
         assert!(!required.contains(&"front".into()));
-        assert_eq!(schema["properties"]["layers"]["description"], "What became of each weight, the largest first; at most 512.");
+        assert_eq!(
+            schema["properties"]["layers"]["description"],
+            "What became of each weight, the largest first; at most 512."
+        );
         let text = schema.to_string();
         assert!(!text.contains("x-kubernetes") && !text.contains("uint64"), "{text}");
     }

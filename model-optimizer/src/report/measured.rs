@@ -106,7 +106,7 @@ pub(super) fn outputs(outputs: &[OutputFidelity]) -> Option<Html> {
             text(&output.name),
             text(figure::fidelity(output.cosine)),
             text(figure::decibels(output.sqnr_db)),
-            text(significant(output.max_abs_error)),
+            text(largest_error(output.max_abs_error)),
             text(output.agreement.map_or_else(|| "–".to_owned(), display_percent)),
             text(slices),
         ]
@@ -151,6 +151,11 @@ pub(super) fn outputs(outputs: &[OutputFidelity]) -> Option<Html> {
         compression added; agreement the share of rows whose largest value is at the same place. A slice is all values at one index of an \
         axis; of a silent one, zero in the original's output, nothing can be said.";
     Some(section("Fidelity of each output", says, content))
+}
+
+/// JSON has no infinity; the largest number stands for it.
+fn largest_error(error: f64) -> String {
+    if error == f64::MAX { "∞".to_owned() } else { significant(error) }
 }
 
 /// Accuracy of each class before and after.

@@ -13,21 +13,26 @@ const ID: &str = "https://plimsoll.dev/schemas/report/v1.json";
 pub fn schema() -> Value {
     let generator = SchemaSettings::draft2020_12().for_serialize().into_generator();
     let mut schema = generator.into_root_schema_for::<Report>().to_value();
-    without_foreign_keywords(&mut schema);
+    tidy(&mut schema);
     schema["$id"] = ID.into();
     schema["title"] = "Report of an optimisation by Plimsoll".into();
     schema
 }
 
-/// Drops the rules that the apiserver evaluates, and the formats of Rust's numbers: other programs warn about what they do not know.
-fn without_foreign_keywords(schema: &mut Value) {
+/// Drops the rules that the apiserver evaluates and the formats of Rust's numbers, since other programs warn about what they do not know,
+/// and the line breaks of source code.
+fn tidy(schema: &mut Value) {
     match schema {
         Value::Object(object) => {
             let is_of_number = |format: &Value| format.as_str().is_some_and(|format| format.contains("int") || format == "double");
             object.retain(|keyword, value| !keyword.starts_with("x-kubernetes-") && !(keyword == "format" && is_of_number(value)));
-            object.values_mut().for_each(without_foreign_keywords);
+            if let Some(Value::String(description)) = object.get_mut("description") {
+                let paragraphs: Vec<String> = description.split("\n\n").map(|paragraph| paragraph.replace('\n', " ")).collect();
+                *description = paragraphs.join("\n\n");
+            }
+            object.values_mut().for_each(tidy);
         }
-        Value::Array(array) => array.iter_mut().for_each(without_foreign_keywords),
+        Value::Array(array) => array.iter_mut().for_each(tidy),
         _ => {}
     }
 }

@@ -1,28 +1,23 @@
 //! What became of each weight: its form, its bytes, its zeros and the distribution of its values, before and after compression.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
-use plimsoll_package::report::layer::{Distribution, LayerChange, LayerState};
+use plimsoll_package::report::layer::{LayerChange, LayerState};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OnnxError, TensorProto, mapping, weights};
+use plimsoll_runtime::onnx::{ModelProto, OnnxError, TensorProto, mapping, weights};
 use rayon::prelude::*;
 
 use crate::failure::{Failure, FailureReason, failure};
-use crate::graph::{attribute, subgraphs};
+use values::{Grid, Integers, Layout, Numbers};
+use wiring::Wiring;
+
+mod values;
+mod wiring;
 
 /// Most weights of a report.
 const LAYERS_MAX: usize = 512;
-/// Bins of a distribution.
-const BINS: usize = 64;
-/// Values that a thread decodes at a time.
-const PIECE: usize = 1 << 15;
 /// Fewest bytes of a mapped file whose pages are given back.
 const RELEASED_BYTES_MIN: usize = 1 << 16;
-/// What techniques append to a weight's name for the tensor that stands in its place.
-const FORMS: [&str; 3] = ["_int8", "_blocks", "_half"];
-/// Operators whose operand is a weight even where it is a vector.
-const PRODUCTS: [&str; 5] = ["Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"];
 
 /// What became of the weights of `before` in `after`, the largest first, at most 512. A weight is a constant of two or more axes in floats
 /// or in quantised integers; it is found again by its name, or by the name that a technique gives what stands in its place.
@@ -48,8 +43,11 @@ pub fn changes(before: &ModelProto, after: &ModelProto, distributions: bool) -> 
         let mut forms = forms.get(weight.name()).cloned().unwrap_or_default();
         // What stands in its place first, and what is left of itself last.
         forms.sort_by_key(|form| (form.name() == weight.name(), form.name()));
-        let was = before.stored(weight)?;
-        let is = forms.into_iter().map(|form| after.stored(form)).collect::<Result<Vec<_>, _>>()?;
+        let was = Stored::of(weight, before.grid(weight))?;
+        let is = forms
+            .into_iter()
+            .map(|form| Stored::of(form, after.grid(form)))
+            .collect::<Result<Vec<_>, _>>()?;
         let change = compare(weight.name(), operator, &was, &is, distributions);
         for data in is.iter().chain([&was]).map(|stored| stored.tensor.raw_data()) {
             if data.len() >= RELEASED_BYTES_MIN {
@@ -80,203 +78,6 @@ fn compare(name: &str, operator: &str, was: &Stored, is: &[Stored], distribution
         after: is
             .first()
             .map(|shown| shown.state(is.iter().map(|stored| stored.bytes).sum(), bounds)),
-    }
-}
-
-/// The constants of a graph with its branches and loop bodies, and who makes and reads each value.
-#[derive(Default)]
-struct Wiring<'a> {
-    constants: HashMap<&'a str, &'a TensorProto>,
-    makers: HashMap<&'a str, &'a NodeProto>,
-    readers: HashMap<&'a str, Vec<&'a NodeProto>>,
-}
-
-impl<'a> Wiring<'a> {
-    fn of(graph: &'a GraphProto) -> Self {
-        let mut wiring = Self::default();
-        wiring.add(graph);
-        wiring
-    }
-
-    fn add(&mut self, graph: &'a GraphProto) {
-        self.constants
-            .extend(graph.initializer.iter().map(|tensor| (tensor.name(), tensor)));
-        for node in &graph.node {
-            self.makers.extend(node.output.iter().map(|output| (output.as_str(), node)));
-            for input in &node.input {
-                self.readers.entry(input).or_default().push(node);
-            }
-            subgraphs(node).for_each(|subgraph| self.add(subgraph));
-        }
-    }
-
-    /// The weights with the operators that use them, the largest first.
-    fn weights(&self) -> Vec<(&'a TensorProto, &'a str)> {
-        let tensors = self
-            .constants
-            .values()
-            .filter(|tensor| tensor.dims.len() >= 2 && !tensor.dims.contains(&0));
-        let weight = |tensor: &'a TensorProto| {
-            let operator = self.readers.get(tensor.name())?.first()?.op_type();
-            let is_wide = tensor.dims.iter().filter(|size| **size > 1).count() >= 2;
-            let is_weight = match DataType::try_from(tensor.data_type()).ok()? {
-                DataType::Float | DataType::Float16 | DataType::Bfloat16 | DataType::Double => is_wide || PRODUCTS.contains(&operator),
-                DataType::Int8 | DataType::Uint8 => self.grid(tensor).is_some(),
-                _ => false,
-            };
-            is_weight.then_some((tensor, operator))
-        };
-        let mut weights: Vec<_> = tensors.copied().filter_map(weight).collect();
-        weights.sort_by_cached_key(|(tensor, _)| (std::cmp::Reverse(byte_length(tensor)), tensor.name()));
-        weights
-    }
-
-    /// The constant of this graph that `name` stands for in a compressed one.
-    fn origin(&self, name: &str) -> Option<&'a str> {
-        let mut stem = name;
-        loop {
-            if let Some((name, _)) = self.constants.get_key_value(stem) {
-                return Some(*name);
-            }
-            let numbered = || {
-                stem.trim_end_matches(|character: char| character.is_ascii_digit())
-                    .strip_suffix('_')
-            };
-            stem = FORMS.iter().find_map(|form| stem.strip_suffix(form)).or_else(numbered)?;
-        }
-    }
-
-    fn stored(&self, tensor: &'a TensorProto) -> Result<Stored<'a>, OnnxError> {
-        Stored::of(tensor, self.grid(tensor))
-    }
-
-    /// How the nodes that read a tensor of integers make numbers of it; `None` where they do not, or their scales are no constants.
-    fn grid(&self, tensor: &TensorProto) -> Option<Grid<'a>> {
-        let readers = self.readers.get(tensor.name())?;
-        readers
-            .iter()
-            .find_map(|node| self.grid_of(node, tensor))
-            .filter(|grid| grid.fits(tensor))
-    }
-
-    fn grid_of(&self, node: &'a NodeProto, tensor: &TensorProto) -> Option<Grid<'a>> {
-        let reads = |index: usize| node.input.get(index).is_some_and(|name| name == tensor.name());
-        let constant = |index: usize| self.constants.get(node.input.get(index)?.as_str()).copied();
-        let integer = |name: &str, default: i64| attribute(node, name).map_or(default, AttributeProto::i);
-        let rank = tensor.dims.len() as i64;
-        let channels = |axis: i64, scale, zero| Grid {
-            scale,
-            zero,
-            layout: Layout::Channels {
-                axis: axis.rem_euclid(rank) as usize,
-            },
-        };
-        match node.op_type() {
-            "DequantizeLinear" if reads(0) && integer("block_size", 0) == 0 => {
-                Some(channels(integer("axis", 1), constant(1)?, constant(2)))
-            }
-            "MatMulInteger" if reads(1) => Some(channels(-1, self.factor(node.output.first()?)?, constant(3))),
-            "Gather" if reads(0) => Some(channels(0, self.factor(node.output.first()?)?, None)),
-            "MatMulNBits" if reads(1) => Some(Grid {
-                scale: constant(2)?,
-                zero: constant(3),
-                layout: Layout::Blocks {
-                    bits: integer("bits", 4) as u32,
-                    block_size: usize::try_from(integer("block_size", 0)).ok()?,
-                    inputs: usize::try_from(integer("K", 0)).ok()?,
-                    outputs: usize::try_from(integer("N", 0)).ok()?,
-                },
-            }),
-            _ => None,
-        }
-    }
-
-    /// The constant that an integer `value` is multiplied by once it is a float.
-    fn factor(&self, mut value: &'a str) -> Option<&'a TensorProto> {
-        loop {
-            let [reader] = self.readers.get(value)?.as_slice() else {
-                return None;
-            };
-            let other = reader.input.iter().find(|input| *input != value);
-            match (reader.op_type(), other) {
-                ("Cast", _) => {}
-                ("Mul", Some(other)) => {
-                    if let Some(constant) = self.constant(other) {
-                        return Some(constant);
-                    }
-                }
-                _ => return None,
-            }
-            value = reader.output.first()?;
-        }
-    }
-
-    /// The constant that `value` is, or is looked up in, or has as a factor.
-    fn constant(&self, value: &str) -> Option<&'a TensorProto> {
-        if let Some(constant) = self.constants.get(value) {
-            return Some(*constant);
-        }
-        let maker = self.makers.get(value)?;
-        match maker.op_type() {
-            "Cast" | "Gather" => self.constant(maker.input.first()?),
-            "Mul" => maker.input.iter().find_map(|input| self.constant(input)),
-            _ => None,
-        }
-    }
-}
-
-/// How integers become numbers: their distance from `zero`, times `scale`.
-struct Grid<'a> {
-    scale: &'a TensorProto,
-    zero: Option<&'a TensorProto>,
-    layout: Layout,
-}
-
-/// Which values share a scale.
-#[derive(Clone, Copy)]
-enum Layout {
-    /// Those of each index of an axis, or all.
-    Channels { axis: usize },
-    /// Consecutive ones of each row, packed (ONNX Runtime, `MatMulNBits`).
-    Blocks {
-        bits: u32,
-        block_size: usize,
-        inputs: usize,
-        outputs: usize,
-    },
-}
-
-impl Grid<'_> {
-    /// Whether there is a scale for every value of `tensor`.
-    fn fits(&self, tensor: &TensorProto) -> bool {
-        let count = |tensor: &TensorProto| weights::shape(tensor).map(|shape| shape.iter().product::<usize>()).ok();
-        let zeros = self.zero.map_or(Some(1), count);
-        match self.layout {
-            Layout::Channels { axis } => {
-                let (scales, size) = (count(self.scale), tensor.dims.get(axis).map(|size| *size as usize));
-                (scales == Some(1) || scales == size) && (zeros == Some(1) || zeros == scales)
-            }
-            Layout::Blocks {
-                bits,
-                block_size,
-                inputs,
-                outputs,
-            } => {
-                let blocks = inputs.div_ceil(block_size.max(1));
-                let packed = |values: usize| values.checked_mul(bits as usize).map(|bits| bits.div_ceil(8));
-                let zero_bytes = packed(blocks).and_then(|row| row.checked_mul(outputs));
-                let bytes = blocks
-                    .checked_mul(block_size)
-                    .and_then(packed)
-                    .and_then(|row| row.checked_mul(outputs));
-                matches!(bits, 4 | 8)
-                    && inputs > 0
-                    && outputs > 0
-                    && count(self.scale) == outputs.checked_mul(blocks)
-                    && count(tensor) == bytes
-                    && self.zero.is_none_or(|zero| Some(zero.raw_data().len()) == zero_bytes)
-            }
-        }
     }
 }
 
@@ -340,207 +141,18 @@ fn byte_length(tensor: &TensorProto) -> u64 {
     weights::byte_length(tensor).ok().flatten().unwrap_or_default()
 }
 
-/// The values of a weight, decoded piece by piece so that a large one is never in memory as a whole.
-enum Numbers<'a> {
-    /// Floats as they lie in the file.
-    Floats(&'a [[u8; 4]]),
-    /// Values of another type, or that are no raw bytes.
-    Decoded(Vec<f32>),
-    Integers(Integers<'a>),
-}
-
-/// Quantised values: rows of `inputs` integers, each row padded to `padded`.
-struct Integers<'a> {
-    data: &'a [u8],
-    bits: u32,
-    signed: bool,
-    count: usize,
-    inputs: usize,
-    padded: usize,
-    /// Consecutive integers that share a scale; the scales begin anew after the last one.
-    run: usize,
-    scales: Vec<f32>,
-    /// As many as scales.
-    zeros: Vec<f32>,
-}
-
-impl<'a> Integers<'a> {
-    fn of(data: &'a [u8], signed: bool, shape: &[usize], grid: &Grid) -> Result<Self, OnnxError> {
-        let scales = weights::floats(grid.scale)?;
-        let count: usize = shape.iter().product();
-        Ok(match grid.layout {
-            Layout::Channels { axis } => {
-                let mut zeros = grid.zero.map_or_else(|| Ok(vec![0.0]), weights::floats)?;
-                zeros.resize(scales.len(), zeros[0]);
-                Self {
-                    data,
-                    bits: 8,
-                    signed,
-                    count,
-                    inputs: count,
-                    padded: count,
-                    run: if scales.len() == 1 {
-                        count
-                    } else {
-                        shape[axis + 1..].iter().product()
-                    },
-                    scales,
-                    zeros,
-                }
-            }
-            Layout::Blocks {
-                bits,
-                block_size,
-                inputs,
-                outputs,
-            } => {
-                let blocks = inputs.div_ceil(block_size);
-                let middle = (1_u32 << (bits - 1)) as f32;
-                let zeros = match grid.zero {
-                    Some(zero) => {
-                        let row = (blocks * bits as usize).div_ceil(8);
-                        let of_row = |row: &[u8]| (0..blocks).map(|block| unpacked(row, bits, block)).collect::<Vec<_>>();
-                        zero.raw_data().chunks(row).flat_map(of_row).map(f32::from).collect()
-                    }
-                    None => vec![middle; outputs * blocks],
-                };
-                Self {
-                    data,
-                    bits,
-                    signed: false,
-                    count,
-                    inputs,
-                    padded: blocks * block_size,
-                    run: block_size,
-                    scales,
-                    zeros,
-                }
-            }
-        })
-    }
-
-    fn integer(&self, place: usize) -> f32 {
-        match unpacked(self.data, self.bits, place) {
-            byte if self.signed => f32::from(byte.cast_signed()),
-            byte => f32::from(byte),
-        }
-    }
-
-    /// Appends the values of `range`.
-    fn decode(&self, range: Range<usize>, values: &mut Vec<f32>) {
-        if self.run == 1 {
-            let grids = self.scales.iter().zip(&self.zeros).cycle().skip(range.start % self.scales.len());
-            values.extend(range.zip(grids).map(|(place, (scale, zero))| (self.integer(place) - zero) * scale));
-            return;
-        }
-        let mut index = range.start;
-        while index < range.end {
-            let (row, column) = (index / self.inputs, index % self.inputs);
-            let place = row * self.padded + column;
-            let channel = place / self.run % self.scales.len();
-            let (scale, zero) = (self.scales[channel], self.zeros[channel]);
-            let count = (range.end - index).min(self.inputs - column).min(self.run - place % self.run);
-            values.extend((place..place + count).map(|place| (self.integer(place) - zero) * scale));
-            index += count;
-        }
-    }
-}
-
-/// The integer of that index among such of `bits` bits, 4 or 8, the first in a byte's low half.
-fn unpacked(data: &[u8], bits: u32, index: usize) -> u8 {
-    match bits {
-        4 => data[index / 2] >> (4 * (index % 2)) & 0xf,
-        _ => data[index],
-    }
-}
-
-impl Numbers<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Self::Floats(words) => words.len(),
-            Self::Decoded(values) => values.len(),
-            Self::Integers(integers) => integers.count,
-        }
-    }
-
-    /// What `look` makes of each piece, in order.
-    fn scan<T: Send>(&self, look: impl Fn(&[f32]) -> T + Sync) -> Vec<T> {
-        let decode = |values: &mut Vec<f32>, piece: usize| {
-            let range = piece * PIECE..((piece + 1) * PIECE).min(self.len());
-            values.clear();
-            match self {
-                Self::Floats(words) => values.extend(words[range].iter().map(|word| f32::from_le_bytes(*word))),
-                Self::Decoded(decoded) => values.extend_from_slice(&decoded[range]),
-                Self::Integers(integers) => integers.decode(range, values),
-            }
-            look(values)
-        };
-        let pieces = (0..self.len().div_ceil(PIECE)).into_par_iter();
-        pieces.map_init(|| Vec::with_capacity(PIECE), decode).collect()
-    }
-
-    fn zeros(&self) -> usize {
-        match self {
-            // Both zeros but for their sign.
-            Self::Floats(words) => {
-                let of_piece =
-                    |piece: &[[u8; 4]]| piece.iter().map(|word| u32::from(u32::from_le_bytes(*word) << 1 == 0)).sum::<u32>() as usize;
-                words.par_chunks(PIECE).map(of_piece).sum()
-            }
-            Self::Integers(integers) if integers.bits == 8 && integers.zeros.iter().all(|zero| *zero == 0.0) => {
-                let of_piece = |piece: &[u8]| piece.iter().map(|byte| u32::from(*byte == 0)).sum::<u32>() as usize;
-                integers.data.par_chunks(PIECE).map(of_piece).sum()
-            }
-            _ => self
-                .scan(|values| values.iter().filter(|value| **value == 0.0).count())
-                .into_iter()
-                .sum(),
-        }
-    }
-
-    /// The least and the largest value.
-    fn bounds(&self) -> (f32, f32) {
-        let merge = |(low, high): (f32, f32), (other_low, other_high): (f32, f32)| (low.min(other_low), high.max(other_high));
-        let none = (f32::INFINITY, f32::NEG_INFINITY);
-        let of_piece = |values: &[f32]| values.iter().fold(none, |bounds, value| merge(bounds, (*value, *value)));
-        self.scan(of_piece).into_iter().fold(none, merge)
-    }
-
-    /// Values that are no numbers are in no bin.
-    fn distribution(&self, low: f32, high: f32) -> Distribution {
-        // Values that are all the same lie in the middle of a bin, not on an edge.
-        let (low, high) = if low < high { (low, high) } else { (low - 0.5, high + 0.5) };
-        let per_value = BINS as f64 / (f64::from(high) - f64::from(low));
-        let of_piece = |values: &[f32]| {
-            let mut counts = [0_u64; BINS];
-            for value in values.iter().filter(|value| !value.is_nan()) {
-                counts[(((f64::from(*value) - f64::from(low)) * per_value) as usize).min(BINS - 1)] += 1;
-            }
-            counts
-        };
-        let mut counts = vec![0; BINS];
-        for piece in self.scan(of_piece) {
-            counts.iter_mut().zip(piece).for_each(|(count, more)| *count += more);
-        }
-        Distribution {
-            low: low.into(),
-            high: high.into(),
-            counts,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use plimsoll_package::recipe::{Quantize, QuantizeScheme, Technique};
 
+    use super::values::BINS;
     use super::*;
     use crate::compress::quantize::blocks;
     use crate::compress::quantize::integers::{self, PRODUCT_WEIGHT_MAX, WEIGHT_MAX};
     use crate::compress::{self, Setting};
     use crate::graph::{float_tensor, integer, node, tensor};
     use crate::progress::Console;
-    use plimsoll_runtime::onnx::{OperatorSetIdProto, ValueInfoProto};
+    use plimsoll_runtime::onnx::{GraphProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
 
     /// Numbers of a fixed sequence in `-0.5..0.5`, a quarter of them zero.
     fn numbers(count: usize, seed: u64) -> Vec<f32> {

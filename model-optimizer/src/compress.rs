@@ -8,6 +8,7 @@ use crate::calibration::Calibration;
 use crate::failure::{Failure, FailureReason, failure};
 use crate::progress::Console;
 
+pub mod hessian;
 pub mod prune;
 pub mod quantize;
 

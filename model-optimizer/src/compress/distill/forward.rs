@@ -757,7 +757,10 @@ mod tests {
         let gradients = run(&forward, &vars).sum_all().unwrap().backward().unwrap();
         let gradient = gradients.get(vars[0].as_tensor()).unwrap().to_vec1::<f32>().unwrap();
         // From -128.5 to 127.5 steps.
-        let inside: Vec<f32> = case.values()[0].iter().map(|value| f32::from((-1.285..=1.275).contains(value))).collect();
+        let inside: Vec<f32> = case.values()[0]
+            .iter()
+            .map(|value| f32::from((-1.285..=1.275).contains(value)))
+            .collect();
         assert!(inside.contains(&0.0) && inside.contains(&1.0));
         for (gradient, inside) in gradient.iter().zip(inside) {
             assert!((gradient - inside).abs() < 1e-6, "{gradient}, not {inside}");

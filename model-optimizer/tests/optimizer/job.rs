@@ -6,9 +6,7 @@ use std::process::Child;
 use std::time::Instant;
 
 use plimsoll_package::manifest::Manifest;
-use plimsoll_package::recipe::{
-    Budget, Dataset, Evaluation, Inputs, Optimization, Prune, PruneCriterion, PruneStructure, Quantize, QuantizeScheme, Technique,
-};
+use plimsoll_package::recipe::{Budget, Dataset, Evaluation, Inputs, ModelFormat, Optimization, Quantize, QuantizeScheme, Technique};
 use plimsoll_package::registry::{Access, Registry};
 use plimsoll_package::report::{FailureReason, Summary, Termination, exit_code};
 
@@ -167,15 +165,7 @@ fn what_this_version_does_not_have_is_refused_before_anything_is_fetched() {
     let dir = tempfile::tempdir().unwrap();
     let mut inputs = digits("127.0.0.1:9/models");
     inputs.source.uri = "http://127.0.0.1:9/never".into();
-    inputs.optimize.recipe[0] = Technique {
-        prune: Some(Prune {
-            amount: Some("20%".parse().unwrap()),
-            structure: PruneStructure::Channels,
-            criterion: PruneCriterion::Wanda,
-            ..Prune::default()
-        }),
-        ..Technique::default()
-    };
+    inputs.source.format = Some(ModelFormat::Keras);
     assert_eq!(run(dir.path(), &inputs)[0], exit_code::UNUSABLE);
     let Some(Termination::Failed(failed)) = message("fetch", dir.path()) else {
         panic!("fetch says nothing")

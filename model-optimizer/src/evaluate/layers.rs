@@ -144,6 +144,7 @@ fn byte_length(tensor: &TensorProto) -> u64 {
 #[cfg(test)]
 mod tests {
     use plimsoll_package::recipe::{Quantize, QuantizeScheme, Technique};
+    use plimsoll_runtime::onnx::{GraphProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
 
     use super::values::BINS;
     use super::*;
@@ -152,7 +153,6 @@ mod tests {
     use crate::compress::{self, Setting};
     use crate::graph::{float_tensor, integer, node, tensor};
     use crate::progress::Console;
-    use plimsoll_runtime::onnx::{GraphProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
 
     /// Numbers of a fixed sequence in `-0.5..0.5`, a quarter of them zero.
     fn numbers(count: usize, seed: u64) -> Vec<f32> {

@@ -39,6 +39,19 @@ pub(super) fn spread(Spread { median, p10, p90 }: Spread) -> String {
     format!("{median:.2} ({p10:.2} to {p90:.2})")
 }
 
+/// The nines of the largest fidelity that is told from 1.
+pub(super) const NINES_MAX: f64 = 6.0;
+
+/// The number of nines of a fidelity: 2 of 0.99, 0 where it is 0 or less, and at most 6.
+pub(super) fn nines(fidelity: f64) -> f64 {
+    -(1.0 - fidelity).clamp(10_f64.powf(-NINES_MAX), 1.0).log10()
+}
+
+/// What is lost of a fidelity, for a bar: 1 where nothing is left, 0 where it has six nines.
+pub(super) fn loss(fidelity: f64) -> f64 {
+    1.0 - nines(fidelity) / NINES_MAX
+}
+
 /// A metric within a sentence.
 pub(super) fn metric_name(metric: Metric) -> String {
     match metric {
@@ -89,6 +102,8 @@ mod tests {
         assert_eq!([12.0, 1234.0, 2.5e6].map(time), ["12 us", "1.23 ms", "2.50 s"]);
         assert_eq!([smaller(400, 100), smaller(100, 110)], ["4.00x smaller", "1.10x larger"]);
         assert_eq!([1.0, 0.999_99, 0.5].map(fidelity), ["1", "0.99999", "0.50000"]);
+        assert_eq!([1.0, 0.0, -1.0].map(loss), [0.0, 1.0, 1.0]);
+        assert!((loss(0.999) - 0.5).abs() < 1e-9);
     }
 
     #[test]

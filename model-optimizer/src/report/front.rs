@@ -7,14 +7,12 @@ use plimsoll_package::units::display_size;
 
 use super::chart::{Axis, Mark, Point, bar, scatter};
 use super::figure;
-use super::html::{Html, element, labelled, names, numbers, section, table, text, words};
+use super::html::{Html, element, labelled, name, names, numbers, section, table, text, words};
 
 /// Most candidates that are shown unfolded.
 const CANDIDATES_SHOWN: usize = 40;
 /// Most layers that are shown unfolded.
 const LAYERS_SHOWN: usize = 32;
-/// Nines of the largest fidelity that is told from 1.
-const NINES_MAX: f64 = 6.0;
 
 /// The candidates as points, and in a table.
 pub(super) fn candidates(report: &Report, front: &Front) -> Html {
@@ -89,7 +87,7 @@ fn chart(report: &Report, front: &Front) -> Html {
         .filter(|_| front.candidates.iter().any(|candidate| candidate.metric.is_some()));
     let height = |candidate: &Candidate| match metric {
         Some(_) => candidate.metric.map(|metric| metric.after),
-        None => candidate.fidelity.map(nines),
+        None => candidate.fidelity.map(figure::nines),
     };
     let point = |(index, candidate): (usize, &Candidate)| {
         Some(Point {
@@ -107,7 +105,7 @@ fn chart(report: &Report, front: &Front) -> Html {
     if front.candidates.iter().all(|candidate| !candidate.recipe.is_empty()) {
         points.push(Point {
             x: report.summary.size_before as f64,
-            y: metric.map_or(NINES_MAX, |metric| metric.before),
+            y: metric.map_or(figure::NINES_MAX, |metric| metric.before),
             label: "original".into(),
             title: "the original".into(),
             mark: Mark::Square,
@@ -158,16 +156,11 @@ fn chart(report: &Report, front: &Front) -> Html {
         .collect()
 }
 
-/// The number of nines of a fidelity: 2 of 0.99; 0 where it is 0 or less.
-fn nines(fidelity: f64) -> f64 {
-    -(1.0 - fidelity).clamp(10_f64.powf(-NINES_MAX), 1.0).log10()
-}
-
 /// The fidelity of that many nines.
 fn of_nines(nines: u32) -> String {
     match nines {
         0 => "0".to_owned(),
-        nines if f64::from(nines) >= NINES_MAX => "1".to_owned(),
+        nines if f64::from(nines) >= figure::NINES_MAX => "1".to_owned(),
         nines => format!("0.{}", "9".repeat(nines as usize)),
     }
 }
@@ -179,9 +172,9 @@ pub(super) fn sensitivity(layers: &[Sensitivity]) -> Option<Html> {
     }
     let row = |layer: &Sensitivity| {
         vec![
-            text(&layer.node),
+            name(&layer.node),
             text(&layer.operator),
-            bar(1.0 - nines(layer.fidelity) / NINES_MAX, "bad"),
+            bar(figure::loss(layer.fidelity), "bad"),
             text(figure::fidelity(layer.fidelity)),
             text(figure::decibels(layer.sqnr_db)),
             text(display_size(layer.saved)),

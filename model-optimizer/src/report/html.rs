@@ -30,6 +30,12 @@ pub(super) fn text(content: impl Display) -> Html {
     Html(html)
 }
 
+/// `content` as the name of something, which may be broken after its parts.
+pub(super) fn name(content: &str) -> Html {
+    let parts = content.split_inclusive(['.', '/', '_', ':']);
+    parts.flat_map(|part| [text(part), Html::own("<wbr>")]).collect()
+}
+
 /// An attribute with its value.
 pub(super) type Attribute<'a> = (&'static str, &'a dyn Display);
 
@@ -51,7 +57,7 @@ pub(super) fn element(name: &'static str, attributes: &[Attribute], content: imp
     Html(html)
 }
 
-/// An element of one class that holds text.
+/// An element of one class that holds a text.
 pub(super) fn labelled(name: &'static str, class: &'static str, content: impl Display) -> Html {
     element(name, &[("class", &class)], [text(content)])
 }

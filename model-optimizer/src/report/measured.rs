@@ -5,7 +5,7 @@ use plimsoll_package::units::{display_percent, display_size};
 
 use super::chart::{bar, bars, significant, swatch};
 use super::figure;
-use super::html::{Html, element, labelled, names, numbers, section, table, text, words};
+use super::html::{Html, element, labelled, name, names, numbers, section, table, text, words};
 
 /// Most outputs, slices and classes that are shown unfolded.
 const ROWS_SHOWN: usize = 24;
@@ -103,7 +103,7 @@ pub(super) fn outputs(outputs: &[OutputFidelity]) -> Option<Html> {
             (slices, silent) => format!("{slices} and {silent} silent"),
         };
         vec![
-            text(&output.name),
+            name(&output.name),
             text(figure::fidelity(output.cosine)),
             text(figure::decibels(output.sqnr_db)),
             text(largest_error(output.max_abs_error)),
@@ -128,11 +128,11 @@ pub(super) fn outputs(outputs: &[OutputFidelity]) -> Option<Html> {
     if !slices.is_empty() {
         let row = |(output, slice): (&str, &SliceFidelity)| {
             vec![
-                text(output),
+                name(output),
                 text(slice.axis),
                 text(slice.index),
                 text(figure::fidelity(slice.cosine)),
-                bar(slice.cosine, "after"),
+                bar(figure::loss(slice.cosine), "bad"),
                 text(figure::decibels(slice.sqnr_db)),
             ]
         };
@@ -141,7 +141,7 @@ pub(super) fn outputs(outputs: &[OutputFidelity]) -> Option<Html> {
             numbers("axis"),
             numbers("index"),
             numbers("fidelity"),
-            words(""),
+            words("loses"),
             numbers("SQNR"),
         ];
         content.push(labelled("h3", "part", "Worst slices"));
@@ -149,7 +149,8 @@ pub(super) fn outputs(outputs: &[OutputFidelity]) -> Option<Html> {
     }
     let says = "Fidelity is the cosine similarity to the original's output over all samples; SQNR the ratio of signal to the noise that \
         compression added; agreement the share of rows whose largest value is at the same place. A slice is all values at one index of an \
-        axis; of a silent one, zero in the original's output, nothing can be said.";
+        axis; of a silent one, zero in the original's output, nothing can be said. Bars are logarithmic: full where nothing is left of a slice, \
+        empty at a fidelity of 0.999999.";
     Some(section("Fidelity of each output", says, content))
 }
 

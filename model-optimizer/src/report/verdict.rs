@@ -79,25 +79,17 @@ pub(super) fn limits(report: &Report) -> Option<Html> {
         } else {
             ("bad", "✗ exceeded")
         };
-        let stated = if limit.default { "default" } else { "stated" };
+        let default = if limit.default { ", the default" } else { "" };
         vec![
-            text(&limit.limit),
-            text(stated),
+            text(format_args!("{}{default}", limit.limit)),
             text(&limit.of),
             text(bound(limit, limit.allowed)),
             text(bound(limit, limit.measured)),
             labelled("span", class, word),
         ]
     };
-    let columns = [
-        words("limit"),
-        words(""),
-        words("of"),
-        numbers("allowed"),
-        numbers("measured"),
-        words(""),
-    ];
-    let says = "Every limit that binds, with what was measured. A limit that was not stated in the budget is the default one.";
+    let columns = [words("limit"), words("of"), numbers("allowed"), numbers("measured"), words("")];
+    let says = "Every limit that binds, with what was measured; one that the budget does not state is the default.";
     Some(section(
         "Limits",
         says,

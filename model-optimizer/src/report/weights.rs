@@ -7,7 +7,7 @@ use plimsoll_package::report::layer::{LayerChange, LayerState};
 use plimsoll_package::units::{display_percent, display_size};
 
 use super::chart::{bars, distribution, swatch};
-use super::html::{Html, element, labelled, names, numbers, section, table, text, words};
+use super::html::{Html, element, labelled, name, names, numbers, section, table, text, words};
 
 /// Most weights that are shown unfolded.
 const WEIGHTS_SHOWN: usize = 32;
@@ -25,7 +25,7 @@ pub(super) fn layers(layers: &[LayerChange]) -> Option<Html> {
         let sparsity = after.map_or(0.0, |after| after.sparsity);
         let gone = || "gone".to_owned();
         vec![
-            text(&layer.weight),
+            name(&layer.weight),
             text(&layer.operator),
             text(form(layer)),
             text(display_size(before.bytes)),
@@ -80,7 +80,7 @@ pub(super) fn distributions(layers: &[LayerChange]) -> Option<Html> {
         let caption = element(
             "figcaption",
             &[],
-            [labelled("b", "name", &layer.weight), labelled("span", "faint", form(layer))],
+            [element("b", &[], [name(&layer.weight)]), labelled("span", "faint", form(layer))],
         );
         Some(element("figure", &[], [caption, distribution(before, after)]))
     };

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use plimsoll_package::report::layer::Distribution;
-use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{OnnxError, TensorProto, weights};
 use rayon::prelude::*;
 

@@ -324,6 +324,8 @@ mod tests {
             "FLOAT → INT8 64×32",
             "it is larger than the first",
             "2.50 s, which was not enough",
+            "over budget",
+            ">original</text>",
             "Judged on 338 samples",
             "the seed is 7",
             "262.00 ms in all",

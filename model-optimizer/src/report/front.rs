@@ -22,7 +22,8 @@ pub(super) fn candidates(report: &Report, front: &Front) -> Html {
         ", which was not enough for all that it meant to try"
     };
     let says = format!(
-        "The search tried {} recipes in {}{complete}; the seed of its choices is {}. The numbers are those of the table below.",
+        "The search tried {} recipes in {}{complete}; the seed of its choices is {}. The numbers are those of the table below; its ratio is the latency's to \
+         the original's.",
         front.candidates.len(),
         figure::time(front.took_ms * 1e3),
         front.seed
@@ -53,7 +54,7 @@ pub(super) fn candidates(report: &Report, front: &Front) -> Html {
         numbers("metric"),
         numbers("fidelity"),
         numbers("latency"),
-        numbers("of the original's"),
+        numbers("ratio"),
         words("why"),
     ];
     let rows = front.candidates.iter().enumerate().map(row).collect();
@@ -78,6 +79,15 @@ fn mark(outcome: Outcome) -> Mark {
         Outcome::BudgetExceeded | Outcome::Failed => Mark::Cross,
     }
 }
+
+/// What the marks mean.
+const LEGEND: [(Mark, &str); 5] = [
+    (Mark::Diamond, "chosen"),
+    (Mark::Disc, "on the front"),
+    (Mark::Ring, "dominated"),
+    (Mark::Cross, "over budget"),
+    (Mark::Square, "original"),
+];
 
 /// Size against the metric or, where there is none, against fidelity; nothing where no candidate has both.
 fn chart(report: &Report, front: &Front) -> Html {
@@ -111,49 +121,62 @@ fn chart(report: &Report, front: &Front) -> Html {
             mark: Mark::Square,
         });
     }
-    let of = |value: fn(&Point) -> f64, least: f64, larger: fn(f64, f64) -> f64| points.iter().map(value).fold(least, larger);
-    let (low, high) = (of(|point| point.y, f64::MAX, f64::min), of(|point| point.y, f64::MIN, f64::max));
     let y_axis = match metric {
-        Some(metric) => {
-            let better = if metric.name.is_error() { "lower" } else { "higher" };
-            let title = format!("{} ({better} is better)", figure::metric_name(metric.name));
-            let is_ratio = !metric.name.is_error() && metric.name != Metric::R2;
-            Axis::linear(title, low, high, |value| match is_ratio {
-                true => format!("{}%", ((value * 1e4).round() / 1e2)),
-                false => metric.name.display(value),
-            })
-        }
-        None => {
-            let ticks = low.floor() as u32..=high.ceil() as u32;
-            Axis {
-                title: "fidelity".into(),
-                low: low.floor(),
-                high: high.ceil().max(low.floor() + 1.0),
-                ticks: ticks.map(|nines| (f64::from(nines), of_nines(nines))).collect(),
-            }
-        }
+        Some(metric) => of_metric(metric.name, &points),
+        None => of_fidelity(&points),
     };
-    let largest = of(|point| point.x, 0.0, f64::max);
-    // Round values in the unit that the largest size has.
-    let unit = [1024_f64.powi(3), 1024_f64.powi(2), 1024.0, 1.0]
+    let is_shown = |mark: Mark| points.iter().any(|point| point.mark == mark);
+    let legend = LEGEND.into_iter().filter(|(mark, _)| is_shown(*mark));
+    let legend = element("p", &[("class", &"legends")], legend.map(|(mark, meaning)| mark.legend(meaning)));
+    [legend, scatter(&of_size(&points), &y_axis, &points)].into_iter().collect()
+}
+
+/// From 0 to the largest size, with labels at round values in its unit.
+fn of_size(points: &[Point]) -> Axis {
+    let largest = points.iter().map(|point| point.x).fold(1.0, f64::max);
+    let unit = [1024_f64.powi(3), 1024_f64.powi(2), 1024.0]
         .into_iter()
         .find(|unit| largest >= *unit)
         .unwrap_or(1.0);
-    let mut x_axis = Axis::linear("size of the file".into(), 0.0, largest / unit, |size| {
+    let mut axis = Axis::linear("size of the file".into(), 0.0, largest / unit, |size| {
         display_size((size * unit) as u64)
     });
-    x_axis.high *= unit;
-    x_axis.ticks.iter_mut().for_each(|(size, _)| *size *= unit);
-    let legend = [
-        Mark::Diamond.legend("chosen"),
-        Mark::Disc.legend("on the front"),
-        Mark::Ring.legend("dominated"),
-        Mark::Cross.legend("over budget"),
-        Mark::Square.legend("original"),
-    ];
-    [element("p", &[("class", &"legends")], legend), scatter(&x_axis, &y_axis, &points)]
-        .into_iter()
-        .collect()
+    axis.high *= unit;
+    axis.ticks.iter_mut().for_each(|(size, _)| *size *= unit);
+    axis
+}
+
+/// Wide enough for all that is within the budget; what is far outside of it lies on the edge, so that the others are told apart.
+fn of_metric(name: Metric, points: &[Point]) -> Axis {
+    let ends = |points: &mut dyn Iterator<Item = &Point>| {
+        points.fold(None, |ends: Option<(f64, f64)>, point| {
+            let (low, high) = ends.unwrap_or((point.y, point.y));
+            Some((low.min(point.y), high.max(point.y)))
+        })
+    };
+    let (lowest, highest) = ends(&mut points.iter()).unwrap_or_default();
+    let within = ends(&mut points.iter().filter(|point| point.mark != Mark::Cross));
+    let (low, high) = within.unwrap_or((lowest, highest));
+    let room = (high - low).max(0.02 * high.abs());
+    let better = if name.is_error() { "lower" } else { "higher" };
+    let title = format!("{} ({better} is better)", figure::metric_name(name));
+    let is_ratio = !name.is_error() && name != Metric::R2;
+    Axis::linear(title, lowest.max(low - room), highest.min(high + room), |value| match is_ratio {
+        true => format!("{}%", (value * 1e4).round() / 1e2),
+        false => name.display(value),
+    })
+}
+
+/// By the number of nines, so that 0.99 and 0.999 are as far apart as 0.9 and 0.99.
+fn of_fidelity(points: &[Point]) -> Axis {
+    let low = points.iter().map(|point| point.y).fold(figure::NINES_MAX, f64::min).floor() as u32;
+    let high = points.iter().map(|point| point.y).fold(0.0, f64::max).ceil() as u32;
+    Axis {
+        title: "fidelity".into(),
+        low: low.into(),
+        high: high.max(low + 1).into(),
+        ticks: (low..=high).map(|nines| (nines.into(), of_nines(nines))).collect(),
+    }
 }
 
 /// The fidelity of that many nines.

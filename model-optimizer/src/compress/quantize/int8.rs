@@ -153,7 +153,8 @@ impl Rewriting<'_> {
             return Ok(Err("its uses disagree about which axis its channels are"));
         }
         // A node of which both operands are weights is rewritten for one of them.
-        if found.uses.iter().any(|used| self.replaced.contains_key(&used.node)) {
+        let taken = |used: &Use| used.operator != Operator::Recurrent && self.replaced.contains_key(&used.node);
+        if found.uses.iter().any(taken) {
             return Ok(Err("the other operand of its product is quantised"));
         }
         let products = || -> Option<Vec<Product>> {
@@ -274,9 +275,13 @@ impl Rewriting<'_> {
             };
             let mut dequantize = Some(node("DequantizeLinear", &[&name, &scale], &floats, axis));
             for used in others {
-                let mut user = graph.node[used.node].clone();
-                user.input[used.input].clone_from(&floats);
-                let nodes = dequantize.take().into_iter().chain([user]).collect();
+                // A recurrence has two weights: what stands in its place for the first is changed again for the second.
+                let replaced = self.replaced.get(&used.node).map(|replacement| replacement.nodes.clone());
+                let mut nodes = replaced.unwrap_or_else(|| vec![graph.node[used.node].clone()]);
+                if let Some(user) = nodes.last_mut() {
+                    user.input[used.input].clone_from(&floats);
+                }
+                nodes.splice(0..0, dequantize.take());
                 replacements.push((used.node, Replacement { activation: None, nodes }));
             }
         }

@@ -153,7 +153,8 @@ impl Rewriting<'_> {
             return Ok(Err("its uses disagree about which axis its channels are"));
         }
         // A node of which both operands are weights is rewritten for one of them.
-        if found.uses.iter().any(|used| self.replaced.contains_key(&used.node)) {
+        let taken = |used: &Use| used.operator != Operator::Recurrent && self.replaced.contains_key(&used.node);
+        if found.uses.iter().any(taken) {
             return Ok(Err("the other operand of its product is quantised"));
         }
         let products = || -> Option<Vec<Product>> {
@@ -195,8 +196,8 @@ impl Rewriting<'_> {
     }
 
     fn folds(&self, found: &Weight) -> bool {
-        let convolves = |used: &Use| matches!(used.operator, Operator::Conv | Operator::ConvTranspose);
-        self.technique.products != Products::WeightOnly { fold: false } || found.uses.iter().any(convolves)
+        let by_floats = |used: &Use| matches!(used.operator, Operator::Conv | Operator::ConvTranspose | Operator::Recurrent);
+        self.technique.products != Products::WeightOnly { fold: false } || found.uses.iter().any(by_floats)
     }
 
     fn dynamic(&mut self, stored: Stored, products: &[Product]) -> (Vec<TensorProto>, Vec<(usize, Replacement)>) {
@@ -274,9 +275,13 @@ impl Rewriting<'_> {
             };
             let mut dequantize = Some(node("DequantizeLinear", &[&name, &scale], &floats, axis));
             for used in others {
-                let mut user = graph.node[used.node].clone();
-                user.input[used.input].clone_from(&floats);
-                let nodes = dequantize.take().into_iter().chain([user]).collect();
+                // A recurrence has two weights: what stands in its place for the first is changed again for the second.
+                let replaced = self.replaced.get(&used.node).map(|replacement| replacement.nodes.clone());
+                let mut nodes = replaced.unwrap_or_else(|| vec![graph.node[used.node].clone()]);
+                if let Some(user) = nodes.last_mut() {
+                    user.input[used.input].clone_from(&floats);
+                }
+                nodes.splice(0..0, dequantize.take());
                 replacements.push((used.node, Replacement { activation: None, nodes }));
             }
         }
@@ -443,6 +448,35 @@ mod tests {
 
     fn ids() -> Vec<Tensor> {
         vec![Tensor::new(vec![6], vec![0_i64, 39, 7, 7, 21, 3]).unwrap()]
+    }
+
+    #[test]
+    fn the_weights_of_a_recurrence_are_stored_in_integers_and_computed_in_floats() {
+        let (inputs, hidden) = (24, 16);
+        let original = model(
+            vec![value("x", DataType::Float, &[2, inputs as i64])],
+            vec![named(
+                "recurrence",
+                node("LSTM", &["x", "w", "r"], "y", vec![integer("hidden_size", hidden as i64)]),
+            )],
+            vec![
+                float_tensor("w", &[1, 4 * hidden, inputs], &numbers(4 * hidden * inputs, 1)),
+                float_tensor("r", &[1, 4 * hidden, hidden], &numbers(4 * hidden * hidden, 2)),
+            ],
+            vec![value("y", DataType::Float, &[1, 2, hidden as i64])],
+        );
+        let sample = [Tensor::new(vec![7, 2, inputs], numbers(14 * inputs, 3)).unwrap()];
+        let before = run(EngineKind::OnnxRuntime, &original, true, &sample);
+        let (model, change) = apply(&original, &Quantize::of(QuantizeScheme::Int8Dynamic), None).unwrap();
+        assert_eq!(
+            (change.changed.as_slice(), change.fold_dequantize),
+            (&["w".to_owned(), "r".to_owned()][..], true)
+        );
+        assert!(model.encoded_len() * 3 < original.encoded_len());
+        for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
+            let sqnr = sqnr(&before, &run(kind, &model, true, &sample));
+            assert!(sqnr > 30.0, "{kind}: {sqnr:.1} dB");
+        }
     }
 
     #[test]

@@ -22,8 +22,8 @@ pub(super) fn candidates(report: &Report, front: &Front) -> Html {
         ", which was not enough for all that it meant to try"
     };
     let says = format!(
-        "The search tried {} recipes in {}{complete}; the seed of its choices is {}. The numbers are those of the table below; its ratio is the latency's to \
-         the original's.",
+        "The search tried {} recipes in {}{complete}; the seed of its choices is {}. The numbers are those of the table below, whose ratio \
+         is the latency's to the original's; what is far over budget is drawn on the edge.",
         front.candidates.len(),
         figure::time(front.took_ms * 1e3),
         front.seed

@@ -1,6 +1,6 @@
 //! The verdict: what came of it in a sentence, and every limit with what was measured.
 
-use plimsoll_package::report::{LimitCheck, Report, Summary, Verdict};
+use plimsoll_package::report::{LimitCheck, Report, Verdict};
 use plimsoll_package::units::display_size;
 
 use super::figure;
@@ -25,20 +25,18 @@ pub(super) fn banner(report: &Report) -> Html {
 
 fn sentence(report: &Report) -> String {
     match report.gate.verdict {
-        Verdict::WithinBudget => format!("{}.", result(&report.summary)),
+        Verdict::WithinBudget => format!("{}.", result(report)),
         Verdict::BudgetExceeded => {
             let exceeded = report.gate.limits.iter().filter_map(|limit| limit.message.as_deref());
             format!("The model is not handed out: {}.", exceeded.collect::<Vec<_>>().join("; "))
         }
-        Verdict::NotGated => format!(
-            "{}; the gate was turned off, so that nobody knows what it lost.",
-            result(&report.summary)
-        ),
+        Verdict::NotGated => format!("{}; the gate was turned off, so that nobody knows what it lost.", result(report)),
     }
 }
 
 /// What came out: its size, its speed and what it lost.
-fn result(summary: &Summary) -> String {
+fn result(report: &Report) -> String {
+    let summary = &report.summary;
     let (before, after) = (summary.size_before, summary.size_after);
     let mut parts = vec![format!(
         "The model is {} ({} to {})",
@@ -47,7 +45,9 @@ fn result(summary: &Summary) -> String {
         display_size(after)
     )];
     if let Some(latency) = summary.latency {
-        let ratio = latency.after_us / latency.before_us;
+        let chosen = report.engines.iter().find(|measured| measured.engine == summary.engine);
+        let paired = chosen.and_then(|measured| measured.latency_ratio).map(|ratio| ratio.median);
+        let ratio = paired.unwrap_or(latency.after_us / latency.before_us);
         parts.push(format!("takes {ratio:.2} times as long as the original on {}", summary.engine));
     }
     match (summary.metric, summary.fidelity) {

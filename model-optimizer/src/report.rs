@@ -379,6 +379,7 @@ mod tests {
         let page = page(&report);
         assert!(!page.contains("<script"), "{page}");
         assert!(!page.contains("\" onload"), "{page}");
+        let page = page.replace("<wbr>", "");
         assert!(page.matches("&lt;script&gt;alert(1)&lt;/script&gt;&quot; onload=&#39;x").count() >= 10);
     }
 

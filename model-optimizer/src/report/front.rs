@@ -23,7 +23,7 @@ pub(super) fn candidates(report: &Report, front: &Front) -> Html {
     };
     let says = format!(
         "The search tried {} recipes in {}{complete}; the seed of its choices is {}. The numbers are those of the table below, whose ratio \
-         is the latency's to the original's; what is far over budget is drawn on the edge.",
+         is the latency's to the original's; what is far outside of the budget is drawn on the edge.",
         front.candidates.len(),
         figure::time(front.took_ms * 1e3),
         front.seed

@@ -4,7 +4,8 @@ use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_runtime::engine::{self, LoadOptions, Tensor};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{
-    AttributeProto, GraphProto, ModelProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
+    AttributeProto, GraphProto, ModelProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
+    tensor_shape_proto, type_proto,
 };
 
 // By the crate's name, since the whole-program tests include this file.
@@ -139,7 +140,9 @@ impl Builder {
     /// A single truth value without an axis.
     pub(crate) fn flag(&mut self, value: bool) -> String {
         let name = self.fresh("n");
-        self.graph.initializer.push(tensor(&name, DataType::Bool, &[], vec![u8::from(value)]));
+        self.graph
+            .initializer
+            .push(tensor(&name, DataType::Bool, &[], vec![u8::from(value)]));
         name
     }
 
@@ -161,13 +164,7 @@ impl Builder {
     }
 
     /// A node with the shape of its output, the batch left out.
-    pub(crate) fn push(
-        &mut self,
-        op_type: &str,
-        inputs: &[&str],
-        attributes: Vec<AttributeProto>,
-        shape: &[usize],
-    ) -> Value {
+    pub(crate) fn push(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<AttributeProto>, shape: &[usize]) -> Value {
         let name = self.fresh("v");
         self.graph.node.push(node(op_type, inputs, &name, attributes));
         Value {

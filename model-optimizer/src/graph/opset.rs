@@ -35,10 +35,14 @@ pub fn raise(model: &mut ModelProto) -> Result<(), String> {
     }
     let advice = format!("export it with opset {QUANTIZED} or later");
     if from < RAISED_MIN {
-        return Err(format!("the model is of opset {from}, and quantised weights need {QUANTIZED}; {advice}"));
+        return Err(format!(
+            "the model is of opset {from}, and quantised weights need {QUANTIZED}; {advice}"
+        ));
     }
     if !model.functions.is_empty() {
-        return Err(format!("the model is of opset {from} and has functions of other versions; {advice}"));
+        return Err(format!(
+            "the model is of opset {from} and has functions of other versions; {advice}"
+        ));
     }
     let shapes = Shapes::of(model);
     let Some(graph) = &model.graph else { return Ok(()) };
@@ -195,7 +199,8 @@ impl Raising {
     }
 
     fn fresh(&mut self, node: &NodeProto, name: &str) -> String {
-        self.names.fresh(&format!("{}_{name}", node.output.first().map_or("", String::as_str)))
+        self.names
+            .fresh(&format!("{}_{name}", node.output.first().map_or("", String::as_str)))
     }
 
     /// `Upsample` and the first `Resize` take a place's value from the place divided by the scale, rounded down.
@@ -238,7 +243,14 @@ impl Raising {
         let behind = shape.and_then(|shape| shape.get(usize::try_from(counted).ok()? + 1..));
         node.attribute.retain(|attribute| attribute.name() != "axis");
         if axis == -1 || behind.is_some_and(|behind| behind.iter().all(|size| size.size() == Some(1))) {
-            node.attribute.push(integer("axis", if behind.is_some_and(|behind| !behind.is_empty()) { counted } else { -1 }));
+            node.attribute.push(integer(
+                "axis",
+                if behind.is_some_and(|behind| !behind.is_empty()) {
+                    counted
+                } else {
+                    -1
+                },
+            ));
             place.nodes.push(node);
             return Ok(());
         }
@@ -247,7 +259,9 @@ impl Raising {
         node.output = vec![result.clone()];
         node.attribute.push(integer("axis", -1));
         place.nodes.push(super::node("Shape", &[&input], &sizes, vec![]));
-        place.nodes.push(super::node("Flatten", &[&input], &flat, vec![integer("axis", axis)]));
+        place
+            .nodes
+            .push(super::node("Flatten", &[&input], &flat, vec![integer("axis", axis)]));
         place.nodes.push(node);
         place.nodes.push(super::node("Reshape", &[&result, &sizes], &output, vec![]));
         Ok(())
@@ -315,10 +329,24 @@ mod tests {
             model(11, "Unsqueeze", vec![integers("axes", &[1, 4])], &[1, 4, 6, 1]),
             model(8, "ReduceSum", vec![integers("axes", &[-1]), integer("keepdims", 0)], &[4]),
             model(12, "ReduceSum", vec![integers("axes", &[2])], &[4, 1]),
-            model(7, "Slice", vec![integers("starts", &[1, -3]), integers("ends", &[3, 1000]), integers("axes", &[1, 2])], &[2, 3]),
+            model(
+                7,
+                "Slice",
+                vec![
+                    integers("starts", &[1, -3]),
+                    integers("ends", &[3, 1000]),
+                    integers("axes", &[1, 2]),
+                ],
+                &[2, 3],
+            ),
             model(9, "Slice", vec![integers("starts", &[0, 1]), integers("ends", &[1000, 3])], &[2, 6]),
             model(9, "Pad", vec![integers("pads", &[0, 1, 0, 0, 0, 2]), float("value", 1.5)], &[5, 8]),
-            model(10, "Pad", vec![integers("pads", &[0, 1, 0, 0, 0, 2]), text("mode", "edge")], &[5, 8]),
+            model(
+                10,
+                "Pad",
+                vec![integers("pads", &[0, 1, 0, 0, 0, 2]), text("mode", "edge")],
+                &[5, 8],
+            ),
             model(9, "Clip", vec![float("min", -0.5), float("max", 0.25)], &[4, 6]),
             model(10, "Clip", vec![float("max", 0.25)], &[4, 6]),
             model(9, "Dropout", vec![float("ratio", 0.25)], &[4, 6]),
@@ -340,7 +368,12 @@ mod tests {
 
     #[test]
     fn pictures_are_enlarged_as_before() {
-        for (version, mode, as_attribute) in [(7, "nearest", true), (8, "linear", true), (9, "nearest", false), (10, "linear", false)] {
+        for (version, mode, as_attribute) in [
+            (7, "nearest", true),
+            (8, "linear", true),
+            (9, "nearest", false),
+            (10, "linear", false),
+        ] {
             let (mut builder, x) = Builder::new(12, &[2, 3, 4]);
             let scales = [1.0, 1.0, 2.0, 2.0];
             let op_type = if version == 10 { "Resize" } else { "Upsample" };
@@ -394,7 +427,12 @@ mod tests {
         };
         let (mut builder, _) = Builder::new(14, &[4, 6]);
         let condition = builder.flag(true);
-        let value = builder.push("If", &[&condition], vec![body("then_branch", 1), body("else_branch", 1)], &[1, 4, 6]);
+        let value = builder.push(
+            "If",
+            &[&condition],
+            vec![body("then_branch", 1), body("else_branch", 1)],
+            &[1, 4, 6],
+        );
         let before = of_version(11, builder, &value);
         let mut after = before.clone();
         raise(&mut after).unwrap();
@@ -404,8 +442,18 @@ mod tests {
     #[test]
     fn what_has_no_equal_is_refused_and_the_model_left_alone() {
         for (version, op_type, attributes, words) in [
-            (6, "Relu", vec![], "the model is of opset 6, and quantised weights need 13; export it with opset 13 or later"),
-            (8, "BatchNormalization", vec![integer("spatial", 0)], "its node `` (BatchNormalization) normalises each place"),
+            (
+                6,
+                "Relu",
+                vec![],
+                "the model is of opset 6, and quantised weights need 13; export it with opset 13 or later",
+            ),
+            (
+                8,
+                "BatchNormalization",
+                vec![integer("spatial", 0)],
+                "its node `` (BatchNormalization) normalises each place",
+            ),
             (
                 11,
                 "Resize",

@@ -58,10 +58,17 @@ fn digits_pruned_quantised_and_distilled_are_six_times_smaller_within_half_a_poi
         let report = report(&output);
         let shipped = compressed(&package.join("model.onnx"));
         let ratio = report.summary.size_before as f64 / shipped as f64;
-        assert!(ratio >= 6.0, "{name} as {scheme}: {shipped} bytes are shipped, {ratio:.2} times fewer");
+        assert!(
+            ratio >= 6.0,
+            "{name} as {scheme}: {shipped} bytes are shipped, {ratio:.2} times fewer"
+        );
         let metric = report.summary.metric.unwrap();
         assert!(metric.after >= metric.before - 0.005, "{name} as {scheme}: {metric:?}");
-        assert!(report.summary.sparsity >= 0.495, "what was pruned stays zero: {}", report.summary.sparsity);
+        assert!(
+            report.summary.sparsity >= 0.495,
+            "what was pruned stays zero: {}",
+            report.summary.sparsity
+        );
         let losses = losses(&output);
         assert_eq!(losses.len(), 7, "{losses:?}");
         let best = losses.iter().copied().fold(f64::INFINITY, f64::min);

@@ -92,10 +92,11 @@ fn constants_beyond(graph: &GraphProto, change: &mut Change) -> Result<HashSet<S
         .filter(|tensor| tensor.data_type() == DataType::Float as i32)
     {
         let values = weights::floats(constant).map_err(|error| unreadable(constant.name(), &error.to_string()))?;
-        if values.par_iter().any(|value| value.abs() > LARGEST) {
+        // Not `abs() > LARGEST`, which a NaN would pass.
+        if !values.par_iter().all(|value| value.abs() <= LARGEST) {
             change.skipped.push(skipped(
                 constant.name(),
-                "it holds a value beyond 65504, the largest in half precision",
+                "it holds a value beyond 65504, the largest in half precision, or NaN",
             ));
             beyond.insert(constant.name().to_owned());
         }

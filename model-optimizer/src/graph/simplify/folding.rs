@@ -66,7 +66,12 @@ fn fold_within(graph: &mut GraphProto, shapes: Option<&Shapes>, outer: Option<&S
     let mut scope = Scope {
         given: initializers.iter().map(|tensor| (tensor.name(), tensor)).collect(),
         folded: HashMap::new(),
-        computed: graph.input.iter().map(|input| input.name().to_owned()).chain(made.cloned()).collect(),
+        computed: graph
+            .input
+            .iter()
+            .map(|input| input.name().to_owned())
+            .chain(made.cloned())
+            .collect(),
         outer,
     };
     let mut results: Vec<String> = Vec::new();
@@ -76,7 +81,8 @@ fn fold_within(graph: &mut GraphProto, shapes: Option<&Shapes>, outer: Option<&S
         let folded = match node.output.as_slice() {
             [output] if is_standard(&node) && !outputs.contains(output) => {
                 let size = shapes.and_then(|shapes| size(&node, shapes, &scope, &mut sizes));
-                size.or_else(|| computed(&node, &scope, &left)).map(|constant| (output.clone(), constant))
+                size.or_else(|| computed(&node, &scope, &left))
+                    .map(|constant| (output.clone(), constant))
             }
             _ => None,
         };
@@ -97,14 +103,15 @@ fn fold_within(graph: &mut GraphProto, shapes: Option<&Shapes>, outer: Option<&S
     let mut folded = std::mem::take(&mut scope.folded);
     drop(scope);
     graph.initializer = initializers;
-    graph.initializer.extend(results.into_iter().filter_map(|name| folded.remove(&name)));
+    graph
+        .initializer
+        .extend(results.into_iter().filter_map(|name| folded.remove(&name)));
 }
 
 /// What the node makes of sizes, where all of them are known.
 fn size(node: &NodeProto, shapes: &Shapes, scope: &Scope, sizes: &mut HashSet<String>) -> Option<Constant> {
-    let is_size = |name: &String| {
-        sizes.contains(name) || scope.find(name).is_some_and(|tensor| tensor.data_type() == DataType::Int64 as i32)
-    };
+    let is_size =
+        |name: &String| sizes.contains(name) || scope.find(name).is_some_and(|tensor| tensor.data_type() == DataType::Int64 as i32);
     let output = &node.output[0];
     let operands = node.input.iter().filter(|input| !input.is_empty());
     if !ON_SIZES.contains(&node.op_type()) || !matches!(node.op_type(), "Shape" | "Size") && !operands.clone().all(is_size) {
@@ -143,8 +150,8 @@ fn computed(node: &NodeProto, scope: &Scope, left: &HashMap<String, usize>) -> O
 mod tests {
     use super::*;
     use crate::graph::generator::{Builder, assert_same, declared};
-    use crate::graph::{float_tensor, integer, integers, node, tensor};
     use crate::graph::simplify::simplify;
+    use crate::graph::{float_tensor, integer, integers, node, tensor};
     use plimsoll_runtime::onnx::{AttributeProto, ModelProto, TensorShapeProto, TypeProto, tensor_shape_proto, type_proto};
 
     fn numbers(name: &str, shape: &[usize], values: &[i64]) -> TensorProto {
@@ -195,15 +202,30 @@ mod tests {
                 DataType::Int64,
                 1,
             ),
-            (vec![matrix()], node("Cast", &["a"], "c", vec![integer("to", DataType::Int64 as i64)]), DataType::Int64, 2),
-            (vec![matrix()], node("Cast", &["a"], "c", vec![integer("to", DataType::Bool as i64)]), DataType::Bool, 2),
+            (
+                vec![matrix()],
+                node("Cast", &["a"], "c", vec![integer("to", DataType::Int64 as i64)]),
+                DataType::Int64,
+                2,
+            ),
+            (
+                vec![matrix()],
+                node("Cast", &["a"], "c", vec![integer("to", DataType::Bool as i64)]),
+                DataType::Bool,
+                2,
+            ),
             (
                 vec![numbers("a", &[2], &[3, -1])],
                 node("Cast", &["a"], "c", vec![integer("to", DataType::Float as i64)]),
                 DataType::Float,
                 1,
             ),
-            (vec![matrix()], node("Concat", &["a", "a"], "c", vec![integer("axis", -1)]), DataType::Float, 2),
+            (
+                vec![matrix()],
+                node("Concat", &["a", "a"], "c", vec![integer("axis", -1)]),
+                DataType::Float,
+                2,
+            ),
             (
                 vec![numbers("s", &[2], &[2, 3])],
                 node(
@@ -220,15 +242,30 @@ mod tests {
                 DataType::Int64,
                 2,
             ),
-            (vec![row(), numbers("s", &[2], &[2, 1])], node("Expand", &["b", "s"], "c", vec![]), DataType::Float, 2),
-            (vec![matrix()], node("Flatten", &["a"], "c", vec![integer("axis", 0)]), DataType::Float, 2),
+            (
+                vec![row(), numbers("s", &[2], &[2, 1])],
+                node("Expand", &["b", "s"], "c", vec![]),
+                DataType::Float,
+                2,
+            ),
+            (
+                vec![matrix()],
+                node("Flatten", &["a"], "c", vec![integer("axis", 0)]),
+                DataType::Float,
+                2,
+            ),
             (
                 vec![matrix(), numbers("i", &[2], &[-1, 0])],
                 node("Gather", &["a", "i"], "c", vec![integer("axis", 1)]),
                 DataType::Float,
                 2,
             ),
-            (vec![matrix(), numbers("s", &[3], &[0, -1, 1])], node("Reshape", &["a", "s"], "c", vec![]), DataType::Float, 3),
+            (
+                vec![matrix(), numbers("s", &[3], &[0, -1, 1])],
+                node("Reshape", &["a", "s"], "c", vec![]),
+                DataType::Float,
+                3,
+            ),
             (
                 vec![
                     matrix(),
@@ -253,14 +290,24 @@ mod tests {
                 DataType::Float,
                 2,
             ),
-            (vec![float_tensor("u", &[1, 3, 1], &[1.0, 2.0, 3.0])], node("Squeeze", &["u"], "c", vec![]), DataType::Float, 1),
+            (
+                vec![float_tensor("u", &[1, 3, 1], &[1.0, 2.0, 3.0])],
+                node("Squeeze", &["u"], "c", vec![]),
+                DataType::Float,
+                1,
+            ),
             (
                 vec![float_tensor("u", &[1, 2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])],
                 node("Transpose", &["u"], "c", vec![integers("perm", &[2, 0, 1])]),
                 DataType::Float,
                 3,
             ),
-            (vec![row(), numbers("axes", &[2], &[0, -1])], node("Unsqueeze", &["b", "axes"], "c", vec![]), DataType::Float, 3),
+            (
+                vec![row(), numbers("axes", &[2], &[0, -1])],
+                node("Unsqueeze", &["b", "axes"], "c", vec![]),
+                DataType::Float,
+                3,
+            ),
         ];
         for (constants, made, kind, rank) in cases {
             let name = made.op_type().to_owned();
@@ -291,7 +338,11 @@ mod tests {
         let mut after = before.clone();
         simplify(&mut after).unwrap();
         let left: Vec<&str> = after.graph.as_ref().unwrap().node.iter().map(NodeProto::op_type).collect();
-        assert_eq!(left, ["Relu", "Shape", "Gather", "Unsqueeze", "Concat", "Reshape"], "the batch stays open");
+        assert_eq!(
+            left,
+            ["Relu", "Shape", "Gather", "Unsqueeze", "Concat", "Reshape"],
+            "the batch stays open"
+        );
         assert_same(&before, &after, 0.0);
     }
 
@@ -309,9 +360,16 @@ mod tests {
             graph.node.len()
         };
         assert_eq!(count(&[], "Transpose"), 1, "the weight gives way to its transpose");
-        assert_eq!(count(&["rows"], "Transpose"), 3, "a table that is looked up, too, would be there twice");
+        assert_eq!(
+            count(&["rows"], "Transpose"),
+            3,
+            "a table that is looked up, too, would be there twice"
+        );
         let large = GraphProto {
-            node: vec![node("ConstantOfShape", &["s"], "zeros", vec![]), node("Neg", &["zeros"], "y", vec![])],
+            node: vec![
+                node("ConstantOfShape", &["s"], "zeros", vec![]),
+                node("Neg", &["zeros"], "y", vec![]),
+            ],
             initializer: vec![numbers("s", &[2], &[1 << 30, 1 << 30])],
             ..GraphProto::default()
         };
@@ -325,7 +383,10 @@ mod tests {
         let body = GraphProto {
             output: vec![output("b", DataType::Float, 1)],
             initializer: vec![float_tensor("one", &[1], &[1.0])],
-            node: vec![node("Add", &["outside", "one"], "two", vec![]), node("Mul", &["x", "two"], "b", vec![])],
+            node: vec![
+                node("Add", &["outside", "one"], "two", vec![]),
+                node("Mul", &["x", "two"], "b", vec![]),
+            ],
             ..GraphProto::default()
         };
         let branch = |name: &str| AttributeProto {

@@ -25,7 +25,11 @@ pub(super) fn inline(model: &mut ModelProto) -> Result<(), String> {
     let mut bodies: HashMap<Key, &FunctionProto> = HashMap::new();
     for function in &model.functions {
         if agree(&function.opset_import, imports) {
-            let key = (function.domain().to_owned(), function.name().to_owned(), function.overload().to_owned());
+            let key = (
+                function.domain().to_owned(),
+                function.name().to_owned(),
+                function.overload().to_owned(),
+            );
             bodies.insert(key, function);
             // What a function calls, the model does now.
             for import in &function.opset_import {
@@ -55,8 +59,11 @@ fn same_domain(a: &OperatorSetIdProto, b: &OperatorSetIdProto) -> bool {
 
 /// Whether the domains that both import are of one version.
 fn agree(one: &[OperatorSetIdProto], other: &[OperatorSetIdProto]) -> bool {
-    one.iter()
-        .all(|import| other.iter().all(|known| !same_domain(known, import) || known.version() == import.version()))
+    one.iter().all(|import| {
+        other
+            .iter()
+            .all(|known| !same_domain(known, import) || known.version() == import.version())
+    })
 }
 
 struct Inlining<'a> {
@@ -194,8 +201,8 @@ mod tests {
     use std::collections::HashSet;
 
     use crate::graph::generator::{Builder, assert_same};
-    use crate::graph::{float_tensor, integer, subgraphs};
     use crate::graph::simplify::simplify;
+    use crate::graph::{float_tensor, integer, subgraphs};
     use plimsoll_runtime::onnx::attribute_proto::AttributeType;
 
     fn import(domain: &str, version: i64) -> OperatorSetIdProto {
@@ -245,7 +252,12 @@ mod tests {
                 call("Twice", &["t"], "y"),
             ],
         );
-        let twice = function("Twice", &["x"], &["y"], vec![node("Add", &["x", "x"], "t", vec![]), node("Neg", &["t"], "y", vec![])]);
+        let twice = function(
+            "Twice",
+            &["x"],
+            &["y"],
+            vec![node("Add", &["x", "x"], "t", vec![]), node("Neg", &["t"], "y", vec![])],
+        );
         let (mut builder, x) = Builder::new(5, &[3, 4]);
         let value = builder.product(&x, 4, true);
         let mut before = builder.finish(&value);
@@ -265,7 +277,12 @@ mod tests {
         let graph = after.graph.as_ref().unwrap();
         let operators: Vec<&str> = graph.node.iter().map(NodeProto::op_type).collect();
         assert_eq!(operators, ["MatMul", "Add", "Softmax", "Add", "Neg", "Softmax", "Add", "Neg"]);
-        let axes: Vec<i64> = graph.node.iter().filter(|node| node.op_type() == "Softmax").map(|node| node.attribute[0].i()).collect();
+        let axes: Vec<i64> = graph
+            .node
+            .iter()
+            .filter(|node| node.op_type() == "Softmax")
+            .map(|node| node.attribute[0].i())
+            .collect();
         assert_eq!(axes, [1, -1]);
         assert_same(&before, &after, 1e-6);
     }
@@ -282,12 +299,25 @@ mod tests {
             model
         };
         let itself = function("F", &["x"], &["y"], vec![call("F", &["x"], "y")]);
-        assert!(simplify(&mut model(vec![itself])).unwrap_err().starts_with("its function `F` calls itself"));
+        assert!(
+            simplify(&mut model(vec![itself]))
+                .unwrap_err()
+                .starts_with("its function `F` calls itself")
+        );
         let doubling = (0..40).map(|level| {
             let next = format!("F{}", level + 1);
-            function(&format!("F{level}"), &["x"], &["y"], vec![call(&next, &["x"], "t"), call(&next, &["t"], "y")])
+            function(
+                &format!("F{level}"),
+                &["x"],
+                &["y"],
+                vec![call(&next, &["x"], "t"), call(&next, &["t"], "y")],
+            )
         });
-        assert!(simplify(&mut model(doubling.collect())).unwrap_err().contains("make more than 1048576 nodes"));
+        assert!(
+            simplify(&mut model(doubling.collect()))
+                .unwrap_err()
+                .contains("make more than 1048576 nodes")
+        );
     }
 
     #[test]
@@ -332,7 +362,12 @@ mod tests {
             vec![
                 node("ReduceSum", &["x"], "sum", vec![integer("keepdims", 0)]),
                 node("Cast", &["sum"], "condition", vec![integer("to", 9)]),
-                node("If", &["condition"], "y", vec![branch("then_branch", 2.0), branch("else_branch", 3.0)]),
+                node(
+                    "If",
+                    &["condition"],
+                    "y",
+                    vec![branch("then_branch", 2.0), branch("else_branch", 3.0)],
+                ),
             ],
         );
         let (builder, x) = Builder::new(6, &[3]);

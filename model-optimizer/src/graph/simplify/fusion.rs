@@ -29,7 +29,12 @@ pub(super) fn fuse(graph: &mut GraphProto, version: i64) {
 
 fn fuse_within(graph: &mut GraphProto, version: i64, names: &mut Names) {
     let counts = reads(graph);
-    let places: HashMap<&str, usize> = graph.initializer.iter().enumerate().map(|(place, tensor)| (tensor.name(), place)).collect();
+    let places: HashMap<&str, usize> = graph
+        .initializer
+        .iter()
+        .enumerate()
+        .map(|(place, tensor)| (tensor.name(), place))
+        .collect();
     let makers: HashMap<&str, usize> = graph
         .node
         .iter()
@@ -67,7 +72,9 @@ fn fuse_within(graph: &mut GraphProto, version: i64, names: &mut Names) {
         node.input.push(bias_name);
     }
     // What a fused normalisation made is the convolution's now.
-    graph.node.retain(|node| !(is_standard(node) && node.op_type() == "BatchNormalization" && node.output.is_empty()));
+    graph
+        .node
+        .retain(|node| !(is_standard(node) && node.op_type() == "BatchNormalization" && node.output.is_empty()));
     for body in graph.node.iter_mut().flat_map(subgraphs_mut) {
         fuse_within(body, version, names);
     }
@@ -89,7 +96,12 @@ fn is_normalization(node: &NodeProto, version: i64) -> bool {
 }
 
 /// The weight and the bias of the convolution that does the work of both nodes.
-fn fused(graph: &GraphProto, convolution: &NodeProto, normalization: &NodeProto, places: &HashMap<&str, usize>) -> Option<(Vec<f32>, Vec<f32>)> {
+fn fused(
+    graph: &GraphProto,
+    convolution: &NodeProto,
+    normalization: &NodeProto,
+    places: &HashMap<&str, usize>,
+) -> Option<(Vec<f32>, Vec<f32>)> {
     let constant = |name: &String| {
         let tensor = &graph.initializer[*places.get(name.as_str())?];
         (tensor.data_type() == DataType::Float as i32).then_some(tensor)
@@ -97,14 +109,17 @@ fn fused(graph: &GraphProto, convolution: &NodeProto, normalization: &NodeProto,
     let values = |name: &String| weights::floats(constant(name)?).ok();
     let weight = constant(&convolution.input[1])?;
     let shape = weights::shape(weight).ok()?;
-    let groups = usize::try_from(attribute(convolution, "group").map_or(1, AttributeProto::i)).ok().filter(|groups| *groups > 0)?;
+    let groups = usize::try_from(attribute(convolution, "group").map_or(1, AttributeProto::i))
+        .ok()
+        .filter(|groups| *groups > 0)?;
     let transposed = convolution.op_type() == "ConvTranspose";
     let channels = match (transposed, &shape[..]) {
         (false, [channels, _, ..]) => *channels,
         (true, [inputs, of_group, ..]) if inputs.is_multiple_of(groups) => of_group * groups,
         _ => return None,
     };
-    let [scale, shift, mean, variance] = [1, 2, 3, 4].map(|index| values(&normalization.input[index]).filter(|values| values.len() == channels));
+    let [scale, shift, mean, variance] =
+        [1, 2, 3, 4].map(|index| values(&normalization.input[index]).filter(|values| values.len() == channels));
     let (scale, shift, mean, variance) = (scale?, shift?, mean?, variance?);
     let bias = match convolution.input.get(2).filter(|name| !name.is_empty()) {
         Some(name) => values(name).filter(|bias| bias.len() == channels)?,
@@ -129,7 +144,9 @@ fn fused(graph: &GraphProto, convolution: &NodeProto, normalization: &NodeProto,
         } else {
             block / shape[1]
         };
-        values.iter_mut().for_each(|value| *value = (f64::from(*value) * factors[channel]) as f32);
+        values
+            .iter_mut()
+            .for_each(|value| *value = (f64::from(*value) * factors[channel]) as f32);
     }
     let finite = weights.iter().chain(&bias).all(|value| value.is_finite());
     finite.then_some((weights, bias))

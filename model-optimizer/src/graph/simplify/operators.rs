@@ -68,7 +68,9 @@ pub(super) fn evaluate(node: &NodeProto, inputs: &[Option<Constant>], bytes_max:
         "Flatten" => {
             let at = attribute(node, "axis").map_or(1, AttributeProto::i);
             let rank = data.shape.len();
-            let at = usize::try_from(if at < 0 { at.checked_add(rank as i64)? } else { at }).ok().filter(|at| *at <= rank)?;
+            let at = usize::try_from(if at < 0 { at.checked_add(rank as i64)? } else { at })
+                .ok()
+                .filter(|at| *at <= rank)?;
             reshaped(data, vec![element_count(&data.shape[..at])?, element_count(&data.shape[at..])?])
         }
         "Gather" => {
@@ -121,7 +123,9 @@ pub(super) fn evaluate(node: &NodeProto, inputs: &[Option<Constant>], bytes_max:
             let rank = data.shape.len().checked_add(axes.len())?;
             let new: Vec<usize> = axes.iter().map(|axis| axis_of(*axis, rank).ok()).collect::<Option<_>>()?;
             let mut rest = data.shape.iter().copied();
-            let shape: Option<Vec<usize>> = (0..rank).map(|axis| if new.contains(&axis) { Some(1) } else { rest.next() }).collect();
+            let shape: Option<Vec<usize>> = (0..rank)
+                .map(|axis| if new.contains(&axis) { Some(1) } else { rest.next() })
+                .collect();
             reshaped(data, shape?)
         }
         _ => None,
@@ -382,7 +386,9 @@ fn sliced(
         let start = bound(*start).clamp(low.max(0).min(high), high);
         let end = bound(*end).clamp(low, high);
         let span = if *step > 0 { end - start } else { start - end };
-        let count = usize::try_from(span).ok().map_or(0, |span| span.div_ceil(usize::try_from(step.unsigned_abs()).unwrap_or(usize::MAX)));
+        let count = usize::try_from(span)
+            .ok()
+            .map_or(0, |span| span.div_ceil(usize::try_from(step.unsigned_abs()).unwrap_or(usize::MAX)));
         shape[axis] = count;
         if count > 0 {
             first += start as usize * apart[axis] as usize;

@@ -25,7 +25,11 @@ fn check_tensor(tensor: &TensorProto) -> Result<(), String> {
     };
     if !tensor.raw_data().is_empty() {
         let held = tensor.raw_data().len() as u64;
-        return if held == expected { Ok(()) } else { unfilled(held, "bytes", expected) };
+        return if held == expected {
+            Ok(())
+        } else {
+            unfilled(held, "bytes", expected)
+        };
     }
     let values = tensor.dims.iter().product::<i64>() as u64;
     let (held, expected) = match DataType::try_from(tensor.data_type()) {
@@ -115,7 +119,12 @@ fn order(graph: &GraphProto, outer: Option<&Scope>) -> Result<Option<Vec<usize>>
             }
         }
     }
-    if let Some(output) = graph.output.iter().map(ValueInfoProto::name).find(|name| !makers.contains_key(name) && !is_given(name)) {
+    if let Some(output) = graph
+        .output
+        .iter()
+        .map(ValueInfoProto::name)
+        .find(|name| !makers.contains_key(name) && !is_given(name))
+    {
         return Err(format!("nothing makes its output `{output}`"));
     }
     if in_order {
@@ -136,7 +145,9 @@ fn order(graph: &GraphProto, outer: Option<&Scope>) -> Result<Option<Vec<usize>>
     if order.len() == graph.node.len() {
         return Ok(Some(order));
     }
-    let node = on_cycle(&readers, &waits).map_or_else(String::new, |index| format!(": the node {} depends on itself", shown(&graph.node[index])));
+    let node = on_cycle(&readers, &waits).map_or_else(String::new, |index| {
+        format!(": the node {} depends on itself", shown(&graph.node[index]))
+    });
     Err(format!("its graph has a cycle{node}; export the model again"))
 }
 
@@ -160,7 +171,11 @@ fn reads_of(node: &NodeProto) -> Vec<&str> {
 fn collect_captured<'a>(body: &'a GraphProto, names: &mut Vec<&'a str>) {
     let made = body.node.iter().flat_map(|node| node.output.iter().map(String::as_str));
     let own: HashSet<&str> = given(body).chain(made).collect();
-    let inner = body.node.iter().flat_map(reads_of).chain(body.output.iter().map(ValueInfoProto::name));
+    let inner = body
+        .node
+        .iter()
+        .flat_map(reads_of)
+        .chain(body.output.iter().map(ValueInfoProto::name));
     names.extend(inner.filter(|name| !own.contains(name)));
 }
 
@@ -260,7 +275,10 @@ mod tests {
             ..whole.clone()
         };
         let said = check(cut).unwrap_err();
-        assert!(said.starts_with("tensor `w` holds 12 bytes, and its shape [2, 2] says 16"), "{said}");
+        assert!(
+            said.starts_with("tensor `w` holds 12 bytes, and its shape [2, 2] says 16"),
+            "{said}"
+        );
         let typed = TensorProto {
             raw_data: None,
             float_data: vec![1.0; 3],

@@ -40,6 +40,29 @@ pub struct Optimization {
     pub budget: Option<Budget>,
 }
 
+impl Optimization {
+    /// Every dataset, under the name of its content and of its credentials in a Job: `calibration`, `evaluation`, and `distillation-N` of the
+    /// recipe's entry N.
+    pub fn datasets(&self) -> impl Iterator<Item = (String, &Dataset)> {
+        let distillation = self.recipe.iter().enumerate().filter_map(|(index, technique)| {
+            let data = technique.distill.as_ref()?.data.as_ref()?;
+            Some((format!("distillation-{index}"), data))
+        });
+        let calibration = self.calibration.iter().map(|data| ("calibration".to_owned(), data));
+        let evaluation = self.evaluation.iter().map(|data| ("evaluation".to_owned(), &data.dataset));
+        calibration.chain(evaluation).chain(distillation)
+    }
+
+    /// The same datasets, to change them.
+    pub fn datasets_mut(&mut self) -> impl Iterator<Item = &mut Dataset> {
+        let distilled = self.recipe.iter_mut().filter_map(|technique| technique.distill.as_mut());
+        self.calibration
+            .iter_mut()
+            .chain(self.evaluation.iter_mut().map(|data| &mut data.dataset))
+            .chain(distilled.filter_map(|distill| distill.data.as_mut()))
+    }
+}
+
 /// One technique with its parameters; exactly one key is set.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]

@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod chart;
 mod cluster;
 mod crds;
@@ -36,6 +37,8 @@ enum Task {
     Images(images::Arguments),
     /// Writes the CRDs' YAML from the Rust types.
     Crds(crds::Arguments),
+    /// Measures a part of Plimsoll beside what people use today.
+    Bench(bench::Arguments),
     /// Installs ONNX Runtime's shared library from its pinned wheel and prints its path.
     Onnxruntime,
 }
@@ -47,6 +50,7 @@ fn main() -> std::process::ExitCode {
         Task::Cluster(arguments) => cluster::run(&arguments),
         Task::Images(arguments) => images::run(&arguments),
         Task::Crds(arguments) => crds::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Onnxruntime => onnxruntime::library().map(|path| println!("{}", path.display())),
     };
     match result {

@@ -34,6 +34,15 @@ pub fn external_file(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// The files that the model at `path` consists of, itself first.
+#[must_use]
+pub fn files(path: &Path) -> Vec<PathBuf> {
+    [path.to_owned()]
+        .into_iter()
+        .chain(Some(external_file(path)).filter(|file| file.is_file()))
+        .collect()
+}
+
 /// Writes `model` to `path` and, where it has more than 2 GiB, its weights to [`external_file`]. The files appear whole or not at all.
 ///
 /// # Errors

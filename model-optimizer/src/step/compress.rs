@@ -108,6 +108,6 @@ fn samples(context: &Context, what: &str, name: &str, model: &ModelProto) -> Res
 /// The teacher, which goes through the same conversion as the model.
 fn teacher_model(context: &Context, teacher: &SourceLocation) -> Result<ModelProto, Failure> {
     let converted = context.work.join("converted").join("teacher.onnx");
-    convert::to_onnx(&teacher.uri, &context.source(TEACHER), &converted, context.threads)?;
+    convert::to_onnx(&teacher.uri, &context.source(TEACHER), &converted, Some(context.threads))?;
     convert::read(&teacher.uri, &converted)
 }

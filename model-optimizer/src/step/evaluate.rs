@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use plimsoll_package::digest::Digest;
@@ -15,13 +15,14 @@ use strum::IntoEnumIterator as _;
 
 use super::chain::took_ms;
 use super::compress::Compressed;
-use super::fetch::{Fetched, calibrates_on_evaluation};
+use super::fetch::{self, Fetched, calibrates_on_evaluation};
 use super::{Context, Step, write_json};
+use crate::convert;
 use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
 use crate::evaluate::engines;
 use crate::evaluate::{budget, judgement};
 use crate::failure::{Failure, FailureReason, disk, failure};
-use crate::{convert, graph};
+use crate::graph::{self, serialize};
 
 /// Evaluates; without the gate the package is laid out unmeasured. The report is laid out even where the result is outside of its budget;
 /// the model is not.
@@ -30,7 +31,7 @@ use crate::{convert, graph};
 /// Where the data do not fit the model, no engine runs the result, or it is outside of the budget.
 pub fn run(context: &Context) -> Result<(), Failure> {
     let begun = Instant::now();
-    let fetched: Fetched = context.read(super::fetch::RECORD)?;
+    let fetched: Fetched = context.read(fetch::RECORD)?;
     let compressed: Compressed = context.read(super::compress::RECORD)?;
     let model = convert::read(&context.inputs.source.uri, &context.compressed())?;
     if context.inputs.no_gate {
@@ -101,23 +102,25 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         return Err(failed);
     }
     write_json(&context.package().join(PROBE_FILE), &probe)?;
-    let files = [MODEL_FILE, REPORT_FILE, PROBE_FILE];
+    let files = [REPORT_FILE, PROBE_FILE];
     write_package(context, &report, signature(context, &model)?, compressed.fold_dequantize, &files)
 }
 
 /// The result in brief, without what only running it shows.
 fn summary(context: &Context, fetched: &Fetched, model: &ModelProto, engine: EngineKind) -> Result<Summary, Failure> {
-    let compressed = context.compressed();
-    let layer = |path: &Path| layer_size(path).map_err(disk("read", path));
+    let size = |path: &PathBuf| Ok(fs::metadata(path).map_err(disk("read", path))?.len());
+    let layer = |path: &PathBuf| layer_size(path).map_err(disk("read", path));
+    let source = fetch::files(&context.source("model")).map_err(disk("read", &context.work))?;
+    let compressed = serialize::files(&context.compressed());
     Ok(Summary {
         artifact: None,
         reused: false,
         source_digest: fetched.source.digest.clone(),
         evaluation_digest: fetched.evaluation.as_ref().map(|content| content.digest.clone()),
         size_before: fetched.source.size,
-        size_after: fs::metadata(&compressed).map_err(disk("read", &compressed))?.len(),
-        size_layer_before: Some(layer(&context.source("model"))?),
-        size_layer_after: Some(layer(&compressed)?),
+        size_after: compressed.iter().map(size).sum::<Result<_, _>>()?,
+        size_layer_before: Some(source.iter().map(layer).sum::<Result<_, _>>()?),
+        size_layer_after: Some(compressed.iter().map(layer).sum::<Result<_, _>>()?),
         sparsity: model.graph.as_ref().map_or(0.0, graph::weight::sparsity),
         metric: None,
         fidelity: None,
@@ -150,13 +153,7 @@ fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: 
         step_ms: step_ms(context, begun),
     };
     write_json(&context.package().join(REPORT_FILE), &report)?;
-    write_package(
-        context,
-        &report,
-        (inputs, outputs),
-        compressed.fold_dequantize,
-        &[MODEL_FILE, REPORT_FILE],
-    )
+    write_package(context, &report, (inputs, outputs), compressed.fold_dequantize, &[REPORT_FILE])
 }
 
 type Signature = (Vec<TensorSpec>, Vec<TensorSpec>);
@@ -240,7 +237,7 @@ impl Data {
     }
 }
 
-/// Puts the model beside the report, and the manifest of the package's `files`.
+/// Puts the model beside the report, and the manifest of it and the package's other `files`.
 fn write_package(
     context: &Context,
     report: &Report,
@@ -250,16 +247,23 @@ fn write_package(
 ) -> Result<(), Failure> {
     let package = context.package();
     let model = package.join(MODEL_FILE);
-    // The same file under another name, where the file system can.
-    if fs::hard_link(context.compressed(), &model).is_err() {
-        fs::copy(context.compressed(), &model).map_err(disk("write", &model))?;
+    let mut files: Vec<PathBuf> = files.iter().map(|name| package.join(name)).collect();
+    for (from, to) in serialize::files(&context.compressed())
+        .iter()
+        .zip([model.clone(), serialize::external_file(&model)])
+    {
+        // The same file under another name, where the file system can.
+        if fs::hard_link(from, &to).is_err() {
+            fs::copy(from, &to).map_err(disk("write", &to))?;
+        }
+        files.push(to);
     }
-    let described = |name: &&str| -> Result<(String, File), Failure> {
-        let path = package.join(name);
-        let file = fs::File::open(&path).map_err(disk("read", &path))?;
-        let size = file.metadata().map_err(disk("read", &path))?.len();
-        let digest = Digest::of_reader(file).map_err(disk("read", &path))?;
-        Ok(((*name).to_owned(), File { digest, size }))
+    let described = |path: &PathBuf| -> Result<(String, File), Failure> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = fs::File::open(path).map_err(disk("read", path))?;
+        let size = file.metadata().map_err(disk("read", path))?.len();
+        let digest = Digest::of_reader(file).map_err(disk("read", path))?;
+        Ok((name, File { digest, size }))
     };
     let manifest = Manifest {
         schema_version: 1,

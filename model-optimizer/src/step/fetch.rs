@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use plimsoll_package::digest::Digest;
 use plimsoll_package::key::{ArtifactKey, Contents};
@@ -60,6 +60,22 @@ pub const TEACHER: &str = "teacher";
 #[must_use]
 pub fn distillation_file(index: usize) -> String {
     format!("distillation-{index}")
+}
+
+/// The files that were fetched as `content`: itself, and what lies beside it.
+pub(super) fn files(content: &Path) -> io::Result<Vec<PathBuf>> {
+    let (mut files, mut folders) = (vec![], vec![content.parent().unwrap_or(content).to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            } else {
+                files.push(entry.path());
+            }
+        }
+    }
+    Ok(files)
 }
 
 /// Something to fetch.

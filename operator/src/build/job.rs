@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use plimsoll_crds::{JobSettings, ModelRevision, Resources};
-use plimsoll_package::recipe::{Dataset, INPUTS_ENV};
+use plimsoll_package::recipe::{Dataset, INPUTS_ENV, Optimization};
 use plimsoll_package::report::exit_code;
 
 use super::metadata::{Component, metadata, revision_labels};
@@ -173,10 +173,7 @@ impl Mounts {
     fn of(revision: &ModelRevision, settings: &Settings) -> Self {
         let template = &revision.spec.template;
         let optimization = template.optimize.as_ref().map(|optimize| &optimize.optimization);
-        let calibration = optimization.and_then(|optimize| optimize.calibration.as_ref());
-        let evaluation = optimization
-            .and_then(|optimize| optimize.evaluation.as_ref())
-            .map(|evaluation| &evaluation.dataset);
+        let datasets: Vec<(String, &Dataset)> = optimization.into_iter().flat_map(Optimization::datasets).collect();
         let mut mounts = Self {
             volumes: vec![],
             of_fetch: vec![],
@@ -207,19 +204,18 @@ impl Mounts {
             mounts.of_fetch.push(mount("registry", "/secrets/registry", true));
             mounts.of_publish.push(mount("registry", "/secrets/registry", true));
         }
-        let secrets = [
-            ("source", template.source.credentials_secret.as_ref()),
-            ("calibration", calibration.and_then(|dataset| dataset.credentials_secret.as_ref())),
-            ("evaluation", evaluation.and_then(|dataset| dataset.credentials_secret.as_ref())),
-        ];
-        for (name, secret) in secrets {
+        let of_source = ("source", template.source.credentials_secret.as_ref());
+        let of_datasets = datasets
+            .iter()
+            .map(|(name, dataset)| (name.as_str(), dataset.credentials_secret.as_ref()));
+        for (name, secret) in [of_source].into_iter().chain(of_datasets) {
             if let Some(secret) = secret {
                 mounts.volumes.push(secret_volume(name, secret));
                 mounts.of_fetch.push(mount(name, &format!("/secrets/{name}"), true));
             }
         }
-        let uris = [Some(template.source.uri.as_str()), calibration.map(uri), evaluation.map(uri)];
-        let mut claims: Vec<&str> = uris.into_iter().flatten().filter_map(claim).collect();
+        let uris = datasets.iter().map(|(_, dataset)| dataset.uri.as_str());
+        let mut claims: Vec<&str> = uris.chain([template.source.uri.as_str()]).filter_map(claim).collect();
         claims.sort_unstable();
         claims.dedup();
         for (index, claim) in claims.into_iter().enumerate() {
@@ -246,10 +242,6 @@ impl Mounts {
         };
         self.of_all.iter().chain(own).cloned().collect()
     }
-}
-
-fn uri(dataset: &Dataset) -> &str {
-    &dataset.uri
 }
 
 fn claim(uri: &str) -> Option<&str> {

@@ -110,13 +110,7 @@ pub fn inputs(revision: &ModelRevision, settings: &Settings) -> Inputs {
         .as_ref()
         .map_or_else(Recipe::default, |optimize| optimize.optimization.clone());
     // Names of secrets mean nothing inside of the Job, where the credentials are mounted.
-    for dataset in [
-        optimize.calibration.as_mut(),
-        optimize.evaluation.as_mut().map(|evaluation| &mut evaluation.dataset),
-    ]
-    .into_iter()
-    .flatten()
-    {
+    for dataset in optimize.datasets_mut() {
         dataset.credentials_secret = None;
     }
     Inputs {

@@ -1,7 +1,7 @@
 //! Fields of the API whose machinery is not there yet: refused in words, never ignored.
 
 use plimsoll_crds::{Fallback, ModelDeploymentSpec, Strategy};
-use plimsoll_package::recipe::{ModelFormat, Optimization, QuantizeScheme};
+use plimsoll_package::recipe::{ModelFormat, Optimization};
 
 /// What the spec asks for that this version does not do, as a sentence with the way out.
 #[must_use]
@@ -28,28 +28,10 @@ fn source(spec: &ModelDeploymentSpec) -> Option<Refused> {
 }
 
 fn techniques(optimize: &Optimization) -> Option<Refused> {
-    if optimize.search.is_some() {
-        return Some(("spec.optimize.search", "write the techniques into spec.optimize.recipe"));
-    }
-    optimize.recipe.iter().find_map(|technique| {
-        if technique.distill.is_some() {
-            return Some(("spec.optimize.recipe[].distill", "remove it; prune and quantize need no training"));
-        }
-        let prune = technique.prune.as_ref();
-        if prune.is_some_and(|prune| (prune.structure, prune.criterion) != Default::default()) {
-            return Some((
-                "spec.optimize.recipe[].prune.structure or criterion",
-                "remove both fields: single weights go by their magnitude",
-            ));
-        }
-        match technique.quantize.as_ref()?.scheme {
-            QuantizeScheme::Int8 | QuantizeScheme::Int8Dynamic | QuantizeScheme::Int8Weights => None,
-            QuantizeScheme::Int8Static | QuantizeScheme::Int8Blocks | QuantizeScheme::Int4 | QuantizeScheme::Float16 => Some((
-                "this spec.optimize.recipe[].quantize.scheme",
-                "use Int8, Int8Dynamic or Int8Weights",
-            )),
-        }
-    })
+    optimize
+        .search
+        .as_ref()
+        .map(|_| ("spec.optimize.search", "write the techniques into spec.optimize.recipe"))
 }
 
 fn serving(spec: &ModelDeploymentSpec) -> Option<Refused> {

@@ -1,0 +1,29 @@
+//! Benchmarks: each sets a part of Plimsoll beside what people use today, on this machine, in the same run.
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+
+mod optimizer;
+mod process;
+
+#[derive(Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Pruning and quantisation beside torch and onnxruntime; writes target/bench/optimizer.json.
+    Optimizer(optimizer::Arguments),
+}
+
+/// Runs a benchmark.
+///
+/// # Errors
+/// Where a peer cannot be installed or a program fails.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    match &arguments.bench {
+        Bench::Optimizer(arguments) => optimizer::run(arguments),
+    }
+}

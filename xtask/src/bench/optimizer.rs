@@ -1,0 +1,368 @@
+//! The optimiser beside torch and onnxruntime: seconds, memory, and what quantisation loses.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use comfy_table::Table;
+use plimsoll_package::units::display_size;
+use serde::Serialize;
+
+use super::process::{Peers, Took, median};
+use crate::images::{self, program};
+use crate::{onnxruntime, progress, workspace};
+
+/// The Python that Debian's package python3-torch belongs to.
+const TORCH_PYTHON: &str = "/usr/bin/python3";
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Times that each program runs; ours and its peer take turns.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Size of the synthetic transformer in gigabytes; 0 leaves it out. Twice as much disk is needed.
+    #[arg(long, default_value_t = 10)]
+    gigabytes: u32,
+    /// Only this work; may be given several times.
+    #[arg(long)]
+    only: Vec<Work>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Work {
+    /// Pruning of weights in memory.
+    Prune,
+    /// A sentence encoder of 90 MB.
+    Minilm,
+    /// A transformer larger than memory.
+    Synthetic,
+}
+
+/// A piece of work, done by us and, where it has one, by a peer.
+#[derive(Serialize)]
+struct Row {
+    work: String,
+    peer: Option<String>,
+    ours: Took,
+    theirs: Option<Took>,
+    /// Median of the peer's seconds to ours, round by round; above 1 is ours faster.
+    speedup: Option<f64>,
+    /// Peak memory to the size of the model's file.
+    memory_to_file: Option<f64>,
+    /// Signal to noise of our result and of the peer's, in dB.
+    sqnr_db: Option<(f64, Option<f64>)>,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// Where a program or a peer cannot be had, or fails.
+pub(super) fn run(arguments: &Arguments) -> Result<()> {
+    let folder = workspace::target().join("bench");
+    fs::create_dir_all(&folder)?;
+    let programs = images::programs(&["plimsoll-optimizer"])?;
+    progress::phase("compiling the example magnitude", |bar| {
+        let mut command = program::release("build")?;
+        command.args(["--locked", "--package", "plimsoll-optimizer", "--example", "magnitude"]);
+        progress::run_logged(&mut command, &folder.join("magnitude.log"), bar)
+    })?;
+    let mut bench = Bench {
+        peers: Peers::install(&folder.join("peers.log"))?,
+        optimizer: programs.into_iter().next().context("one program was asked for")?,
+        library: onnxruntime::library()?,
+        models: folder.join("minilm"),
+        work: tempfile::tempdir_in(&folder)?,
+        rounds: arguments.rounds,
+        rows: Vec::new(),
+    };
+    let wants = |work| arguments.only.is_empty() || arguments.only.contains(&work);
+    if wants(Work::Prune) {
+        bench.prune()?;
+    }
+    if wants(Work::Minilm) {
+        bench.minilm()?;
+    }
+    if wants(Work::Synthetic) && arguments.gigabytes > 0 {
+        bench.synthetic(arguments.gigabytes)?;
+    }
+    println!("\n{}", table(&bench.rows));
+    let path = folder.join("optimizer.json");
+    fs::write(&path, serde_json::to_vec_pretty(&bench.rows)?)?;
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+struct Bench {
+    peers: Peers,
+    optimizer: PathBuf,
+    library: PathBuf,
+    models: PathBuf,
+    work: tempfile::TempDir,
+    rounds: u32,
+    rows: Vec<Row>,
+}
+
+/// What the work is done on, and what comes of it.
+struct Files<'a> {
+    /// The model.
+    model: &'a Path,
+    /// Our package.
+    ours: &'a Path,
+    /// The peer's model.
+    theirs: &'a Path,
+    /// The samples to compare outputs on.
+    samples: Option<&'a Path>,
+}
+
+impl Bench {
+    fn prune(&mut self) -> Result<()> {
+        let folder = self.optimizer.parent().context("a program lies in a folder")?;
+        let ours = folder.join("examples").join("magnitude");
+        let torch = Peers::has(TORCH_PYTHON, "torch");
+        if !torch {
+            eprintln!("  torch is left out (Debian: apt install python3-torch)");
+        }
+        for count in [22_300_000_u64, 100_700_000] {
+            let count = (count / 8192 * 8192).to_string();
+            let work = format!("prune 50% of {:.1} M weights in memory", count.parse::<f64>()? / 1e6);
+            let mut program = Command::new(&ours);
+            program.arg(&count);
+            let mut peer = Command::new(TORCH_PYTHON);
+            peer.arg(workspace::root().join("tests/bench/peer.py")).args(["prune", &count]);
+            // Both say how long the pruning alone took; memory is the whole process's.
+            let (mut own, mut others) = (vec![], vec![]);
+            let label = work.clone();
+            let (own_memory, other_memory) = progress::phase(&label, |_| {
+                for _ in 0..self.rounds {
+                    own.push(self.peers.ask(&mut program)?.parse::<f64>()?);
+                    if torch {
+                        others.push(self.peers.ask(&mut peer)?.parse::<f64>()?);
+                    }
+                }
+                let other = torch.then(|| self.peers.measure(&peer)).transpose()?;
+                Ok((self.peers.measure(&program)?.peak_bytes, other.map(|run| run.peak_bytes)))
+            })?;
+            let speedup = median(others.iter().zip(&own).map(|(other, own)| other / own).collect());
+            self.rows.push(Row {
+                work,
+                peer: torch.then(|| "torch global_unstructured".to_owned()),
+                ours: Took {
+                    seconds: median(own),
+                    peak_bytes: own_memory,
+                },
+                theirs: other_memory.map(|peak_bytes| Took {
+                    seconds: median(others),
+                    peak_bytes,
+                }),
+                speedup: torch.then_some(speedup),
+                memory_to_file: Some(own_memory as f64 / (count.parse::<f64>()? * 4.0)),
+                sqnr_db: None,
+            });
+        }
+        Ok(())
+    }
+
+    fn minilm(&mut self) -> Result<()> {
+        let model = self.models.join("minilm.onnx");
+        if !model.is_file() {
+            progress::phase("exporting MiniLM", |_| {
+                let mut export = self.peers.script("models/minilm/export.py");
+                self.peers.ask(export.arg(&self.models).arg("32")).map(drop)
+            })?;
+        }
+        let many = self.models.join("many");
+        if !many.join("calibration.npz").is_file() {
+            progress::phase("making 3,200 samples", |_| {
+                let mut export = self.peers.script("models/minilm/export.py");
+                self.peers.ask(export.arg(&many).arg("3200")).map(drop)
+            })?;
+        }
+        let (calibration, evaluation) = (self.models.join("calibration.npz"), self.models.join("evaluation.npz"));
+        let (package, other) = (self.work.path().join("package"), self.work.path().join("peer.onnx"));
+        let files = Files {
+            model: &model,
+            ours: &package,
+            theirs: &other,
+            samples: Some(&evaluation),
+        };
+        let ungated = ["--no-gate"];
+
+        let mut peer = self.peers.task("dynamic");
+        peer.arg(&model).arg(&other);
+        let ours = self.optimize(&files, "Int8Dynamic", &ungated)?;
+        self.compare(
+            "minilm int8 dynamic, no gate",
+            &ours,
+            Some(("onnxruntime quantize_dynamic", &peer)),
+            &files,
+        )?;
+
+        let mut infer = self.peers.task("infer");
+        infer.arg(&model).arg(package.join("model.onnx")).arg(&evaluation);
+        let mut ours = self.optimize(&files, "Int8Dynamic", &["--min-fidelity", "0.5"])?;
+        ours.arg("--evaluation").arg(&evaluation);
+        let silent = Files { samples: None, ..files };
+        self.compare(
+            "minilm int8 dynamic, gated on 32 samples",
+            &ours,
+            Some(("both models loaded and run in onnxruntime", &infer)),
+            &silent,
+        )?;
+
+        let mut peer = self.peers.task("static");
+        peer.arg(&model).arg(&other).arg(&calibration);
+        let mut ours = self.optimize(&files, "Int8Static", &ungated)?;
+        ours.arg("--calibration").arg(&calibration);
+        self.compare(
+            "minilm int8 static, 32 samples",
+            &ours,
+            Some(("onnxruntime quantize_static", &peer)),
+            &files,
+        )?;
+        let mut infer = self.peers.task("infer");
+        infer.arg(&model).arg(&calibration);
+        self.compare(
+            "minilm int8 static, 32 samples again",
+            &ours,
+            Some(("the calibration run alone in onnxruntime", &infer)),
+            &silent,
+        )?;
+        let mut ours = self.optimize(&files, "Int8Static", &ungated)?;
+        ours.arg("--calibration").arg(many.join("calibration.npz"));
+        self.compare("minilm int8 static, 3,200 samples", &ours, None, &silent)?;
+
+        let mut peer = self.peers.task("int4");
+        peer.arg(&model).arg(&other);
+        let ours = self.optimize(&files, "Int4", &ungated)?;
+        self.compare("minilm int4, no gate", &ours, Some(("onnxruntime MatMulNBits", &peer)), &files)?;
+
+        for (scheme, name) in [("Int8Weights", "int8 weights"), ("Float16", "fp16")] {
+            let ours = self.optimize(&files, scheme, &ungated)?;
+            self.compare(&format!("minilm {name}, no gate"), &ours, None, &files)?;
+        }
+        Ok(())
+    }
+
+    fn synthetic(&mut self, gigabytes: u32) -> Result<()> {
+        let model = self.work.path().join("synthetic.onnx");
+        progress::phase(&format!("writing a transformer of {gigabytes} GB"), |_| {
+            let mut synthesize = self.peers.task("synthesize");
+            self.peers.ask(synthesize.arg(&model).arg(gigabytes.to_string())).map(drop)
+        })?;
+        let package = self.work.path().join("synthetic");
+        let files = Files {
+            model: &model,
+            ours: &package,
+            theirs: &package,
+            samples: None,
+        };
+        let rounds = std::mem::replace(&mut self.rounds, 1);
+        for (scheme, name) in [("Int8Weights", "int8"), ("Int4", "int4")] {
+            let ours = self.optimize(&files, scheme, &["--no-gate"])?;
+            self.compare(
+                &format!("synthetic transformer of {gigabytes} GB, {name}, no gate"),
+                &ours,
+                None,
+                &files,
+            )?;
+        }
+        self.rounds = rounds;
+        Ok(())
+    }
+
+    /// The optimiser, told to quantise by `scheme`.
+    fn optimize(&self, files: &Files, scheme: &str, flags: &[&str]) -> Result<Command> {
+        let recipe = self.work.path().join(format!("{scheme}.yaml"));
+        fs::write(&recipe, format!("recipe:\n- quantize: {{scheme: {scheme}}}\n"))?;
+        let mut command = Command::new(&self.optimizer);
+        command
+            .arg("optimize")
+            .arg(files.model)
+            .arg("--recipe")
+            .arg(&recipe)
+            .arg("--output")
+            .arg(files.ours)
+            .args(flags)
+            .arg("--json")
+            .env("ORT_DYLIB_PATH", &self.library);
+        Ok(command)
+    }
+
+    /// Runs ours and the peer's in turns, and compares what they lose.
+    fn compare(&mut self, work: &str, ours: &Command, peer: Option<(&str, &Command)>, files: &Files) -> Result<()> {
+        let (mut own, mut others) = (vec![], vec![]);
+        progress::phase(work, |_| {
+            for _ in 0..self.rounds {
+                own.push(self.peers.measure(ours)?);
+                if let Some((_, peer)) = peer {
+                    others.push(self.peers.measure(peer)?);
+                }
+            }
+            Ok(())
+        })?;
+        let signal = |model: &Path, samples: &Path| -> Result<f64> {
+            let mut sqnr = self.peers.task("sqnr");
+            Ok(self.peers.ask(sqnr.arg(files.model).arg(model).arg(samples))?.parse()?)
+        };
+        let sqnr_db = files.samples.map(|samples| -> Result<_> {
+            let theirs = peer.map(|_| signal(files.theirs, samples)).transpose()?;
+            Ok((signal(&files.ours.join("model.onnx"), samples)?, theirs))
+        });
+        let size = |path: &Path| fs::metadata(path).map(|metadata| metadata.len()).unwrap_or_default();
+        let file = size(files.model) + size(&files.model.with_extension("onnx.data"));
+        let took = Took::of(&own);
+        self.rows.push(Row {
+            work: work.to_owned(),
+            peer: peer.map(|(name, _)| name.to_owned()),
+            ours: took,
+            theirs: peer.map(|_| Took::of(&others)),
+            speedup: peer.map(|_| median(others.iter().zip(&own).map(|(other, own)| other.seconds / own.seconds).collect())),
+            memory_to_file: Some(took.peak_bytes as f64 / file as f64),
+            sqnr_db: sqnr_db.transpose()?,
+        });
+        Ok(())
+    }
+}
+
+fn table(rows: &[Row]) -> Table {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header([
+        "work",
+        "ours",
+        "memory",
+        "to the file",
+        "peer",
+        "takes",
+        "memory",
+        "speed-up",
+        "SQNR",
+        "peer's",
+    ]);
+    let dash = || "-".to_owned();
+    for row in rows {
+        let decibels = |value: f64| format!("{value:.1} dB");
+        table.add_row([
+            row.work.clone(),
+            display_seconds(row.ours.seconds),
+            display_size(row.ours.peak_bytes),
+            row.memory_to_file.map_or_else(dash, |share| format!("{share:.2}x")),
+            row.peer.clone().unwrap_or_else(dash),
+            row.theirs.map_or_else(dash, |took| display_seconds(took.seconds)),
+            row.theirs.map_or_else(dash, |took| display_size(took.peak_bytes)),
+            row.speedup.map_or_else(dash, |speedup| format!("{speedup:.1}x")),
+            row.sqnr_db.map_or_else(dash, |(ours, _)| decibels(ours)),
+            row.sqnr_db.and_then(|(_, theirs)| theirs).map_or_else(dash, decibels),
+        ]);
+    }
+    table
+}
+
+fn display_seconds(seconds: f64) -> String {
+    if seconds < 1.0 {
+        format!("{:.0} ms", seconds * 1e3)
+    } else {
+        format!("{seconds:.2} s")
+    }
+}

@@ -89,7 +89,9 @@ fn fold_within(graph: &mut GraphProto, shapes: Option<&Shapes>, outer: Option<&S
         match folded {
             Some((output, constant)) => {
                 for input in &node.input {
-                    left.entry(input.clone()).and_modify(|count| *count -= 1);
+                    if let Some(count) = left.get_mut(input) {
+                        *count -= 1;
+                    }
                 }
                 scope.folded.insert(output.clone(), constant.tensor(&output));
                 results.push(output);

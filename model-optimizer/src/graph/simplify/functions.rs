@@ -9,8 +9,10 @@ use crate::graph::{Names, node};
 
 /// Most functions that call each other one within another.
 const DEPTH_MAX: usize = 64;
-/// Most nodes that are made.
+/// Most nodes that are made; long names count for more.
 const NODES_MAX: usize = 1 << 20;
+/// Bytes of a node's names that count as another node.
+const NAME_BYTES: usize = 64;
 
 /// The domain, the name and the overload by which a node calls a function.
 type Key = (String, String, String);
@@ -81,9 +83,11 @@ impl Inlining<'_> {
     /// Appends `nodes` to `made`, calls replaced by what they call.
     fn nodes(&mut self, nodes: Vec<NodeProto>, made: &mut Vec<NodeProto>, depth: usize) -> Result<(), String> {
         for mut node in nodes {
+            let values = node.input.iter().chain(&node.output);
+            let names = values.map(String::len).sum::<usize>() + node.name().len();
             self.nodes_left = self
                 .nodes_left
-                .checked_sub(1)
+                .checked_sub(1 + names / NAME_BYTES)
                 .ok_or_else(|| format!("its functions make more than {NODES_MAX} nodes"))?;
             let key = (node.domain().to_owned(), node.op_type().to_owned(), node.overload().to_owned());
             match self.bodies.get(&key).copied() {

@@ -22,7 +22,7 @@ pub(super) fn share(graph: &mut GraphProto) {
     let mut alike: HashMap<(i32, &[i64]), Vec<usize>> = HashMap::new();
     for (place, tensor) in graph.initializer.iter().enumerate() {
         if is_shared(tensor) && !outputs.contains(tensor.name()) {
-            alike.entry((tensor.data_type(), &tensor.dims)).or_default().push(place);
+            alike.entry((tensor.data_type(), &tensor.dims[..])).or_default().push(place);
         }
     }
     // Only what has a twin in shape is read.

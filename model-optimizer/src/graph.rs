@@ -7,7 +7,9 @@ use plimsoll_runtime::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto,
 
 pub mod dependency;
 pub mod elements;
+// The whole-program tests build with what the unit tests leave.
 #[cfg(test)]
+#[allow(dead_code)]
 pub(crate) mod generator;
 pub mod operators;
 pub mod opset;

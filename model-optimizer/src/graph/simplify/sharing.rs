@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{Hash as _, Hasher as _};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{GraphProto, TensorProto};
+use plimsoll_runtime::onnx::{GraphProto, TensorProto, mapping};
 
 use super::constant::Constant;
 use super::{collect_outputs, rename_reads, subgraphs_mut};
@@ -42,7 +42,10 @@ pub(super) fn share(graph: &mut GraphProto) {
         for place in places {
             let tensor = &graph.initializer[place];
             let Some(constant) = Constant::of(tensor) else { continue };
-            match firsts.iter().find(|(_, first)| *first == constant) {
+            let twin = firsts.iter().find(|(_, first)| *first == constant);
+            // What was compared need not stay in memory.
+            mapping::release(&constant.bytes);
+            match twin {
                 Some((first, _)) => drop(renamed.insert(tensor.name().to_owned(), graph.initializer[*first].name().to_owned())),
                 None => firsts.push((place, constant)),
             }

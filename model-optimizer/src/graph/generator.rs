@@ -163,6 +163,17 @@ impl Builder {
         name
     }
 
+    /// Rows of a table, looked up by an input of `length` numbers that takes the place of the one there was.
+    pub(crate) fn embedding(&mut self, length: usize, features: usize) -> Value {
+        let mut input = declared("x", &[length]);
+        if let Some(type_proto::Value::TensorType(tensor)) = input.r#type.as_mut().and_then(|kind| kind.value.as_mut()) {
+            tensor.elem_type = Some(DataType::Int64 as i32);
+        }
+        self.graph.input = vec![input];
+        let table = self.constant(&[20, features], 0.0);
+        self.push("Gather", &[&table, "x"], vec![], &[length, features])
+    }
+
     /// A node with the shape of its output, the batch left out.
     pub(crate) fn push(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<AttributeProto>, shape: &[usize]) -> Value {
         let name = self.fresh("v");
@@ -353,7 +364,10 @@ fn dense(seed: u64) -> ModelProto {
 
 fn transformer(seed: u64) -> ModelProto {
     let (mut builder, input) = Builder::new(seed, &[5, 6]);
-    let mut value = builder.product(&input, 16, true);
+    let mut value = match builder.below(2) {
+        0 => builder.embedding(5, 16),
+        _ => builder.product(&input, 16, true),
+    };
     for _ in 0..1 + builder.below(2) {
         let heads = [2, 4, 8][builder.below(3)];
         let attended = builder.attention(&value, heads);

@@ -9,7 +9,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-/// Damaged files that are made of each kind.
+/// Damaged files that are made of each kind; `PLIMSOLL_FUZZ_DAMAGED` asks for more of them.
 const DAMAGED: u64 = 3000;
 /// Most bytes of memory that this process ever held: what tests themselves take, and all readers at once.
 const MEMORY_BYTES_MAX: u64 = 400 << 20;
@@ -107,7 +107,8 @@ fn check(kind: &str, target: fn(&[u8], &Path)) {
         run(bytes, &path.file_name().unwrap().to_string_lossy());
     }
     let mut random = Random(0x5eed);
-    for number in 0..DAMAGED {
+    let asked = std::env::var("PLIMSOLL_FUZZ_DAMAGED").ok().and_then(|count| count.parse().ok());
+    for number in 0..asked.unwrap_or(DAMAGED) {
         let (one, other) = (random.below(corpus.len()), random.below(corpus.len()));
         let bytes = damaged(&corpus[one].1, &corpus[other].1, &mut random);
         run(&bytes, &number.to_string());

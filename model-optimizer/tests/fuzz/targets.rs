@@ -14,7 +14,7 @@ use plimsoll_runtime::onnx;
 const UNPACKED_BYTES_MAX: u64 = 4 << 20;
 
 /// Reads `bytes` as a model in `folder`, beside which the file `weights` lies, and does with it what comes before compression.
-pub fn model(bytes: &[u8], folder: &Path) {
+pub(crate) fn model(bytes: &[u8], folder: &Path) {
     let path = folder.join("model.onnx");
     fs::write(&path, bytes).unwrap();
     let Ok(mut model) = onnx::read(&path) else { return };
@@ -31,7 +31,7 @@ pub fn model(bytes: &[u8], folder: &Path) {
 }
 
 /// Reads `bytes` as a dataset in `folder`, for models that take pictures, vectors and texts.
-pub fn dataset(bytes: &[u8], folder: &Path) {
+pub(crate) fn dataset(bytes: &[u8], folder: &Path) {
     let path = folder.join("data");
     fs::write(&path, bytes).unwrap();
     let spec = |name: &str, datatype, shape: &[i64]| TensorSpec {

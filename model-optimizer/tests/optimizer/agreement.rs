@@ -1,16 +1,22 @@
 //! What every scheme of quantisation gives loads on the engines that may serve it, and agrees with the original.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
+use plimsoll_optimizer::calibration::Calibration;
+use plimsoll_optimizer::compress::{self, Setting};
 use plimsoll_optimizer::convert;
-use plimsoll_package::manifest::{Engine as EngineKind, Manifest, Probe};
-use plimsoll_package::report::{Report, Verdict};
-use plimsoll_runtime::engine::{self, LoadOptions, probe};
+use plimsoll_optimizer::evaluate::dataset::Dataset;
+use plimsoll_optimizer::graph::simplify::simplify;
+use plimsoll_optimizer::progress::Console;
+use plimsoll_package::manifest::Engine as EngineKind;
+use plimsoll_package::recipe::Technique;
+use plimsoll_runtime::engine::{self, Engine, LoadOptions};
+use plimsoll_runtime::onnx::{self, ModelProto};
+use serde_json::json;
 
-use super::{generator, model, onnxruntime, program};
+use super::{generator, model, onnxruntime};
 
-/// Every scheme with the least signal to noise ratio that it keeps, in decibels, and whether tract runs what it gives.
+/// Every scheme with the least signal to noise ratio that it keeps of each output, in decibels, and whether tract runs what it gives.
 const SCHEMES: [(&str, f64, bool); 7] = [
     ("Float16", 50.0, true),
     ("Int8Weights", 30.0, true),
@@ -20,65 +26,64 @@ const SCHEMES: [(&str, f64, bool); 7] = [
     ("Int8Static", 15.0, true),
     ("Int4", 10.0, false),
 ];
+/// Most batches that are compared.
+const BATCHES: usize = 2;
 
-/// Optimises by that scheme and returns the report; `data` are samples, drawn ones where there are none.
-fn optimize(source: &Path, scheme: &str, data: Option<&Path>, package: &Path) -> Report {
-    let recipe = package.with_extension("yaml");
-    let calibration = data
-        .map(|data| format!("calibration: {{uri: \"{}\"}}\n", data.display()))
-        .unwrap_or_default();
-    fs::write(
-        &recipe,
-        format!("recipe: [{{quantize: {{scheme: {scheme}}}}}]\n{calibration}budget: {{minFidelity: \"0.9\"}}\n"),
-    )
-    .unwrap();
-    let mut command = program();
-    command
-        .arg("optimize")
-        .arg(source)
-        .arg("--recipe")
-        .arg(&recipe)
-        .arg("--output")
-        .arg(package)
-        .arg("--json");
-    let output = command.output().unwrap();
-    assert!(
-        output.status.success(),
-        "{} as {scheme}: {}",
-        source.display(),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    serde_json::from_slice(&output.stdout).unwrap()
+fn load(kind: EngineKind, model: &ModelProto, fold_dequantize: bool) -> Result<Box<dyn Engine>, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.onnx");
+    convert::write(model, &path).unwrap();
+    let options = LoadOptions {
+        fold_dequantize,
+        library: Some(onnxruntime()),
+        ..LoadOptions::default()
+    };
+    engine::load(kind, &path, &options).map_err(|error| error.to_string())
 }
 
-fn check(source: &Path, data: Option<&Path>) {
-    let folder = tempfile::tempdir().unwrap();
-    for (scheme, sqnr_db_min, in_tract) in SCHEMES {
-        let package = folder.path().join(scheme);
-        let report = optimize(source, scheme, data, &package);
-        let name = format!("{} as {scheme}", source.display());
-        assert_eq!(report.gate.verdict, Verdict::WithinBudget);
-        for output in &report.outputs {
-            assert!(output.sqnr_db.is_none_or(|sqnr_db| sqnr_db >= sqnr_db_min), "{name}: {output:?}");
-        }
-        let manifest = Manifest::read(&package).unwrap();
-        let recorded = Probe::read(&package).unwrap();
-        for measured in &report.engines {
-            let refused = measured.refused.as_deref();
-            assert!(
-                measured.engine == EngineKind::Tract && !in_tract || refused.is_none(),
-                "{name}, {}: {refused:?}",
-                measured.engine
-            );
-            if refused.is_none() {
-                let options = LoadOptions {
-                    fold_dequantize: manifest.fold_dequantize,
-                    library: Some(onnxruntime()),
-                    ..LoadOptions::default()
-                };
-                let engine = engine::load(measured.engine, &package.join("model.onnx"), &options).unwrap();
-                probe::check(&*engine, &recorded).unwrap_or_else(|error| panic!("{name}, {}: {error}", measured.engine));
+/// The least signal to noise ratio of an output, in decibels.
+fn sqnr_db(before: &dyn Engine, after: &dyn Engine, samples: &Dataset) -> Result<f64, String> {
+    let mut sums = vec![(0.0, 0.0); before.outputs().len()];
+    for range in samples.batches().take(BATCHES) {
+        let inputs = samples.batch(range).unwrap();
+        let given = after.run(&inputs).map_err(|error| error.to_string())?;
+        for ((sums, before), after) in sums.iter_mut().zip(before.run(&inputs).unwrap()).zip(given) {
+            assert_eq!(before.shape(), after.shape());
+            for (before, after) in before.data().to_f64().unwrap().iter().zip(after.data().to_f64().unwrap()) {
+                sums.0 += before * before;
+                sums.1 += (after - before).powi(2);
             }
+        }
+    }
+    let ratio = |(signal, noise): &(f64, f64)| 10.0 * (signal / noise.max(f64::MIN_POSITIVE)).log10();
+    Ok(sums.iter().map(ratio).fold(f64::INFINITY, f64::min))
+}
+
+fn check(name: &str, mut original: ModelProto, data: &Path) {
+    simplify(&mut original).unwrap();
+    let (inputs, _) = onnx::signature(&original).unwrap();
+    let samples = Dataset::read(data, &inputs, None, 1 << 30).unwrap();
+    let calibration = Calibration::new(samples.clone(), 1);
+    let engines = [EngineKind::OnnxRuntime, EngineKind::Tract];
+    let before = engines.map(|kind| load(kind, &original, false).unwrap());
+    for (scheme, sqnr_db_min, in_tract) in SCHEMES {
+        let entry: Technique = serde_json::from_value(json!({"quantize": {"scheme": scheme}})).unwrap();
+        let setting = Setting {
+            calibration: Some(&calibration),
+            original: &original,
+            threads: 1,
+            console: &Console::silent(),
+        };
+        let mut compressed = original.clone();
+        let change = compress::technique(&entry).unwrap().apply(&mut compressed, &setting).unwrap();
+        for before in &before {
+            let kind = before.kind();
+            if kind == EngineKind::Tract && !in_tract {
+                continue;
+            }
+            let measured = load(kind, &compressed, change.fold_dequantize).and_then(|after| sqnr_db(&**before, &*after, &samples));
+            let measured = measured.unwrap_or_else(|error| panic!("{name} as {scheme}, {kind}: {error}"));
+            assert!(measured >= sqnr_db_min, "{name} as {scheme}, {kind}: {measured:.1} dB");
         }
     }
 }
@@ -86,14 +91,12 @@ fn check(source: &Path, data: Option<&Path>) {
 #[test]
 fn digits_agree_in_every_scheme() {
     for name in ["digits/digits-v1.onnx", "digits/digits-v2.onnx"] {
-        check(&model(name), Some(&model("digits/digits-heldout.npz")));
+        check(name, onnx::read(&model(name)).unwrap(), &model("digits/digits-heldout.npz"));
     }
 }
 
 #[test]
 fn a_block_of_a_transformer_agrees_in_every_scheme() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("block.onnx");
     let (mut builder, x) = generator::Builder::new(42, &[12, 64]);
     let attended = builder.attention(&x, 4);
     let sum = builder.add(&attended, &x);
@@ -101,32 +104,25 @@ fn a_block_of_a_transformer_agrees_in_every_scheme() {
     let inner = builder.feed_forward(&normal, 128);
     let sum = builder.add(&inner, &normal);
     let y = builder.layer_norm(&sum);
-    convert::write(&builder.finish(&y), &path).unwrap();
-    // Samples of the same distribution as the drawn ones, but others.
-    let data = folder.path().join("samples.npy");
-    let mut state = 1_u64;
-    let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 24) as f32
-    };
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    // Numbers that are about normally distributed.
+    let mut next = || builder.below(1 << 20) as f32 / (1 << 20) as f32;
+    let values: Vec<f32> = (0..16 * 12 * 64).map(|_| (0..12).map(|_| next()).sum::<f32>() - 6.0).collect();
     let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (16, 12, 64), }";
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
     bytes.extend((header.len() as u16).to_le_bytes());
     bytes.extend(header.as_bytes());
-    bytes.extend((0..16 * 12 * 64).flat_map(|_| ((0..12).map(|_| next()).sum::<f32>() - 6.0).to_le_bytes()));
-    fs::write(&data, bytes).unwrap();
-    check(&path, Some(&data));
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    let data = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(data.path(), bytes).unwrap();
+    check("a block of a transformer", builder.finish(&y), data.path());
 }
 
 #[test]
 fn magika_agrees_in_every_scheme() {
     let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(|| std::env::home_dir().unwrap().join(".cache"), PathBuf::from);
-    let magika = cache.join("plimsoll/magika");
-    let source = std::env::var_os("PLIMSOLL_MAGIKA").map_or_else(|| magika.join("magika.onnx"), PathBuf::from);
+    let source = std::env::var_os("PLIMSOLL_MAGIKA").map_or_else(|| cache.join("plimsoll/magika/magika.onnx"), PathBuf::from);
     if !source.is_file() {
         return println!("skipped: {} is missing; tests/models/magika/fetch.py fetches it", source.display());
     }
-    check(&source, Some(&source.with_file_name("magika-inputs.npz")));
+    check("magika", onnx::read(&source).unwrap(), &source.with_file_name("magika-inputs.npz"));
 }

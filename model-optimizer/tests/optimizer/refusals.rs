@@ -246,9 +246,6 @@ fn weights_that_are_no_numbers_are_refused_or_left_alone_and_listed() {
             );
         }
     }
-    // Without a technique it is the gate that finds it.
-    let line = said(&optimize(&path, &folder.path().join("gated"), &[]), exit_code::UNUSABLE);
-    assert!(line.contains("NaN or infinity"), "{line}");
 }
 
 /// An archive of arrays of floats, each with the shape that comes with it.

@@ -117,11 +117,9 @@ fn is_halved(
     if large && is_among(PASSES_ON, node) {
         beyond.extend(node.output.iter().cloned());
     }
-    let known = node
-        .output
-        .iter()
-        .filter(|name| !name.is_empty())
-        .all(|name| types.contains_key(name));
+    // What makes a value of unknown type may make it in single precision.
+    let values = node.input.iter().chain(&node.output);
+    let known = values.filter(|name| !name.is_empty()).all(|name| types.contains_key(name));
     let floats = node.input.iter().any(|name| is_float(&name)) && node.output.iter().any(|name| is_float(&name));
     if !floats {
         return false;

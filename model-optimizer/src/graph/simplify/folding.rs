@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{GraphProto, NodeProto, TensorProto, ValueInfoProto};
+use plimsoll_runtime::onnx::{GraphProto, NodeProto, TensorProto};
 
 use super::constant::Constant;
 use super::operators::{self, evaluate};
@@ -154,7 +154,7 @@ mod tests {
     use crate::graph::generator::{Builder, assert_same, declared};
     use crate::graph::simplify::simplify;
     use crate::graph::{float_tensor, integer, integers, node, tensor};
-    use plimsoll_runtime::onnx::{AttributeProto, ModelProto, TensorShapeProto, TypeProto, tensor_shape_proto, type_proto};
+    use plimsoll_runtime::onnx::{AttributeProto, ModelProto, TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto};
 
     fn numbers(name: &str, shape: &[usize], values: &[i64]) -> TensorProto {
         Constant::of_integers(shape.to_vec(), values).tensor(name)

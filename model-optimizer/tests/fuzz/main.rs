@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 /// Damaged files that are made of each kind; `PLIMSOLL_FUZZ_DAMAGED` asks for more of them.
-const DAMAGED: u64 = 3000;
+const DAMAGED: u64 = 2000;
 /// Most bytes of memory that this process ever held: what tests themselves take, and all readers at once.
 const MEMORY_BYTES_MAX: u64 = 400 << 20;
 

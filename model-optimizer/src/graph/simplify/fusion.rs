@@ -28,56 +28,75 @@ pub(super) fn fuse(graph: &mut GraphProto, version: i64) {
 }
 
 fn fuse_within(graph: &mut GraphProto, version: i64, names: &mut Names) {
-    let counts = reads(graph);
-    let places: HashMap<&str, usize> = graph
-        .initializer
-        .iter()
-        .enumerate()
-        .map(|(place, tensor)| (tensor.name(), place))
-        .collect();
-    let makers: HashMap<&str, usize> = graph
-        .node
-        .iter()
-        .enumerate()
-        .flat_map(|(index, node)| node.output.iter().map(move |output| (output.as_str(), index)))
-        .collect();
-    let mut fusions = Vec::new();
-    for (index, node) in graph.node.iter().enumerate().filter(|(_, node)| is_normalization(node, version)) {
-        let Some(&convolution) = node.input.first().and_then(|input| makers.get(input.as_str())) else {
-            continue;
-        };
-        let produced = &graph.node[convolution];
-        let alone = |name: &str| counts.get(name) == Some(&1);
-        let Some(weight) = produced.input.get(1).and_then(|name| places.get(name.as_str())) else {
-            continue;
-        };
-        if is_convolution(produced)
-            && alone(&node.input[0])
-            && alone(&produced.input[1])
-            && let Some((weights, bias)) = fused(graph, produced, node, &places)
-        {
-            fusions.push((index, convolution, *weight, weights, bias));
-        }
+    // A normalisation may follow another one.
+    while fuse_once(graph, version, names) {}
+    for body in graph.node.iter_mut().flat_map(subgraphs_mut) {
+        fuse_within(body, version, names);
     }
-    for (normalization, convolution, weight, weights, bias) in fusions {
-        let tensor = &mut graph.initializer[weight];
+}
+
+/// A normalisation and the convolution before it, by their places, and the weight with its new values and bias.
+struct Fusion {
+    normalization: usize,
+    convolution: usize,
+    weight: usize,
+    values: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+/// Fuses the normalisations that follow a convolution now; says whether there was any.
+fn fuse_once(graph: &mut GraphProto, version: i64, names: &mut Names) -> bool {
+    let fusions = fusions(graph, version);
+    let found = !fusions.is_empty();
+    for fusion in fusions {
+        let tensor = &mut graph.initializer[fusion.weight];
         let dims: Vec<usize> = tensor.dims.iter().map(|&size| size as usize).collect();
-        *tensor = float_tensor(&tensor.name().to_owned(), &dims, &weights);
-        let output = std::mem::take(&mut graph.node[normalization].output);
-        let bias_name = names.fresh(&format!("{}_bias", output[0]));
-        graph.initializer.push(float_tensor(&bias_name, &[bias.len()], &bias));
-        let node = &mut graph.node[convolution];
+        *tensor = float_tensor(&tensor.name().to_owned(), &dims, &fusion.values);
+        let output = std::mem::take(&mut graph.node[fusion.normalization].output);
+        let bias = names.fresh(&format!("{}_bias", output[0]));
+        graph.initializer.push(float_tensor(&bias, &[fusion.bias.len()], &fusion.bias));
+        let node = &mut graph.node[fusion.convolution];
         node.output = output;
         node.input.truncate(2);
-        node.input.push(bias_name);
+        node.input.push(bias);
     }
     // What a fused normalisation made is the convolution's now.
     graph
         .node
         .retain(|node| !(is_standard(node) && node.op_type() == "BatchNormalization" && node.output.is_empty()));
-    for body in graph.node.iter_mut().flat_map(subgraphs_mut) {
-        fuse_within(body, version, names);
-    }
+    found
+}
+
+fn fusions(graph: &GraphProto, version: i64) -> Vec<Fusion> {
+    let counts = reads(graph);
+    let tensors = graph.initializer.iter().enumerate();
+    let places: HashMap<&str, usize> = tensors.map(|(place, tensor)| (tensor.name(), place)).collect();
+    let nodes = graph.node.iter().enumerate();
+    let makers: HashMap<&str, usize> = nodes
+        .clone()
+        .flat_map(|(index, node)| node.output.iter().map(move |output| (output.as_str(), index)))
+        .collect();
+    let fusion = |(normalization, node): (usize, &NodeProto)| {
+        let convolution = *makers.get(node.input[0].as_str())?;
+        let produced = &graph.node[convolution];
+        let alone = |name: &str| counts.get(name) == Some(&1);
+        let weight = *places.get(produced.input.get(1)?.as_str())?;
+        if !is_convolution(produced) || !alone(&node.input[0]) || !alone(&produced.input[1]) {
+            return None;
+        }
+        let (values, bias) = fused(graph, produced, node, &places)?;
+        Some(Fusion {
+            normalization,
+            convolution,
+            weight,
+            values,
+            bias,
+        })
+    };
+    nodes
+        .filter(|(_, node)| is_normalization(node, version))
+        .filter_map(fusion)
+        .collect()
 }
 
 fn is_convolution(node: &NodeProto) -> bool {
@@ -194,6 +213,19 @@ mod tests {
                 assert_same(&before, &after, 1e-5);
             }
         }
+    }
+
+    #[test]
+    fn one_normalisation_after_another_goes_too() {
+        let (mut builder, x) = Builder::new(11, &[4, 6, 6]);
+        let value = convolution(&mut builder, &x, "Conv", 1, false);
+        let value = builder.batch_norm(&value);
+        let value = builder.batch_norm(&value);
+        let before = builder.finish(&value);
+        let mut after = before.clone();
+        simplify(&mut after).unwrap();
+        assert_eq!(operators(&after), ["Conv"]);
+        assert_same(&before, &after, 1e-5);
     }
 
     #[test]

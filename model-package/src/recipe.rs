@@ -236,7 +236,7 @@ pub enum QuantizeScheme {
     /// 8-bit integers, for each operator in the way that measures best: dynamic or weight-only.
     Int8,
     /// 8-bit weights, and activations quantised on the fly, for MatMul and Gemm; weight-only for convolutions, which dynamic quantisation
-    /// makes slower.
+    /// makes slower, and for recurrences.
     Int8Dynamic,
     /// 8-bit weights, computed in 32-bit floats.
     Int8Weights,

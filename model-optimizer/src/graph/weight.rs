@@ -25,6 +25,8 @@ pub enum Operator {
     MatMulLeft,
     /// A table of rows that are looked up.
     Gather,
+    /// The weights of an `LSTM`, `GRU` or `RNN` for its input or its state: directions, gates times hidden units, inputs.
+    Recurrent,
 }
 
 impl Operator {
@@ -33,7 +35,7 @@ impl Operator {
     pub fn channel_axis(self, rank: usize) -> usize {
         match self {
             Self::Conv | Self::Gather | Self::Gemm { transposed: true } => 0,
-            Self::ConvTranspose | Self::Gemm { transposed: false } => 1,
+            Self::ConvTranspose | Self::Gemm { transposed: false } | Self::Recurrent => 1,
             Self::MatMul => rank - 1,
             Self::MatMulLeft => rank - 2,
         }
@@ -60,7 +62,7 @@ impl Operator {
             Self::Conv | Self::Gemm { transposed: true } => Some(1),
             Self::ConvTranspose | Self::Gemm { transposed: false } => Some(0),
             Self::MatMul => Some(rank - 2),
-            Self::MatMulLeft => Some(rank - 1),
+            Self::MatMulLeft | Self::Recurrent => Some(rank - 1),
             Self::Gather => None,
         }
     }
@@ -75,7 +77,7 @@ impl Operator {
             Self::ConvTranspose | Self::Gemm { transposed: false } => (0, 1),
             Self::Gemm { transposed: true } | Self::Gather => (1, 2),
             Self::MatMul => (rank - 2, rank - 1),
-            Self::MatMulLeft => (rank - 1, rank),
+            Self::MatMulLeft | Self::Recurrent => (rank - 1, rank),
         };
         Rows {
             outer: dims[..first].iter().product(),
@@ -159,12 +161,13 @@ fn operator(node: &NodeProto, input: usize) -> Option<Operator> {
         }),
         ("MatMul", 1) => Some(Operator::MatMul),
         ("MatMul", 0) => Some(Operator::MatMulLeft),
+        ("LSTM" | "GRU" | "RNN", 1 | 2) => Some(Operator::Recurrent),
         ("Gather", 0) if attribute(node, "axis").is_none_or(|attribute| attribute.i() == 0) => Some(Operator::Gather),
         _ => None,
     }
 }
 
-/// A weight of convolutions and matrix products.
+/// A weight of convolutions, matrix products and recurrences.
 pub struct ProductWeight<'a> {
     /// The initialiser.
     pub tensor: &'a mut TensorProto,
@@ -172,7 +175,7 @@ pub struct ProductWeight<'a> {
     pub operators: Vec<Operator>,
 }
 
-/// The weights of convolutions and matrix products in `graph` and in the branches and loop bodies within, in the order of the nodes
+/// The weights of convolutions, matrix products and recurrences in `graph` and in the branches and loop bodies within, in the order of the nodes
 /// that first use them. Tables that are only looked up are none.
 #[must_use]
 pub fn of_products(graph: &mut GraphProto) -> Vec<ProductWeight<'_>> {

@@ -72,6 +72,7 @@ impl Layout {
             }
             Operator::ConvTranspose => Err("it is of a transposed convolution, whose windows overlap in the output"),
             Operator::Gather => Err("it is a table that is looked up"),
+            Operator::Recurrent => Err("it is of a recurrence, whose state no sample shows"),
         }
     }
 

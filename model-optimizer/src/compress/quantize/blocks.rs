@@ -123,7 +123,7 @@ fn products(graph: &GraphProto, exclusion: &Exclusion, change: &mut Change) -> V
                 }
                 Operator::MatMul | Operator::Gemm { .. } => "its product is scaled, or of a transposed activation",
                 Operator::MatMulLeft => "its product is from the left",
-                _ => "blocks are of matrix products alone, and this is a convolution",
+                _ => "blocks are of matrix products alone, and this is of a convolution or a recurrence",
             },
             [_] => "blocks are of matrices, and this has more axes or is empty",
             _ => "several nodes use it",

@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 
 use plimsoll_package::recipe::Granularity;
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, weights};
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, mapping, weights};
 use prost::Message as _;
 
 use super::integers::{self, PRODUCT_WEIGHT_MAX, Quantized, WEIGHT_MAX};
@@ -163,10 +163,17 @@ impl Rewriting<'_> {
         let products = (self.technique.products == Products::Dynamic).then(products).flatten();
         let largest = if products.is_some() { PRODUCT_WEIGHT_MAX } else { WEIGHT_MAX };
         let channels = (self.technique.granularity == Granularity::PerChannel).then_some(axis);
-        let values = weights::floats(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
-        let quantized =
-            integers::quantize(&values, &shape, channels, largest).map_err(|_| unreadable(&found.name, "it holds NaN or infinity"))?;
-        drop(values);
+        // The bytes of a file are floats wherever they lie; a copy would take as much memory again.
+        let bytes = original.raw_data().as_chunks::<4>().0;
+        let in_place = original.data_type() == DataType::Float as i32 && bytes.len() == shape.iter().product::<usize>();
+        let quantized = if in_place {
+            integers::quantize(bytes, &shape, channels, largest)
+        } else {
+            let values = weights::floats(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
+            integers::quantize(&values, &shape, channels, largest)
+        };
+        let quantized = quantized.map_err(|_| unreadable(&found.name, "it holds NaN or infinity"))?;
+        mapping::release(original.raw_data());
         let stored = Stored {
             found,
             shape: &shape,
@@ -188,8 +195,8 @@ impl Rewriting<'_> {
     }
 
     fn folds(&self, found: &Weight) -> bool {
-        let convolves = |used: &Use| matches!(used.operator, Operator::Conv | Operator::ConvTranspose);
-        self.technique.products != Products::WeightOnly { fold: false } || found.uses.iter().any(convolves)
+        let by_floats = |used: &Use| matches!(used.operator, Operator::Conv | Operator::ConvTranspose | Operator::Recurrent);
+        self.technique.products != Products::WeightOnly { fold: false } || found.uses.iter().any(by_floats)
     }
 
     fn dynamic(&mut self, stored: Stored, products: &[Product]) -> (Vec<TensorProto>, Vec<(usize, Replacement)>) {
@@ -436,6 +443,35 @@ mod tests {
 
     fn ids() -> Vec<Tensor> {
         vec![Tensor::new(vec![6], vec![0_i64, 39, 7, 7, 21, 3]).unwrap()]
+    }
+
+    #[test]
+    fn the_weights_of_a_recurrence_are_stored_in_integers_and_computed_in_floats() {
+        let (inputs, hidden) = (24, 16);
+        let original = model(
+            vec![value("x", DataType::Float, &[2, inputs as i64])],
+            vec![named(
+                "recurrence",
+                node("LSTM", &["x", "w", "r"], "y", vec![integer("hidden_size", hidden as i64)]),
+            )],
+            vec![
+                float_tensor("w", &[1, 4 * hidden, inputs], &numbers(4 * hidden * inputs, 1)),
+                float_tensor("r", &[1, 4 * hidden, hidden], &numbers(4 * hidden * hidden, 2)),
+            ],
+            vec![value("y", DataType::Float, &[1, 2, hidden as i64])],
+        );
+        let sample = [Tensor::new(vec![7, 2, inputs], numbers(14 * inputs, 3)).unwrap()];
+        let before = run(EngineKind::OnnxRuntime, &original, true, &sample);
+        let (model, change) = apply(&original, &Quantize::of(QuantizeScheme::Int8Dynamic), None).unwrap();
+        assert_eq!(
+            (change.changed.as_slice(), change.fold_dequantize),
+            (&["w".to_owned(), "r".to_owned()][..], true)
+        );
+        assert!(model.encoded_len() * 3 < original.encoded_len());
+        for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
+            let sqnr = sqnr(&before, &run(kind, &model, true, &sample));
+            assert!(sqnr > 30.0, "{kind}: {sqnr:.1} dB");
+        }
     }
 
     #[test]

@@ -147,7 +147,8 @@ fn split_biases(graph: &mut onnx::GraphProto) {
         let product = format!("{}/without-bias", node.output[0]);
         let sum = onnx::NodeProto {
             op_type: Some("Add".to_owned()),
-            name: Some(format!("{}/bias", node.name())),
+            // Names are unique in tract, and nodes may have none; values have their own.
+            name: Some(format!("{}/bias", node.output[0])),
             input: vec![product.clone(), node.input.remove(2)],
             output: std::mem::replace(&mut node.output, vec![product]),
             ..onnx::NodeProto::default()

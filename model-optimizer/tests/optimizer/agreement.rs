@@ -18,7 +18,7 @@ use super::{generator, model, onnxruntime};
 
 /// Every scheme with the least signal to noise ratio that it keeps of each output, in decibels, and whether tract runs what it gives.
 const SCHEMES: [(&str, f64, bool); 7] = [
-    ("Float16", 50.0, true),
+    ("Float16", 40.0, true),
     ("Int8Weights", 30.0, true),
     ("Int8Blocks", 30.0, false),
     ("Int8", 15.0, true),

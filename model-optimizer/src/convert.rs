@@ -20,7 +20,10 @@ mod content;
 pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: Option<usize>) -> Result<(), Failure> {
     content::check_is_onnx(uri, path)?;
     let mut model = read(uri, path)?;
-    graph::simplify::simplify(&mut model);
+    graph::simplify::simplify(&mut model).map_err(|why| {
+        let message = format!("{uri} is a broken ONNX model: {why}");
+        failure(FailureReason::UnreadableModel, message)
+    })?;
     onnx::signature(&model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))?;
     crate::step::make_folder_of(destination)?;
     graph::serialize::write_referring(&model, destination).map_err(disk("write", destination))?;

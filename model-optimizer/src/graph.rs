@@ -7,7 +7,9 @@ use plimsoll_runtime::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto,
 
 pub mod dependency;
 pub mod elements;
+// The whole-program tests build with what the unit tests leave.
 #[cfg(test)]
+#[allow(dead_code)]
 pub(crate) mod generator;
 pub mod operators;
 pub mod opset;
@@ -51,8 +53,8 @@ fn count_reads<'a>(graph: &'a GraphProto, reads: &mut HashMap<&'a str, usize>) {
         .for_each(|subgraph| count_reads(subgraph, reads));
 }
 
-/// Names that are not taken in a graph.
-pub struct Names(HashSet<String>);
+/// Names that are not taken in a graph: those that are, each with the number that was last put behind it.
+pub struct Names(HashMap<String, usize>);
 
 impl Names {
     /// Of everything in `graph`.
@@ -60,17 +62,21 @@ impl Names {
     pub fn of(graph: &GraphProto) -> Self {
         let mut taken = HashSet::new();
         collect_names(graph, &mut taken);
-        Self(taken)
+        Self(taken.into_iter().map(|name| (name, 1)).collect())
     }
 
     /// A name that begins with `stem` and is taken from now on.
     pub fn fresh(&mut self, stem: &str) -> String {
         let mut name = stem.to_owned();
-        let mut count = 1;
-        while !self.0.insert(name.clone()) {
-            count += 1;
-            name = format!("{stem}_{count}");
+        if let Some(&last) = self.0.get(stem) {
+            let mut count = last;
+            while self.0.contains_key(&name) {
+                count += 1;
+                name = format!("{stem}_{count}");
+            }
+            self.0.insert(stem.to_owned(), count);
         }
+        self.0.insert(name.clone(), 1);
         name
     }
 }

@@ -3,6 +3,9 @@
 //! Five steps (fetch, convert, compress, evaluate, publish) share a folder: in a Job each is a process of its own
 //! ([`step::chain`] lets one follow the other), on a laptop they run one after another ([`optimize`]).
 
+#[cfg(test)]
+extern crate self as plimsoll_optimizer;
+
 pub mod calibration;
 pub mod compress;
 pub mod convert;

@@ -2,8 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::{IsTerminal as _, Write as _};
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -173,11 +175,24 @@ fn share(text: &str) -> Result<Percentage, String> {
     percentage.parse().map_err(|_| format!("`{text}` is not a share; write 0.5 or 50%"))
 }
 
+/// Where the last panic was, and its message.
+static PANIC: Mutex<String> = Mutex::new(String::new());
+
 fn main() -> ExitCode {
-    match Cli::parse().command {
+    let arguments = Cli::parse();
+    // Faults of engines and of readers of broken files are caught where they happen; whoever reads the output wants one line at most.
+    std::panic::set_hook(Box::new(|panic| {
+        *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = panic.to_string().replace('\n', " ");
+    }));
+    let run = move || match arguments.command {
         Command::Optimize(arguments) => optimize_on_laptop(*arguments),
         Command::Step(arguments) => run_step(&arguments),
-    }
+    };
+    std::panic::catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+        let fault = PANIC.lock().unwrap_or_else(PoisonError::into_inner);
+        eprintln!("error: a fault of the optimiser itself: {fault}; please report it");
+        ExitCode::from(FailureReason::Internal.exit_code())
+    })
 }
 
 fn threads(asked: Option<std::num::NonZeroUsize>) -> usize {

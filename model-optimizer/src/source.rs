@@ -76,6 +76,10 @@ pub async fn fetch_beside(
         uri
     };
     let folder = path.rfind('/').map_or("", |end| &path[..=end]);
+    let local = path.strip_prefix("file://").or_else(|| (!path.contains("://")).then_some(path));
+    if let Some(model) = local.map(Path::new) {
+        file::check_beside(what, model, &model.with_file_name(name))?;
+    }
     fetch_file(what, &format!("{folder}{name}"), None, credentials, limits, destination, activity).await
 }
 

@@ -201,7 +201,7 @@ impl Training<'_> {
         if !before.is_finite() {
             return Err(failure(
                 FailureReason::InvalidDataset,
-                "cannot distil: the loss is no number before training; check the data for NaN and infinity",
+                "cannot distil: the loss is no number before training; check the data and the model's weights for NaN and infinity",
             ));
         }
         let snapshot = |parameters: &Parameters| {

@@ -8,7 +8,7 @@ use plimsoll_runtime::onnx::{AttributeProto, GraphProto, NodeProto, ValueInfoPro
 use super::{attribute, is_standard};
 
 /// The element type of every value of `graph` itself that is known: of its inputs, initialisers and described values, and of what
-/// nodes of ONNX's own operators make of them.
+/// nodes of ONNX's own operators, and ONNX Runtime's `MatMulNBits`, make of them.
 #[must_use]
 pub fn element_types(graph: &GraphProto) -> HashMap<String, DataType> {
     let described = graph.input.iter().chain(&graph.value_info).chain(&graph.output);
@@ -20,7 +20,11 @@ pub fn element_types(graph: &GraphProto) -> HashMap<String, DataType> {
                 .map(|kind| (tensor.name().to_owned(), kind)),
         );
     }
-    for node in graph.node.iter().filter(|node| is_standard(node)) {
+    for node in graph
+        .node
+        .iter()
+        .filter(|node| is_standard(node) || node.op_type() == "MatMulNBits")
+    {
         for (index, output) in node.output.iter().enumerate().filter(|(_, output)| !output.is_empty()) {
             if !types.contains_key(output)
                 && let Some(kind) = output_type(node, index, &types)

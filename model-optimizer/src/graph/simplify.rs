@@ -1,35 +1,62 @@
-//! Passes that change no result: constants become initialisers, and what nothing reads goes.
+//! Passes that change no result: what is constant is computed, what can be merged is, and what nothing reads goes.
+//!
+//! They reach into the bodies of branches and loops, whose nodes see the values of the graphs around them.
 
 use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 
-use super::{attribute, is_standard, reads, subgraphs, tensor};
+use super::shape::Shapes;
+use super::{attribute, is_standard, opset, reads, subgraphs, subgraphs_mut, tensor};
+
+mod constant;
+mod folding;
+mod functions;
+mod fusion;
+mod identities;
+mod operators;
+mod sharing;
+mod validity;
 
 /// The first version of the format in which an initialiser need not be an input as well.
 const IR_VERSION_MIN: i64 = 4;
 
-/// Applies every pass to the graph.
-pub fn simplify(model: &mut ModelProto) {
+/// Applies every pass to the model. Nodes come to lie in an order in which each follows what it reads.
+///
+/// # Errors
+/// In words, where the model breaks ONNX's own rules: a cycle, a value that nothing or more than one node makes, a tensor that does not
+/// fill its shape, a function that calls itself. The model is then not to be used further.
+pub fn simplify(model: &mut ModelProto) -> Result<(), String> {
+    validity::check_tensors(model)?;
     let ir_version = model.ir_version().max(IR_VERSION_MIN);
     model.ir_version = Some(ir_version);
     model.doc_string = None;
-    let Some(graph) = &mut model.graph else { return };
-    for node in &mut graph.node {
-        // Exporters write stack traces here.
-        node.doc_string = None;
-    }
+    functions::inline(model)?;
+    let version = opset::version(model);
+    let Some(graph) = &mut model.graph else { return Ok(()) };
     // An initialiser that is an input as well is a default that a caller could override; a served model's weights are fixed.
     let given: HashSet<String> = graph.initializer.iter().map(|tensor| tensor.name().to_owned()).collect();
     graph.input.retain(|input| !given.contains(input.name()));
-    constants_to_initializers(graph);
-    forward_identities(graph);
+    validity::sort(graph)?;
+    strip(graph);
+    identities::forward(graph, version);
     remove_dead(graph);
+    let shapes = Shapes::of(model);
+    let Some(graph) = &mut model.graph else { return Ok(()) };
+    folding::fold(graph, &shapes);
+    fusion::fuse(graph, version);
+    sharing::share(graph);
+    remove_dead(graph);
+    Ok(())
 }
 
-/// Moves the values of `Constant` nodes to the initialisers.
-fn constants_to_initializers(graph: &mut GraphProto) {
+/// Drops the stack traces that exporters write into nodes, and moves the values of `Constant` nodes to the initialisers.
+fn strip(graph: &mut GraphProto) {
+    for node in &mut graph.node {
+        node.doc_string = None;
+        subgraphs_mut(node).for_each(strip);
+    }
     // A graph's output must be made by a node.
     let outputs: HashSet<&str> = graph.output.iter().map(ValueInfoProto::name).collect();
     let mut initializers = Vec::new();
@@ -71,38 +98,33 @@ fn constant(node: &NodeProto) -> Option<TensorProto> {
     None
 }
 
-/// Lets readers of an `Identity` read its input.
-fn forward_identities(graph: &mut GraphProto) {
-    let outputs: HashSet<&str> = graph.output.iter().map(ValueInfoProto::name).collect();
-    // A subgraph may read it by its name.
-    let inner: HashSet<String> = graph
+/// Lets nodes, in bodies too, read the values that `renamed` maps to in place of its keys.
+fn rename_reads(graph: &mut GraphProto, renamed: &HashMap<String, String>) {
+    for node in &mut graph.node {
+        for input in &mut node.input {
+            if let Some(name) = renamed.get(input) {
+                input.clone_from(name);
+            }
+        }
+        subgraphs_mut(node).for_each(|body| rename_reads(body, renamed));
+    }
+}
+
+/// The outputs of a graph and of all bodies within: values whose names are not to change.
+fn collect_outputs<'a>(graph: &'a GraphProto, outputs: &mut HashSet<&'a str>) {
+    outputs.extend(graph.output.iter().map(ValueInfoProto::name));
+    graph
         .node
         .iter()
         .flat_map(subgraphs)
-        .flat_map(|subgraph| reads(subgraph).into_keys().map(str::to_owned))
-        .collect();
-    let mut renamed: HashMap<String, String> = HashMap::new();
-    graph.node.retain(|node| {
-        let ([input], [output]) = (node.input.as_slice(), node.output.as_slice()) else {
-            return true;
-        };
-        if node.op_type() != "Identity" || !is_standard(node) || outputs.contains(output.as_str()) || inner.contains(output) {
-            return true;
-        }
-        // Nodes are in order, so a chain of them resolves as it is met.
-        let origin = renamed.get(input).unwrap_or(input).clone();
-        renamed.insert(output.clone(), origin);
-        false
-    });
-    for input in graph.node.iter_mut().flat_map(|node| &mut node.input) {
-        if let Some(origin) = renamed.get(input) {
-            input.clone_from(origin);
-        }
-    }
+        .for_each(|body| collect_outputs(body, outputs));
 }
 
 /// Removes nodes that no output depends on, and then the initialisers and descriptions of values that are gone.
 pub fn remove_dead(graph: &mut GraphProto) {
+    for body in graph.node.iter_mut().flat_map(subgraphs_mut) {
+        remove_dead(body);
+    }
     let mut live: HashSet<String> = graph.output.iter().map(|output| output.name().to_owned()).collect();
     let mut kept = vec![false; graph.node.len()];
     // Backwards, since nodes are in order.
@@ -160,7 +182,7 @@ mod tests {
             graph: Some(graph),
             ..ModelProto::default()
         };
-        simplify(&mut model);
+        simplify(&mut model).unwrap();
         let graph = model.graph.unwrap();
         assert_eq!(graph.node.iter().map(NodeProto::op_type).collect::<Vec<_>>(), ["Mul", "Add"]);
         assert_eq!(graph.node[0].input, ["x", "c"]);
@@ -168,5 +190,31 @@ mod tests {
         assert_eq!(graph.input.len(), 1, "a weight is no input of a served model");
         assert_eq!(graph.value_info.len(), 1);
         assert_eq!(model.ir_version, Some(4));
+    }
+
+    #[test]
+    fn the_dead_within_a_body_go_and_keep_nothing_outside_alive() {
+        let body = GraphProto {
+            output: vec![value("b")],
+            node: vec![node("Neg", &["outside"], "dead", vec![]), node("Abs", &["x"], "b", vec![])],
+            ..GraphProto::default()
+        };
+        let branch = |name: &str| AttributeProto {
+            name: Some(name.into()),
+            g: Some(body.clone()),
+            ..AttributeProto::default()
+        };
+        let mut graph = GraphProto {
+            input: vec![value("x"), value("c")],
+            output: vec![value("y")],
+            node: vec![
+                node("Exp", &["x"], "outside", vec![]),
+                node("If", &["c"], "y", vec![branch("then_branch"), branch("else_branch")]),
+            ],
+            ..GraphProto::default()
+        };
+        remove_dead(&mut graph);
+        assert_eq!(graph.node.len(), 1);
+        assert!(subgraphs(&graph.node[0]).all(|body| body.node.len() == 1));
     }
 }

@@ -82,7 +82,8 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk("write", destination)(error)),
         _ => {}
     }
-    let mut target = match fs::hard_link(path, destination) {
+    // Of a link it is the file that gets another name.
+    let mut target = match path.canonicalize().and_then(|file| fs::hard_link(file, destination)) {
         Ok(()) => None,
         Err(_) => Some(File::create(destination).map_err(disk("write", destination))?),
     };
@@ -104,6 +105,31 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
             target.write_all(&piece[..length]).map_err(disk("write", destination))?;
         }
     }
+}
+
+/// Refuses `data` that is a link out of the folder of the `model`, and out of the folder that the model is a link into itself: whoever made
+/// the model must not choose what else of this machine is read.
+pub(super) fn check_beside(what: &str, model: &Path, data: &Path) -> Result<(), Failure> {
+    // What is missing is said when it is read.
+    let Ok(resolved) = data.canonicalize() else { return Ok(()) };
+    let folder = model
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let folders = [
+        folder.canonicalize(),
+        model
+            .canonicalize()
+            .map(|model| model.parent().unwrap_or(Path::new("/")).to_owned()),
+    ];
+    if folders.into_iter().flatten().any(|folder| resolved.starts_with(folder)) {
+        return Ok(());
+    }
+    let message = format!(
+        "the {what} {} is a link that leaves the model's folder; put the file itself beside the model",
+        data.display()
+    );
+    Err(failure(FailureReason::SourceRefused, message))
 }
 
 /// Copies `CLAIM/PATH`. Links are followed only inside of the claim: a volume's content is not ours, the container's files are.

@@ -1,12 +1,19 @@
 //! The optimiser as its users meet it: fetching from real servers, steps as real processes, real models on both engines.
 
+mod agreement;
 mod chain;
 mod distill;
 mod external;
 mod fetch;
+// What only the unit tests build with is unused here.
+#[allow(dead_code)]
+#[path = "../../src/graph/generator.rs"]
+mod generator;
 mod job;
 mod laptop;
 mod report;
+mod property;
+mod refusals;
 #[path = "../../../model-package/tests/registry/server.rs"]
 mod server;
 

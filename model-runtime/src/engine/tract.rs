@@ -47,6 +47,9 @@ impl Tract {
             )));
         }
         onnx::fold_dequantize(&mut proto)?;
+        if let Some(graph) = &mut proto.graph {
+            split_biases(graph);
+        }
         let model = parse(&proto, path.parent()).map_err(|error| refuse(words(&error)))?;
         let executor = (options.threads > 1).then(|| Executor::multithread_with_name(options.threads, "tract"));
         let tract = Self {
@@ -124,6 +127,33 @@ impl Engine for Tract {
             engine: EngineKind::Tract,
             reason: words(&error),
         })
+    }
+}
+
+/// Adds the bias of every `Gemm` without factors in a node of its own: tract takes it times `beta` in single precision whatever its type,
+/// and then finds a sum of two types.
+fn split_biases(graph: &mut onnx::GraphProto) {
+    for mut node in std::mem::take(&mut graph.node) {
+        let factor = |name: &str| node.attribute.iter().find(|attribute| attribute.name() == name);
+        let plain = ["alpha", "beta"]
+            .iter()
+            .all(|name| factor(name).is_none_or(|factor| factor.f() == 1.0));
+        let is_gemm = node.op_type() == "Gemm" && matches!(node.domain(), "" | "ai.onnx");
+        let biased = node.input.len() == 3 && !node.input[2].is_empty() && node.output.len() == 1;
+        if !is_gemm || !plain || !biased {
+            graph.node.push(node);
+            continue;
+        }
+        let product = format!("{}/without-bias", node.output[0]);
+        let sum = onnx::NodeProto {
+            op_type: Some("Add".to_owned()),
+            // Names are unique in tract, and nodes may have none; values have their own.
+            name: Some(format!("{}/bias", node.output[0])),
+            input: vec![product.clone(), node.input.remove(2)],
+            output: std::mem::replace(&mut node.output, vec![product]),
+            ..onnx::NodeProto::default()
+        };
+        graph.node.extend([node, sum]);
     }
 }
 

@@ -92,10 +92,11 @@ fn constants_beyond(graph: &GraphProto, change: &mut Change) -> Result<HashSet<S
         .filter(|tensor| tensor.data_type() == DataType::Float as i32)
     {
         let values = weights::floats(constant).map_err(|error| unreadable(constant.name(), &error.to_string()))?;
-        if values.par_iter().any(|value| value.abs() > LARGEST) {
+        // Not `abs() > LARGEST`, which a NaN would pass.
+        if !values.par_iter().all(|value| value.abs() <= LARGEST) {
             change.skipped.push(skipped(
                 constant.name(),
-                "it holds a value beyond 65504, the largest in half precision",
+                "it holds a value beyond 65504, the largest in half precision, or NaN",
             ));
             beyond.insert(constant.name().to_owned());
         }
@@ -116,11 +117,9 @@ fn is_halved(
     if large && is_among(PASSES_ON, node) {
         beyond.extend(node.output.iter().cloned());
     }
-    let known = node
-        .output
-        .iter()
-        .filter(|name| !name.is_empty())
-        .all(|name| types.contains_key(name));
+    // What makes a value of unknown type may make it in single precision.
+    let values = node.input.iter().chain(&node.output);
+    let known = values.filter(|name| !name.is_empty()).all(|name| types.contains_key(name));
     let floats = node.input.iter().any(|name| is_float(&name)) && node.output.iter().any(|name| is_float(&name));
     if !floats {
         return false;

@@ -11,6 +11,7 @@ pub mod failure;
 pub mod graph;
 pub mod optimize;
 pub mod progress;
+pub mod search;
 pub mod source;
 pub mod step;
 pub mod support;

@@ -21,7 +21,9 @@ pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: Option<usize
     content::check_is_onnx(uri, path)?;
     let mut model = read(uri, path)?;
     graph::simplify::simplify(&mut model);
-    model.graph.as_mut().map(graph::weight::name_users);
+    if let Some(graph) = &mut model.graph {
+        graph::weight::name_users(graph);
+    }
     onnx::signature(&model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))?;
     write(&model, destination)?;
     threads.map_or(Ok(()), |threads| check_runs(uri, &model, destination, threads))

@@ -1,5 +1,8 @@
 //! What each layer loses when it alone is quantised.
 
+use std::fs;
+use std::path::Path;
+
 use plimsoll_package::recipe::Quantize;
 use plimsoll_package::report::OutputFidelity;
 use plimsoll_package::report::front::Sensitivity;
@@ -145,8 +148,10 @@ impl Sweep {
 }
 
 /// Bytes of the model at `path`, with its external data.
-fn size(path: &std::path::Path) -> Result<u64, Failure> {
+fn size(path: &Path) -> Result<u64, Failure> {
     let files = serialize::files(path);
-    let size = |file: &std::path::PathBuf| Ok(std::fs::metadata(file).map_err(disk("read", file))?.len());
-    files.iter().map(size).sum()
+    files
+        .iter()
+        .map(|file| fs::metadata(file).map(|metadata| metadata.len()).map_err(disk("read", file)))
+        .sum()
 }

@@ -6,6 +6,7 @@ mod external;
 mod fetch;
 mod job;
 mod laptop;
+mod search;
 #[path = "../../../model-package/tests/registry/server.rs"]
 mod server;
 

@@ -21,4 +21,5 @@ mod refusal;
 mod reuse;
 mod serving;
 mod source;
+mod techniques;
 mod traffic;

@@ -1,0 +1,69 @@
+//! Each technique through the operator, from the manifest to an answer.
+
+use serde_json::{Value, json};
+
+use crate::cluster::{Namespace, digits_spec, fixture, push};
+use crate::traffic::infer;
+
+/// What is applied to digits, and how much smaller its file must get.
+fn recipes(training: &str) -> Vec<(&'static str, Value, f64)> {
+    let distill = json!({ "distill": { "epochs": 2, "data": { "uri": training } } });
+    let prune = |fields: Value| json!({ "prune": fields });
+    let quantize = |fields: Value| json!({ "quantize": fields });
+    vec![
+        ("channels", json!([prune(json!({ "amount": "20%", "structure": "Channels" }))]), 1.2),
+        (
+            "two-of-four",
+            json!([
+                prune(json!({ "pattern": "2:4", "structure": "SemiStructured" })),
+                quantize(json!({ "scheme": "Int8Weights" }))
+            ]),
+            3.5,
+        ),
+        ("wanda", json!([prune(json!({ "amount": "40%", "criterion": "Wanda" }))]), 0.9),
+        (
+            "sparse-gpt",
+            json!([prune(json!({ "amount": "50%", "criterion": "SparseGpt" }))]),
+            0.9,
+        ),
+        ("dynamic", json!([quantize(json!({ "scheme": "Int8Dynamic" }))]), 3.0),
+        (
+            "static",
+            json!([quantize(
+                json!({ "scheme": "Int8Static", "range": "Entropy", "biasCorrection": true })
+            )]),
+            3.0,
+        ),
+        ("half", json!([quantize(json!({ "scheme": "Float16" }))]), 1.8),
+        (
+            "distilled",
+            json!([prune(json!({ "amount": "50%" })), quantize(json!({ "scheme": "Int8" })), distill]),
+            3.5,
+        ),
+    ]
+}
+
+#[test]
+fn each_technique_goes_the_whole_way() {
+    let namespace = Namespace::new("techniques");
+    let training = push(&fixture("models/digits/digits-training.npz"), "e2e/digits-training:v1");
+    let recipes = recipes(&training);
+    for (name, recipe, _) in &recipes {
+        let mut spec = digits_spec("v1");
+        spec["replicas"] = json!(1);
+        spec["optimize"]["recipe"] = recipe.clone();
+        spec["optimize"]["calibration"] = json!({ "uri": training });
+        spec["optimize"]["budget"] = json!({ "maxAccuracyDrop": "3%", "maxClassAccuracyDrop": "30%" });
+        namespace.apply_model(name, &spec);
+    }
+    for (name, _, smaller) in &recipes {
+        namespace.wait_ready(name);
+        let revisions = namespace.items(&["mr", "-l", &format!("plimsoll.dev/model={name}")]);
+        let status = &revisions[0]["status"];
+        let (before, after) = (status["sizeBefore"].as_f64().unwrap(), status["sizeAfter"].as_f64().unwrap());
+        assert!(before / after >= *smaller, "{name}: {before} -> {after}");
+        let logits = infer(&namespace.address(name), name).unwrap();
+        let answer = (0..10).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
+        assert_eq!(answer, 7, "{name}: {logits:?}");
+    }
+}

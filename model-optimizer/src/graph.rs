@@ -3,9 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, attribute_proto::AttributeType,
-};
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, attribute_proto::AttributeType};
 
 pub mod dependency;
 pub mod elements;

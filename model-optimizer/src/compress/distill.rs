@@ -175,12 +175,12 @@ impl Training<'_> {
     fn run(&mut self, setting: &Setting) -> Result<(), Failure> {
         let Distillation { epochs, batch, .. } = *self.distillation;
         let unit = self.teacher.fixed_batch();
-        let (mut order, held_out) = samples::split(self.samples.samples, unit.unwrap_or(1));
+        let (mut order, held_out) = samples::split(self.samples.samples(), unit.unwrap_or(1));
         if order.is_empty() {
             let message = format!(
                 "the model takes {} samples at once, and the training data hold {}",
                 unit.unwrap_or(1),
-                self.samples.samples
+                self.samples.samples()
             );
             return Err(failure(FailureReason::InvalidDataset, message));
         }
@@ -303,8 +303,7 @@ impl Training<'_> {
     /// The inputs of a batch, and the teacher's outputs for it.
     fn batch(&self, indices: &[usize]) -> Result<(HashMap<String, Tensor>, Vec<Tensor>), Failure> {
         let place = self.forward.place();
-        let batch = samples::batch(self.samples, indices, place)
-            .map_err(|why| failure(FailureReason::InvalidDataset, format!("cannot distil: {why}")))?;
+        let batch = samples::batch(self.samples, indices, place)?;
         let taught = self.teacher.run(&batch.given)?;
         let taught = taught.iter().map(|output| {
             let values = output.data().to_f64().unwrap_or_default();

@@ -244,26 +244,43 @@ impl Dataset {
     /// # Errors
     /// [`FailureReason::Internal`] where the disk does not give them, or there are not so many.
     pub fn batch(&self, range: Range<usize>) -> Result<Vec<Tensor>, Failure> {
+        match &self.chosen {
+            Some(_) => self.gather(&range.collect::<Vec<_>>()),
+            None => self.tensors(&[range.clone()], range.len()),
+        }
+    }
+
+    /// The samples of those indices, in their order, as one batch.
+    ///
+    /// # Errors
+    /// As [`batch`](Self::batch).
+    pub fn gather(&self, indices: &[usize]) -> Result<Vec<Tensor>, Failure> {
+        let place = |index: &usize| match &self.chosen {
+            Some(chosen) => chosen.get(*index).copied().unwrap_or(usize::MAX),
+            None => *index,
+        };
+        let places: Vec<usize> = indices.iter().map(place).collect();
+        // Neighbours are read together.
+        let runs: Vec<Range<usize>> = places
+            .chunk_by(|one, next| one.checked_add(1) == Some(*next))
+            .map(|run| run[0]..run[0].saturating_add(run.len()))
+            .collect();
+        self.tensors(&runs, indices.len())
+    }
+
+    fn tensors(&self, runs: &[Range<usize>], samples: usize) -> Result<Vec<Tensor>, Failure> {
         let unreadable = |why: String| {
             failure(
                 FailureReason::Internal,
-                format!("cannot read samples {range:?} of the dataset: {why}"),
+                format!("cannot read samples {runs:?} of the dataset: {why}"),
             )
         };
-        if range.end > self.samples() || range.is_empty() {
-            return Err(unreadable(format!("it holds {}", self.samples())));
+        if samples == 0 || runs.iter().any(|run| run.end > self.samples) {
+            return Err(unreadable(format!("it holds {}", self.samples)));
         }
-        // Neighbours are read together.
-        let runs: Vec<Range<usize>> = match &self.chosen {
-            None => vec![range.clone()],
-            Some(chosen) => chosen[range.clone()]
-                .chunk_by(|one, next| one + 1 == *next)
-                .map(|run| run[0]..run[0] + run.len())
-                .collect(),
-        };
         self.columns
             .iter()
-            .map(|column| column.tensor(&runs, range.len()).map_err(unreadable))
+            .map(|column| column.tensor(runs, samples).map_err(unreadable))
             .collect()
     }
 

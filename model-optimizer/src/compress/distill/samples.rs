@@ -2,10 +2,11 @@
 
 use candle_core::Device;
 use plimsoll_package::manifest::Datatype;
-use plimsoll_runtime::engine::{Data, Tensor};
+use plimsoll_runtime::engine::Tensor;
 
 use super::forward::Place;
 use crate::evaluate::dataset::Dataset;
+use crate::failure::{Failure, FailureReason, failure};
 
 /// The seed of every order of samples.
 pub(super) const SEED: u64 = 2015;
@@ -19,38 +20,37 @@ pub(super) struct Batch {
 }
 
 /// The samples of those indices, in their order.
-pub(super) fn batch(samples: &Dataset, indices: &[usize], place: &Place) -> Result<Batch, String> {
-    let mut rows: Vec<(Vec<f64>, Datatype, Vec<usize>)> = Vec::new();
-    for &index in indices {
-        for (position, tensor) in samples.batch(index..index + 1).iter().enumerate() {
-            let values = tensor.data().to_f64().ok_or("an input of strings cannot be trained on")?;
-            match rows.get_mut(position) {
-                Some((row, ..)) => row.extend(values),
-                None => rows.push((values, tensor.datatype(), tensor.shape()[1..].to_vec())),
-            }
-        }
-    }
-    let (mut given, mut tensors) = (Vec::with_capacity(rows.len()), Vec::with_capacity(rows.len()));
-    for (values, datatype, sample) in rows {
-        let shape: Vec<usize> = [&[indices.len()], sample.as_slice()].concat();
-        let text = |error: candle_core::Error| error.to_string();
-        tensors.push(match datatype {
-            Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64 => {
-                let floats = candle_core::Tensor::from_slice(&values, shape.as_slice(), &Device::Cpu).and_then(|x| x.to_dtype(place.dtype));
-                floats.and_then(|x| x.to_device(&place.device)).map_err(text)?
-            }
-            Datatype::Bool => {
-                let flags: Vec<u8> = values.iter().map(|value| u8::from(*value != 0.0)).collect();
-                candle_core::Tensor::from_vec(flags, shape.as_slice(), &Device::Cpu).map_err(text)?
-            }
-            _ => {
-                let integers: Vec<i64> = values.iter().map(|value| *value as i64).collect();
-                candle_core::Tensor::from_vec(integers, shape.as_slice(), &Device::Cpu).map_err(text)?
-            }
-        });
-        given.push(Tensor::new(shape, Data::from_f64(datatype, &values)).map_err(|error| error.to_string())?);
-    }
+pub(super) fn batch(samples: &Dataset, indices: &[usize], place: &Place) -> Result<Batch, Failure> {
+    let unfit = |why: String| {
+        failure(
+            FailureReason::InvalidDataset,
+            format!("the training data cannot be trained on: {why}"),
+        )
+    };
+    let given = samples.gather(indices)?;
+    let tensors = given
+        .iter()
+        .map(|tensor| to_candle(tensor, place).map_err(unfit))
+        .collect::<Result<_, _>>()?;
     Ok(Batch { given, tensors })
+}
+
+fn to_candle(tensor: &Tensor, place: &Place) -> Result<candle_core::Tensor, String> {
+    let values = tensor.data().to_f64().ok_or("an input holds strings")?;
+    let shape = tensor.shape();
+    let made = match tensor.datatype() {
+        Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64 => candle_core::Tensor::from_slice(&values, shape, &Device::Cpu)
+            .and_then(|floats| floats.to_dtype(place.dtype)?.to_device(&place.device)),
+        Datatype::Bool => {
+            let flags: Vec<u8> = values.iter().map(|value| u8::from(*value != 0.0)).collect();
+            candle_core::Tensor::from_vec(flags, shape, &Device::Cpu)
+        }
+        _ => {
+            let integers: Vec<i64> = values.iter().map(|value| *value as i64).collect();
+            candle_core::Tensor::from_vec(integers, shape, &Device::Cpu)
+        }
+    };
+    made.map_err(|error| error.to_string())
 }
 
 /// Puts `indices` in the order that `seed` gives (Fisher and Yates, with the numbers of Steele, Lea and Flood's SplitMix64).

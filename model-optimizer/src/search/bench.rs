@@ -20,6 +20,7 @@ use super::{FOLDER, SEED};
 use crate::convert;
 use crate::evaluate::engines;
 use crate::failure::{Failure, disk};
+use crate::progress::Console;
 use crate::step::compress::{Compressed, Materials};
 use crate::step::evaluate::{self, Data, Measurement};
 use crate::step::fetch::{self, Fetched};
@@ -130,7 +131,10 @@ impl<'a> Bench<'a> {
 
     /// Writes the model that `recipe` gives, and its record, to `folder`.
     fn make(&self, recipe: &[Technique], folder: &Path) -> Result<Compressed, Failure> {
-        let (model, record) = self.materials.compress(self.context, recipe)?;
+        // What is told of each technique would drown what is told of the recipes; training takes long.
+        let trains = recipe.iter().any(|technique| technique.distill.is_some());
+        let console = if trains { self.context.console.clone() } else { Console::silent() };
+        let (model, record) = self.materials.compress(self.context, recipe, &console)?;
         convert::write(&model, &folder.join(MODEL_FILE))?;
         write_json(&folder.join(compress::RECORD), &record)?;
         Ok(record)
@@ -170,6 +174,57 @@ impl<'a> Bench<'a> {
         let inference_us = self.journal.judged()[0].candidate.latency.map_or(0.0, |latency| latency.before_us);
         let samples = self.materials.calibration.as_ref().map_or(0, |data| data.samples().samples());
         f64::from(distill.epochs) * samples as f64 * inference_us * TRAINING_COST / 1e3
+    }
+
+    fn of_measurement(&self, recipe: Vec<Technique>, measured: Result<Measurement, Failure>, took_ms: f64) -> Judged {
+        let mut candidate = Candidate {
+            recipe,
+            size: None,
+            size_layer: None,
+            metric: None,
+            fidelity: None,
+            latency: None,
+            latency_ratio: None,
+            outcome: Outcome::Failed,
+            why: None,
+        };
+        let (mut limits, mut engines, mut latency) = (vec![], vec![], None);
+        match measured {
+            Ok(measured) => {
+                let Measurement { summary, ratio, gate, .. } = measured;
+                let original = self
+                    .journal
+                    .judged()
+                    .first()
+                    .map_or(&measured.engines, |original| &original.engines);
+                latency = ratio.map(|ratio| front::latency(summary.engine, ratio, original));
+                engines = measured.engines.clone();
+                candidate.size = Some(summary.size_after);
+                candidate.size_layer = summary.size_layer_after;
+                candidate.metric = summary.metric;
+                candidate.fidelity = summary.fidelity;
+                candidate.latency = summary.latency;
+                candidate.latency_ratio = ratio;
+                (candidate.outcome, candidate.why) = match gate.verdict {
+                    Verdict::BudgetExceeded => (Outcome::BudgetExceeded, Some(front::exceeded(&gate.limits))),
+                    Verdict::WithinBudget | Verdict::NotGated => (Outcome::OnFront, None),
+                };
+                limits = gate.limits;
+            }
+            Err(failure) => {
+                if failure.reason == FailureReason::BudgetExceeded {
+                    candidate.outcome = Outcome::BudgetExceeded;
+                }
+                candidate.why = Some(failure.message);
+            }
+        }
+        Judged {
+            candidate,
+            limits,
+            engines,
+            latency,
+            took_ms,
+        }
     }
 
     fn say(&self, judged: &Judged) {
@@ -274,7 +329,7 @@ impl Judge for Bench<'_> {
         let judged = match measured {
             // Where the original cannot be judged, nothing can.
             Err(failure) if recipe.is_empty() => return Err(failure.into()),
-            measured => of_measurement(recipe, measured, elapsed_ms(begun)),
+            measured => self.of_measurement(recipe, measured, elapsed_ms(begun)),
         };
         self.journal
             .add(judged.clone())
@@ -316,46 +371,5 @@ impl Judge for Bench<'_> {
         }
         self.sweep = Some(sweep);
         Ok(Some(sorted(self.journal.swept(), quantize)))
-    }
-}
-
-fn of_measurement(recipe: Vec<Technique>, measured: Result<Measurement, Failure>, took_ms: f64) -> Judged {
-    let mut candidate = Candidate {
-        recipe,
-        size: None,
-        size_layer: None,
-        metric: None,
-        fidelity: None,
-        latency: None,
-        latency_ratio: None,
-        outcome: Outcome::Failed,
-        why: None,
-    };
-    let mut limits = Vec::new();
-    match measured {
-        Ok(Measurement { summary, ratio, gate, .. }) => {
-            candidate.size = Some(summary.size_after);
-            candidate.size_layer = summary.size_layer_after;
-            candidate.metric = summary.metric;
-            candidate.fidelity = summary.fidelity;
-            candidate.latency = summary.latency;
-            candidate.latency_ratio = ratio;
-            (candidate.outcome, candidate.why) = match gate.verdict {
-                Verdict::BudgetExceeded => (Outcome::BudgetExceeded, Some(front::exceeded(&gate.limits))),
-                Verdict::WithinBudget | Verdict::NotGated => (Outcome::OnFront, None),
-            };
-            limits = gate.limits;
-        }
-        Err(failure) => {
-            if failure.reason == FailureReason::BudgetExceeded {
-                candidate.outcome = Outcome::BudgetExceeded;
-            }
-            candidate.why = Some(failure.message);
-        }
-    }
-    Judged {
-        candidate,
-        limits,
-        took_ms,
     }
 }

@@ -1,6 +1,6 @@
 //! The order in which recipes are tried: each decides by what those before it measured, so that few are.
 
-use plimsoll_package::recipe::{Distill, Prune, PruneStructure, Quantize, Technique};
+use plimsoll_package::recipe::{Distill, Prune, PruneStructure, Quantize, QuantizeScheme, Technique};
 use plimsoll_package::report::front::Sensitivity;
 use plimsoll_package::units::Percentage;
 
@@ -205,10 +205,6 @@ impl<J: Judge> Exploration<'_, J> {
     }
 
     fn pruned(&mut self, structure: PruneStructure, percent: u32, base: &[Technique], distill: Option<&Distill>) -> Result<Step, Stop> {
-        let training = distill.map(|distill| Technique {
-            distill: Some(distill.clone()),
-            ..Technique::default()
-        });
         // Of what is left of narrower layers, single weights go.
         let is_narrowing = |technique: &&Technique| {
             let pruning = technique.prune.as_ref();
@@ -216,7 +212,10 @@ impl<J: Judge> Exploration<'_, J> {
         };
         let mut recipe = base.to_vec();
         recipe.insert(base.iter().take_while(is_narrowing).count(), prune(structure, percent));
-        recipe.extend(training);
+        let recipe = match distill {
+            Some(distill) => trained(&recipe, distill).unwrap_or(recipe),
+            None => recipe,
+        };
         let judged = self.attempt(recipe)?;
         Ok(match judged.standing() {
             Standing::Within | Standing::TooCostly => Step::Passed,
@@ -232,12 +231,13 @@ impl<J: Judge> Exploration<'_, J> {
             if !self.would_be_smaller(judged) {
                 continue;
             }
-            let mut recipe = judged.candidate.recipe.clone();
-            recipe.push(Technique {
-                distill: Some(distill.clone()),
-                ..Technique::default()
-            });
-            self.attempt(recipe)?;
+            let mended = trained(&judged.candidate.recipe, distill);
+            if let Some(recipe) = mended
+                && self.attempt(recipe)?.standing() == Standing::Failed
+            {
+                // What has no gradient here has none in the others.
+                return Ok(());
+            }
         }
         if !prunes {
             return Ok(());
@@ -274,6 +274,25 @@ impl<J: Judge> Exploration<'_, J> {
     }
 }
 
+/// `recipe` with training at its end or, where it quantises in blocks, whose operators have no gradient, before that; `None` where nothing comes
+/// before.
+fn trained(recipe: &[Technique], distill: &Distill) -> Option<Vec<Technique>> {
+    let in_blocks = |technique: &Technique| {
+        let scheme = technique.quantize.as_ref().map(|quantize| quantize.scheme);
+        matches!(scheme, Some(QuantizeScheme::Int4 | QuantizeScheme::Int8Blocks))
+    };
+    let place = recipe.iter().position(in_blocks).unwrap_or(recipe.len());
+    let mut trained = recipe.to_vec();
+    trained.insert(
+        place,
+        Technique {
+            distill: Some(distill.clone()),
+            ..Technique::default()
+        },
+    );
+    (place > 0).then_some(trained)
+}
+
 fn prune(structure: PruneStructure, percent: u32) -> Technique {
     let amount: Option<Percentage> = format!("{percent}%").parse().ok();
     Technique {
@@ -292,7 +311,6 @@ mod tests {
     use crate::search::front::tests::limit;
     use crate::search::front::{chosen, words};
     use crate::search::ladder::{Mix, ladder};
-    use plimsoll_package::recipe::QuantizeScheme;
     use plimsoll_package::report::front::{Candidate, Outcome};
 
     /// A model of ten layers of 1000 bytes, of which layer `i` loses `i + 1` when it is quantised, and as much again in 4 bits.
@@ -376,6 +394,8 @@ mod tests {
                     why: None,
                 },
                 limits,
+                engines: vec![],
+                latency: None,
                 took_ms: 1.0,
             };
             self.judged.push(judged.clone());
@@ -457,8 +477,21 @@ mod tests {
 
         let mut model = Model::new(66.0);
         assert!(explore(&mut model, &plan(true, true)).unwrap());
-        // Training halves the loss: (110 + 100 * 0.45^2) / 2 = 65.1.
-        assert_eq!(best(&model).0, "prune 45% + Int4 in blocks of 32 + distil 2 epochs");
+        // 4 bits but for six layers lose 65, and training halves the loss: (65 + 100 * 0.8^2) / 2 = 64.5.
+        assert_eq!(
+            best(&model).0,
+            "prune 80% + distil 2 epochs + Int4 in blocks of 32 but for 6 nodes + Int8Dynamic"
+        );
+    }
+
+    #[test]
+    fn what_lost_too_much_is_trained() {
+        let mut model = Model::new(30.0);
+        assert!(explore(&mut model, &plan(false, false)).unwrap());
+        assert_eq!(best(&model), ("Int8Dynamic but for 3 nodes".into(), 4750.0));
+        let mut model = Model::new(30.0);
+        assert!(explore(&mut model, &plan(false, true)).unwrap());
+        assert_eq!(best(&model), ("Int8Dynamic + distil 2 epochs".into(), 2500.0));
     }
 
     #[test]

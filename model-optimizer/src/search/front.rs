@@ -1,14 +1,17 @@
 //! What came of the recipes that were tried: which one is chosen, which are on the front of size, loss and latency, and why each of the
 //! others lost.
 
+use plimsoll_package::manifest::Engine;
 use plimsoll_package::recipe::{Distill, Prune, PruneCriterion, PruneScope, PruneStructure, Quantize, Technique};
 use plimsoll_package::report::front::{Candidate, Front, Outcome};
-use plimsoll_package::report::{Failure, Gate, LimitCheck};
+use plimsoll_package::report::{EngineReport, Failure, Gate, LimitCheck, Spread};
 use plimsoll_package::units::display_size;
 use serde::{Deserialize, Serialize};
 
 /// By how much two sizes may differ and still count as the same, so that latency decides.
 const TIE: f64 = 0.01;
+/// By how much two medians of a latency may differ and still count as the same.
+const UNREST: f64 = 0.05;
 /// The least distance to which a limit on a loss may be scaled.
 const LOSS_MIN: f64 = 1e-3;
 
@@ -19,6 +22,10 @@ pub struct Judged {
     pub candidate: Candidate,
     /// Every limit that binds it; none where it could not be measured.
     pub limits: Vec<LimitCheck>,
+    /// What each engine measured; none where it could not be measured.
+    pub engines: Vec<EngineReport>,
+    /// Its latency on the engine that serves it, in proportion to the original's on the engine that serves that.
+    pub latency: Option<Spread>,
     /// The time that this took, in milliseconds.
     pub took_ms: f64,
 }
@@ -87,17 +94,34 @@ impl Judged {
         if (size - of_held).abs() > TIE * of_held {
             return size < of_held;
         }
-        match (latency_range(&self.candidate), latency_range(&held.candidate)) {
-            (Some((_, slowest)), Some((fastest, _))) => slowest < fastest,
-            _ => false,
-        }
+        matches!((self.latency, held.latency), (Some(latency), Some(of_held)) if latency.p90 < of_held.p10)
+    }
+
+    fn median_latency(&self) -> f64 {
+        self.latency.map_or(f64::INFINITY, |latency| latency.median)
     }
 }
 
-/// The range of a latency, in microseconds, that nine of ten inferences are below and above.
-fn latency_range(candidate: &Candidate) -> Option<(f64, f64)> {
-    let (latency, ratio) = (candidate.latency?.after_us, candidate.latency_ratio?);
-    Some((latency * ratio.p10 / ratio.median, latency * ratio.p90 / ratio.median))
+/// The latency on `engine` in proportion to the original's on the engine that serves that, from its `ratio` to the original's on the same
+/// engine; `original` is what each engine measured of the original alone.
+#[must_use]
+pub fn latency(engine: Engine, ratio: Spread, original: &[EngineReport]) -> Spread {
+    let of_original = || {
+        original
+            .iter()
+            .filter_map(|measured| Some((measured.engine, measured.latency?.before_us)))
+    };
+    let fastest = of_original().map(|(_, latency)| latency).reduce(f64::min);
+    let same = of_original().find(|(measured, _)| *measured == engine);
+    let factor = match (same, fastest) {
+        (Some((_, same)), Some(fastest)) => same / fastest,
+        _ => 1.0,
+    };
+    Spread {
+        median: ratio.median * factor,
+        p10: ratio.p10 * factor,
+        p90: ratio.p90 * factor,
+    }
 }
 
 /// The index of the recipe that is chosen: the smallest within the budget, of several of one size the fastest.
@@ -130,15 +154,18 @@ fn loss(candidate: &Candidate) -> f64 {
     }
 }
 
-fn latency_us(candidate: &Candidate) -> f64 {
-    candidate.latency.map_or(f64::INFINITY, |latency| latency.after_us)
+/// Whether `one` is no larger, loses no more and is no slower than `other`, and is better in one of these; latencies differ where they do by
+/// more than the machine's unrest.
+fn dominates(one: &Judged, other: &Judged) -> bool {
+    let (size, of_other) = (one.size(), other.size());
+    let (lost, lost_by_other) = (loss(&one.candidate), loss(&other.candidate));
+    let (latency, latency_of_other) = (one.median_latency(), other.median_latency());
+    let no_worse = size <= of_other && lost <= lost_by_other && latency <= latency_of_other * (1.0 + UNREST);
+    no_worse && (size < of_other || lost < lost_by_other || is_faster(one, other))
 }
 
-/// Whether `one` is no larger, loses no more and is no slower than `other`, and is better in one of these.
-fn dominates(one: &Judged, other: &Judged) -> bool {
-    let of = |judged: &Judged| [judged.size(), loss(&judged.candidate), latency_us(&judged.candidate)];
-    let (one, other) = (of(one), of(other));
-    one != other && one.iter().zip(&other).all(|(one, other)| one <= other)
+fn is_faster(one: &Judged, other: &Judged) -> bool {
+    one.median_latency() * (1.0 + UNREST) < other.median_latency()
 }
 
 /// The candidates with what came of each, and why it lost.
@@ -181,7 +208,7 @@ fn beside_chosen(judged: &Judged, chosen: &Judged) -> String {
     }
     let better: Vec<&str> = [
         (loss(&judged.candidate) < loss(&chosen.candidate), "loses less"),
-        (latency_us(&judged.candidate) < latency_us(&chosen.candidate), "is faster"),
+        (is_faster(judged, chosen), "is faster"),
     ]
     .into_iter()
     .filter_map(|(is_better, words)| is_better.then_some(words))
@@ -289,7 +316,7 @@ fn of_quantization(quantize: &Quantize) -> String {
 pub(super) mod tests {
     use super::*;
     use plimsoll_package::recipe::{BlockSize, Metric, QuantizeScheme, Rounding};
-    use plimsoll_package::report::{FailureReason, LatencyChange, MetricChange, Spread, Verdict};
+    use plimsoll_package::report::{FailureReason, LatencyChange, MetricChange, Verdict};
 
     use crate::failure::failure;
 
@@ -312,6 +339,11 @@ pub(super) mod tests {
             ..Prune::default()
         };
         let within = limits.iter().all(|limit| limit.passed);
+        let ratio = Spread {
+            median: latency_us / 100.0,
+            p10: latency_us * 0.0095,
+            p90: latency_us * 0.0105,
+        };
         Judged {
             candidate: Candidate {
                 recipe: vec![Technique {
@@ -331,15 +363,13 @@ pub(super) mod tests {
                     before_us: 100.0,
                     after_us: latency_us,
                 }),
-                latency_ratio: Some(Spread {
-                    median: latency_us / 100.0,
-                    p10: latency_us * 0.0095,
-                    p90: latency_us * 0.0105,
-                }),
+                latency_ratio: Some(ratio),
                 outcome: if within { Outcome::OnFront } else { Outcome::BudgetExceeded },
                 why: (!within).then(|| exceeded(&limits)),
             },
             limits,
+            engines: vec![],
+            latency: Some(ratio),
             took_ms: 1.0,
         }
     }
@@ -396,6 +426,28 @@ pub(super) mod tests {
         assert_eq!(front[1].why, None);
         assert_eq!(why(2), "prune 1% is no larger, no slower and loses no more");
         assert_eq!(why(3), "maxAccuracyDrop is 0.48, not 0.01");
+    }
+
+    #[test]
+    fn a_latency_is_compared_with_the_original_where_that_is_fastest() {
+        let measured = |engine, before_us| EngineReport {
+            engine,
+            latency: Some(LatencyChange {
+                before_us,
+                after_us: before_us,
+            }),
+            latency_ratio: None,
+            memory: None,
+            refused: None,
+        };
+        let original = [measured(Engine::Tract, 300.0), measured(Engine::OnnxRuntime, 100.0)];
+        let half = Spread {
+            median: 0.5,
+            p10: 0.4,
+            p90: 0.6,
+        };
+        assert_eq!(latency(Engine::OnnxRuntime, half, &original), half);
+        assert_eq!(latency(Engine::Tract, half, &original).median, 1.5);
     }
 
     #[test]

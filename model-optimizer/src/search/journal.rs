@@ -156,6 +156,8 @@ mod tests {
                 why: None,
             },
             limits: vec![],
+            engines: vec![],
+            latency: None,
             took_ms: 10.0,
         }
     }

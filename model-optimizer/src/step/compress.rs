@@ -14,6 +14,7 @@ use crate::calibration::Calibration;
 use crate::compress::Setting;
 use crate::evaluate::dataset::{Dataset, Part, SPLIT_SEED};
 use crate::failure::{Failure, FailureReason, failure};
+use crate::progress::Console;
 use crate::{compress, convert, search};
 
 /// The record of this step.
@@ -42,7 +43,7 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     if let Some(search) = &context.inputs.optimize.search {
         return search::run(context, search, materials);
     }
-    let (model, record) = materials.compress(context, &context.inputs.optimize.recipe)?;
+    let (model, record) = materials.compress(context, &context.inputs.optimize.recipe, &context.console)?;
     convert::write(&model, &context.compressed())?;
     context.write(RECORD, &record)
 }
@@ -75,7 +76,7 @@ impl Materials {
     ///
     /// # Errors
     /// Where a technique does not work on the model.
-    pub(crate) fn compress(&self, context: &Context, recipe: &[Technique]) -> Result<(ModelProto, Compressed), Failure> {
+    pub(crate) fn compress(&self, context: &Context, recipe: &[Technique], console: &Console) -> Result<(ModelProto, Compressed), Failure> {
         let mut model = self.original.clone();
         let mut record = Compressed::default();
         for (index, entry) in recipe.iter().enumerate() {
@@ -83,7 +84,7 @@ impl Materials {
                 calibration: self.calibration.as_ref(),
                 original: &self.original,
                 threads: context.threads,
-                console: &context.console,
+                console,
             };
             let training;
             if let Some(distill) = &entry.distill {
@@ -100,7 +101,7 @@ impl Materials {
                 Technique { distill: Some(_), .. } => "trained",
                 _ => "quantised",
             };
-            context.console.info(&format!(
+            console.info(&format!(
                 "{name} {} weights, now {}",
                 change.changed.len(),
                 display_size(size_after)

@@ -94,8 +94,8 @@ pub(crate) struct Measurement {
     /// How the latency on the chosen engine relates to the original's.
     pub(crate) ratio: Option<Spread>,
     pub(crate) gate: Gate,
+    pub(crate) engines: Vec<EngineReport>,
     judgement: Judgement,
-    engines: Vec<EngineReport>,
     probe: Probe,
 }
 

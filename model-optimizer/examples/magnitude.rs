@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut tensors: Vec<Vec<f32>> = (0..8).map(|_| (0..count / 8).map(|_| number()).collect()).collect();
     let mut slices: Vec<&mut [f32]> = tensors.iter_mut().map(Vec::as_mut_slice).collect();
     let begun = Instant::now();
-    plimsoll_optimizer::compress::prune::prune_magnitude(&mut slices, 0.5)?;
+    plimsoll_optimizer::compress::prune::prune_magnitude(&mut slices, 0.5).map_err(|_| "a weight is not finite")?;
     let seconds = begun.elapsed().as_secs_f64();
     let zeros = tensors.iter().flatten().filter(|value| **value == 0.0).count();
     if zeros.abs_diff(count / 2) > 8 {

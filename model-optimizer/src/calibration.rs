@@ -273,23 +273,20 @@ mod tests {
         }
     }
 
-    fn calibration(samples: usize) -> Calibration {
+    fn calibration(model: &ModelProto, samples: usize) -> Calibration {
         let values: Vec<f32> = (0..2 * samples).map(|index| index as f32).collect();
         let inputs = vec![Tensor::new(vec![samples, 2], values).unwrap()];
-        let dataset = Dataset {
-            inputs,
-            labels: None,
-            samples,
-        };
-        Calibration::new(dataset, 1)
+        let (specs, _) = plimsoll_runtime::onnx::signature(model).unwrap();
+        Calibration::new(Dataset::of_tensors(inputs, &specs, None).unwrap(), 1)
     }
 
     #[test]
     fn inputs_values_inside_and_outputs_are_seen_on_every_sample() {
         let names: Vec<String> = ["y", "m", "x"].map(str::to_owned).to_vec();
         let mut seen = vec![Vec::new(); 3];
-        calibration(5)
-            .observe(&doubling(None), &names, |tensors| {
+        let model = doubling(None);
+        calibration(&model, 5)
+            .observe(&model, &names, |tensors| {
                 for (seen, tensor) in seen.iter_mut().zip(tensors) {
                     seen.extend_from_slice(tensor.as_f32().unwrap());
                 }
@@ -303,8 +300,9 @@ mod tests {
     #[test]
     fn of_a_fixed_batch_the_last_samples_are_left_out() {
         let mut batches = Vec::new();
-        calibration(5)
-            .observe(&doubling(Some(2)), &["m".to_owned()], |tensors| {
+        let model = doubling(Some(2));
+        calibration(&model, 5)
+            .observe(&model, &["m".to_owned()], |tensors| {
                 batches.push(tensors[0].shape().to_vec());
                 Ok(())
             })
@@ -318,7 +316,7 @@ mod tests {
             name: "m".into(),
             channel_axis: Some(-1),
         }];
-        let statistics = calibration(3).statistics(&doubling(None), &observed).unwrap();
+        let statistics = calibration(&doubling(None), 3).statistics(&doubling(None), &observed).unwrap();
         assert_eq!(statistics[0].channels.largest, [8.0, 10.0]);
         assert_eq!(statistics[0].channels.means(), [4.0, 6.0]);
         assert_eq!(statistics[0].histogram.min_max(), (0.0, 10.0));

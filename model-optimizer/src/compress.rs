@@ -9,6 +9,7 @@ use crate::failure::{Failure, FailureReason, failure};
 use crate::progress::Console;
 
 pub mod distill;
+pub mod hessian;
 pub mod prune;
 pub mod quantize;
 

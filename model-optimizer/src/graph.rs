@@ -7,6 +7,8 @@ use plimsoll_runtime::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto,
 
 pub mod dependency;
 pub mod elements;
+#[cfg(test)]
+pub(crate) mod generator;
 pub mod operators;
 pub mod opset;
 pub mod serialize;
@@ -102,6 +104,17 @@ pub fn integer(name: &str, value: i64) -> AttributeProto {
         name: Some(name.to_owned()),
         r#type: Some(AttributeType::Int as i32),
         i: Some(value),
+        ..AttributeProto::default()
+    }
+}
+
+/// An attribute of several integers.
+#[must_use]
+pub fn integers(name: &str, values: &[i64]) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Ints as i32),
+        ints: values.to_vec(),
         ..AttributeProto::default()
     }
 }

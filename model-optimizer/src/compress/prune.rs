@@ -5,11 +5,16 @@ use plimsoll_package::recipe::{Prune, PruneCriterion, PruneScope, PruneStructure
 use super::Technique;
 use crate::failure::{Failure, FailureReason, failure};
 
+mod activation;
+mod calibrated;
 mod magnitude;
 mod pattern;
 mod selection;
+pub mod sparsegpt;
 mod structured;
+pub mod wanda;
 
+pub use calibrated::{Calibrated, Ranking};
 pub use magnitude::{Magnitude, TORCH_TIES_MAX, prune_magnitude};
 pub use pattern::{Pattern, SemiStructured, prune_pattern};
 pub use structured::Structured;
@@ -43,24 +48,47 @@ pub fn technique(prune: &Prune) -> Result<Box<dyn Technique>, Failure> {
     if semi_structured && prune.scope == PruneScope::PerLayer {
         return Err(invalid("with a pattern weights are ranked within its M; leave scope out".into()));
     }
-    match (prune.structure, prune.criterion) {
-        (PruneStructure::Unstructured, PruneCriterion::Magnitude) => Ok(Box::new(Magnitude {
+    let ranking = match prune.criterion {
+        PruneCriterion::Magnitude => None,
+        PruneCriterion::Wanda => Some(Ranking::Wanda),
+        PruneCriterion::SparseGpt => Some(Ranking::SparseGpt),
+    };
+    Ok(match (prune.structure, ranking) {
+        (PruneStructure::Unstructured, None) => Box::new(Magnitude {
             amount: amount()?,
             scope: prune.scope,
-        })),
-        (PruneStructure::SemiStructured, PruneCriterion::Magnitude) => Ok(Box::new(SemiStructured { pattern: pattern()? })),
-        (structure @ (PruneStructure::Channels | PruneStructure::Heads | PruneStructure::FeedForward), PruneCriterion::Magnitude) => {
-            Ok(Box::new(Structured {
-                structure,
-                amount: amount()?,
-                scope: prune.scope,
-            }))
+        }),
+        (PruneStructure::SemiStructured, None) => Box::new(SemiStructured { pattern: pattern()? }),
+        (PruneStructure::Unstructured, Some(ranking)) => Box::new(Calibrated {
+            ranking,
+            share: Share::Amount(amount()?),
+        }),
+        (PruneStructure::SemiStructured, Some(ranking)) => Box::new(Calibrated {
+            ranking,
+            share: Share::Pattern(pattern()?),
+        }),
+        (structure, None) => Box::new(Structured {
+            structure,
+            amount: amount()?,
+            scope: prune.scope,
+        }),
+        (structure, Some(_)) => {
+            let message = format!(
+                "criterion {} chooses single weights, not {structure}; leave it out",
+                prune.criterion
+            );
+            return Err(invalid(message));
         }
-        (structure, criterion) => Err(failure(
-            FailureReason::Unsupported,
-            format!("optimize.recipe: this version does not prune {structure} by {criterion}; leave both out"),
-        )),
-    }
+    })
+}
+
+/// How many weights go.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Share {
+    /// A share, `0.0..=1.0`.
+    Amount(f64),
+    /// All but N of every M.
+    Pattern(Pattern),
 }
 
 /// A weight is NaN or infinite.
@@ -75,4 +103,83 @@ fn nothing_to_prune() -> Failure {
 fn not_finite(name: &str) -> Failure {
     let message = format!("the weight `{name}` holds NaN or infinity, so weights cannot be ranked");
     failure(FailureReason::UnreadableModel, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compress::Setting;
+    use crate::graph::generator;
+    use crate::progress::Console;
+    use proptest::prelude::*;
+
+    fn prune(structure: PruneStructure, criterion: PruneCriterion, share: &str) -> Prune {
+        let semi_structured = structure == PruneStructure::SemiStructured;
+        Prune {
+            amount: (!semi_structured).then(|| serde_json::from_value(share.into()).unwrap()),
+            pattern: semi_structured.then(|| share.to_owned()),
+            structure,
+            criterion,
+            ..Prune::default()
+        }
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused_with_what_to_write() {
+        let refusal = |prune: Prune| technique(&prune).err().map(|failure| failure.message).unwrap_or_default();
+        let both = Prune {
+            pattern: Some("2:4".into()),
+            ..prune(PruneStructure::Unstructured, PruneCriterion::Magnitude, "50%")
+        };
+        assert!(refusal(both).contains("pattern belongs to structure SemiStructured"));
+        assert!(refusal(Prune::default()).contains("amount is missing"));
+        assert!(refusal(prune(PruneStructure::Channels, PruneCriterion::Wanda, "50%")).contains("chooses single weights, not Channels"));
+        assert!(refusal(prune(PruneStructure::SemiStructured, PruneCriterion::Magnitude, "4:2")).contains("N less than M"));
+        let scoped = Prune {
+            scope: PruneScope::PerLayer,
+            ..prune(PruneStructure::SemiStructured, PruneCriterion::Magnitude, "2:4")
+        };
+        assert!(refusal(scoped).contains("leave scope out"));
+    }
+
+    const WAYS: [(PruneStructure, PruneCriterion, &str); 9] = [
+        (PruneStructure::Unstructured, PruneCriterion::Magnitude, "50%"),
+        (PruneStructure::Unstructured, PruneCriterion::Wanda, "50%"),
+        (PruneStructure::Unstructured, PruneCriterion::SparseGpt, "70%"),
+        (PruneStructure::SemiStructured, PruneCriterion::Magnitude, "2:4"),
+        (PruneStructure::SemiStructured, PruneCriterion::Wanda, "1:2"),
+        (PruneStructure::SemiStructured, PruneCriterion::SparseGpt, "2:3"),
+        (PruneStructure::Channels, PruneCriterion::Magnitude, "40%"),
+        (PruneStructure::Heads, PruneCriterion::Magnitude, "50%"),
+        (PruneStructure::FeedForward, PruneCriterion::Magnitude, "30%"),
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+        #[test]
+        fn any_model_survives_any_way_of_pruning(seed in any::<u64>()) {
+            let model = generator::model(seed);
+            let calibration = generator::calibration(&model);
+            let inputs = generator::samples(&model).inputs;
+            let expected = generator::run(&model, &inputs);
+            let console = Console::silent();
+            let setting = Setting { calibration: Some(&calibration), original: &model, threads: 1, console: &console };
+            for (structure, criterion, share) in WAYS {
+                let mut pruned = model.clone();
+                let technique = technique(&prune(structure, criterion, share)).unwrap();
+                match technique.apply(&mut pruned, &setting) {
+                    Ok(_) => {}
+                    Err(refusal) => {
+                        prop_assert!(refusal.message.contains("nothing to prune"), "{structure} by {criterion}: {refusal}");
+                        continue;
+                    }
+                }
+                for ((kind, expected), (_, outputs)) in expected.iter().zip(generator::run(&pruned, &inputs)) {
+                    for (expected, output) in expected.iter().zip(&outputs) {
+                        prop_assert_eq!(expected.shape(), output.shape(), "{} by {} on {}", structure, criterion, kind);
+                    }
+                }
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::process::Child;
 use std::time::Instant;
 
 use plimsoll_package::manifest::Manifest;
-use plimsoll_package::recipe::{Budget, Dataset, Evaluation, Inputs, Optimization, Quantize, QuantizeScheme, Technique};
+use plimsoll_package::recipe::{Budget, Dataset, Evaluation, Inputs, ModelFormat, Optimization, Quantize, QuantizeScheme, Technique};
 use plimsoll_package::registry::{Access, Registry};
 use plimsoll_package::report::{FailureReason, Summary, Termination, exit_code};
 
@@ -165,14 +165,16 @@ fn what_this_version_does_not_have_is_refused_before_anything_is_fetched() {
     let dir = tempfile::tempdir().unwrap();
     let mut inputs = digits("127.0.0.1:9/models");
     inputs.source.uri = "http://127.0.0.1:9/never".into();
-    inputs.optimize.recipe[0].quantize = Some(Quantize::of(QuantizeScheme::Int4));
+    inputs.source.format = Some(ModelFormat::Keras);
     assert_eq!(run(dir.path(), &inputs)[0], exit_code::UNUSABLE);
     let Some(Termination::Failed(failed)) = message("fetch", dir.path()) else {
         panic!("fetch says nothing")
     };
     assert_eq!(failed.reason, FailureReason::Unsupported);
     assert!(
-        failed.message.contains("optimize.recipe[0].quantize.scheme") && failed.message.contains("Int4"),
+        failed
+            .message
+            .contains("optimize.recipe: this version does not prune Channels by Wanda"),
         "{failed}"
     );
 }

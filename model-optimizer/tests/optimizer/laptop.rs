@@ -34,6 +34,9 @@ fn heldout() -> String {
 fn check_package(package: &Path, report: &Report) {
     let manifest = Manifest::read(package).unwrap();
     manifest.verify(package).unwrap();
+    if report.gate.verdict == Verdict::NotGated {
+        return;
+    }
     let recorded = Probe::read(package).unwrap();
     assert_eq!(report.engines.len(), 2, "both engines were tried");
     for measured in report.engines.iter().filter(|measured| measured.latency.is_some()) {
@@ -95,7 +98,7 @@ fn half_of_the_weights_go_when_half_shall_go() {
 fn a_model_without_data_is_judged_by_its_fidelity() {
     let dir = tempfile::tempdir().unwrap();
     let package = dir.path().join("package");
-    let flags = ["--quantize", "int8", "--json"];
+    let flags = ["--quantize", "int8-dynamic", "--json"];
     let first = report(&optimize(&model("digits/digits-v1.onnx"), &package, &flags));
     assert!(first.summary.metric.is_none());
     assert!(first.summary.fidelity.unwrap() >= 0.99);

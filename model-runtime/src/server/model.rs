@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use plimsoll_package::manifest::{MODEL_FILE, Manifest, PackageError, Probe, TensorSpec};
+use plimsoll_package::manifest::{MODEL_FILE, Manifest, PROBE_FILE, PackageError, Probe, TensorSpec};
 
 use super::Config;
 use super::workers::Workers;
@@ -42,7 +42,11 @@ impl Model {
     pub(super) fn load(config: &Config) -> Result<Self, ModelError> {
         let package = config.path.is_dir();
         let manifest = if package { Some(Manifest::read(&config.path)?) } else { None };
-        let recorded = if package { Some(Probe::read(&config.path)?) } else { None };
+        let recorded = match &manifest {
+            Some(manifest) if manifest.files.contains_key(PROBE_FILE) => Some(Probe::read(&config.path)?),
+            // A bare file, or a package that was made without the gate.
+            _ => None,
+        };
         let file = if package {
             config.path.join(MODEL_FILE)
         } else {
@@ -124,7 +128,7 @@ fn prove(kind: EngineKind, file: &Path, options: &LoadOptions, recorded: Option<
     let engine = engine::load(kind, file, options).map_err(|error| chain(&error))?;
     match recorded {
         Some(recorded) => probe::check(&*engine, recorded).map_err(|error| chain(&error))?,
-        // Nothing is recorded for a bare file; that it runs is all that can be shown.
+        // That it runs is all that can be shown.
         None => probe::check_zeros(&*engine).map_err(|error: EngineError| chain(&error))?,
     }
     Ok(Arc::from(engine))

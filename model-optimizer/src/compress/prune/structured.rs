@@ -12,7 +12,7 @@ use crate::compress::{Change, Setting, Technique, skipped};
 use crate::failure::{Failure, FailureReason, failure};
 use crate::graph::dependency::{self, Axis, Dependencies, Unit, touch};
 use crate::graph::shape::{Dim, Shapes, axis_of};
-use crate::graph::{Names, attribute, is_standard, opset, reads, subgraphs, tensor, weight};
+use crate::graph::{Names, attribute, integers, is_standard, opset, reads, subgraphs, tensor, weight};
 
 /// Structured pruning by magnitude.
 ///
@@ -426,12 +426,7 @@ impl<'a> Removal<'a> {
                     node.attribute
                         .retain(|attribute| !matches!(attribute.name(), "split" | "num_outputs"));
                     if version < opset::QUANTIZED {
-                        node.attribute.push(AttributeProto {
-                            name: Some("split".into()),
-                            r#type: Some(plimsoll_runtime::onnx::attribute_proto::AttributeType::Ints as i32),
-                            ints: sizes,
-                            ..AttributeProto::default()
-                        });
+                        node.attribute.push(integers("split", &sizes));
                     } else {
                         node.input.truncate(1);
                         node.input.push(constant(&format!("{output}_split"), &sizes));
@@ -498,4 +493,225 @@ fn slice(tensor: &mut TensorProto, axis: usize, kept: &[usize]) -> Result<(), Fa
     }
     tensor.dims[axis] = kept.len() as i64;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::generator::{self, Builder, Value, assert_same};
+    use crate::progress::Console;
+    use proptest::prelude::*;
+
+    fn apply(structured: &Structured, model: &ModelProto) -> Result<(ModelProto, Change), Failure> {
+        let mut pruned = model.clone();
+        let console = Console::silent();
+        let setting = Setting {
+            calibration: None,
+            original: model,
+            threads: 1,
+            console: &console,
+        };
+        let change = structured.apply(&mut pruned, &setting)?;
+        Ok((pruned, change))
+    }
+
+    fn by_layer(structure: PruneStructure, amount: f64) -> Structured {
+        Structured {
+            structure,
+            amount,
+            scope: PruneScope::PerLayer,
+        }
+    }
+
+    fn dims(model: &ModelProto, name: &str) -> Vec<i64> {
+        let found = model
+            .graph
+            .as_ref()
+            .unwrap()
+            .initializer
+            .iter()
+            .find(|tensor| tensor.name() == name);
+        found.unwrap().dims.clone()
+    }
+
+    /// Zeroes all weights of as many units of each group as `structured` removes, so that nothing else can be chosen, and nothing is lost.
+    fn zeroed(structured: &Structured, model: &ModelProto) -> Option<ModelProto> {
+        let mut model = model.clone();
+        unshare_vectors(model.graph.as_mut().unwrap());
+        let roles = Roles::of(model.graph.as_ref().unwrap());
+        let dependencies = structured.dependencies(&model, &roles);
+        let graph = model.graph.as_mut().unwrap();
+        let mut groups: BTreeMap<Vec<Axis>, Vec<Unit>> = BTreeMap::new();
+        for unit in dependencies
+            .units(graph)
+            .into_values()
+            .filter(|unit| structured.is_eligible(unit, &roles))
+        {
+            let axes = unit.weights.iter().map(|(axis, _)| axis.clone()).collect();
+            groups.entry(axes).or_default().push(unit);
+        }
+        let mut any = false;
+        for units in groups.values() {
+            let count = ((structured.amount * units.len() as f64).round_ties_even() as usize).min(units.len() - 1);
+            for (axis, indices) in units[..count].iter().flat_map(|unit| &unit.weights) {
+                any = true;
+                let tensor = graph.initializer.iter_mut().find(|tensor| tensor.name() == axis.value).unwrap();
+                let shape = weights::shape(tensor).unwrap();
+                let mut values = weights::floats(tensor).unwrap();
+                let inner: usize = shape[axis.axis + 1..].iter().product();
+                for (position, value) in values.iter_mut().enumerate() {
+                    if indices.contains(&(position / inner % shape[axis.axis])) {
+                        *value = 0.0;
+                    }
+                }
+                *tensor = crate::graph::float_tensor(&axis.value, &shape, &values);
+            }
+        }
+        any.then_some(model)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn units_that_are_zero_throughout_go_and_nothing_changes(seed in any::<u64>(), amount in 0.2_f64..0.9) {
+            // A normalisation over features depends on how many there are, whatever they are.
+            for (structure, seed) in [
+                (PruneStructure::Channels, seed / 3 * 3),
+                (PruneStructure::FeedForward, seed / 3 * 3 + 1),
+                (PruneStructure::FeedForward, seed / 3 * 3 + 2),
+                (PruneStructure::Heads, seed / 3 * 3 + 2),
+            ] {
+                let structured = by_layer(structure, amount);
+                let Some(model) = zeroed(&structured, &generator::model(seed)) else { continue };
+                let (pruned, change) = apply(&structured, &model).unwrap();
+                prop_assert!(!change.changed.is_empty());
+                assert_same(&model, &pruned, 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn a_residual_block_loses_the_same_channels_everywhere() {
+        let (mut builder, input) = Builder::new(1, &[3, 8, 8]);
+        let stem = builder.convolution(&input, 8, 1);
+        let depthwise = builder.convolution(&stem, 8, 8);
+        let wide = builder.convolution(&depthwise, 12, 1);
+        let narrow = builder.convolution(&wide, 8, 1);
+        let sum = builder.add(&narrow, &stem);
+        let joined = builder.push(
+            "Concat",
+            &[&sum.name, &wide.name],
+            vec![crate::graph::integer("axis", 1)],
+            &[20, 8, 8],
+        );
+        let flat = builder.push("Flatten", &[&joined.name], vec![], &[20 * 64]);
+        let weight = builder.constant(&[5, 20 * 64], 0.0);
+        let output = builder.push("Gemm", &[&flat.name, &weight], vec![crate::graph::integer("transB", 1)], &[5]);
+        let model = builder.finish(&output);
+        let (pruned, _) = apply(&by_layer(PruneStructure::Channels, 0.25), &model).unwrap();
+        let names: Vec<String> = weight::find(model.graph.as_ref().unwrap())
+            .into_iter()
+            .map(|weight| weight.name)
+            .collect();
+        let shapes: Vec<Vec<i64>> = names.iter().map(|name| dims(&pruned, name)).collect();
+        assert_eq!(
+            shapes,
+            [
+                vec![6, 3, 3, 3],
+                vec![6, 1, 3, 3],
+                vec![9, 6, 3, 3],
+                vec![6, 9, 3, 3],
+                vec![5, 15 * 64]
+            ]
+        );
+        let inputs = generator::samples(&model).inputs;
+        for (kind, outputs) in generator::run(&pruned, &inputs) {
+            assert_eq!(outputs[0].shape(), [8, 5], "{kind}");
+        }
+    }
+
+    /// Attention whose query, key and value come from one product, and whose shapes are computed when it runs.
+    fn fused_attention(builder: &mut Builder, input: &Value, heads: usize) -> Value {
+        let (length, features) = (input.shape[0], input.shape[1]);
+        let depth = features / heads;
+        let fused = builder.product(input, 3 * features, true);
+        let shape = builder.push("Shape", &[&fused.name], vec![], &[]);
+        let first = builder.numbers(&[0]);
+        let batch = builder.push("Gather", &[&shape.name, &first], vec![crate::graph::integer("axis", 0)], &[]);
+        let rest = builder.numbers(&[length as i64, 3, heads as i64, depth as i64]);
+        let told = builder.push("Concat", &[&batch.name, &rest], vec![crate::graph::integer("axis", 0)], &[]);
+        let split = builder.push("Reshape", &[&fused.name, &told.name], vec![], &[length, 3, heads, depth]);
+        let order = vec![crate::graph::integers("perm", &[2, 0, 3, 1, 4])];
+        let parts = builder.push("Transpose", &[&split.name], order, &[]);
+        let mut part = |index: i64| {
+            let index = builder.numbers(&[index]);
+            let part = builder.push("Gather", &[&parts.name, &index], vec![crate::graph::integer("axis", 0)], &[]);
+            let axes = builder.numbers(&[0]);
+            builder.push("Squeeze", &[&part.name, &axes], vec![], &[heads, length, depth])
+        };
+        let (query, key, value) = (part(0), part(1), part(2));
+        let key = builder.push("Transpose", &[&key.name], vec![crate::graph::integers("perm", &[0, 1, 3, 2])], &[]);
+        let scores = builder.push("MatMul", &[&query.name, &key.name], vec![], &[heads, length, length]);
+        let scores = builder.push("Softmax", &[&scores.name], vec![crate::graph::integer("axis", -1)], &[]);
+        let mixed = builder.push("MatMul", &[&scores.name, &value.name], vec![], &[]);
+        let mixed = builder.push(
+            "Transpose",
+            &[&mixed.name],
+            vec![crate::graph::integers("perm", &[0, 2, 1, 3])],
+            &[],
+        );
+        let merged = builder.numbers(&[0, 0, features as i64]);
+        let mixed = builder.push("Reshape", &[&mixed.name, &merged], vec![], &[length, features]);
+        builder.product(&mixed, features, true)
+    }
+
+    #[test]
+    fn heads_go_from_a_fused_product_whose_shapes_are_computed() {
+        let (mut builder, input) = Builder::new(3, &[5, 16]);
+        let attended = fused_attention(&mut builder, &input, 4);
+        let output = builder.add(&attended, &input);
+        let model = builder.finish(&output);
+        let structured = by_layer(PruneStructure::Heads, 0.5);
+        let model = zeroed(&structured, &model).unwrap();
+        let (pruned, change) = apply(&structured, &model).unwrap();
+        assert_eq!(change.changed.len(), 2, "{change:?}");
+        assert_eq!(dims(&pruned, &change.changed[0]), [16, 24]);
+        assert_eq!(dims(&pruned, &change.changed[1]), [8, 16]);
+        assert_same(&model, &pruned, 1e-5);
+    }
+
+    #[test]
+    fn what_cannot_go_is_listed_with_its_reason() {
+        let (mut builder, input) = Builder::new(5, &[6]);
+        let hidden = builder.product(&input, 8, true);
+        let output = builder.product(&hidden, 4, true);
+        let model = builder.finish(&output);
+        let (_, change) = apply(&by_layer(PruneStructure::Channels, 0.5), &model).unwrap();
+        assert_eq!(change.skipped.len(), 1);
+        assert_eq!(
+            change.skipped[0].reason,
+            "its channels stay: it is an input or an output of the model"
+        );
+        let refusal = apply(&by_layer(PruneStructure::Heads, 0.5), &model).unwrap_err();
+        assert_eq!(refusal.reason, FailureReason::Unsupported);
+        assert!(refusal.message.contains("no attention heads"), "{refusal}");
+    }
+
+    #[test]
+    fn globally_the_units_that_matter_least_in_their_group_go_first() {
+        let structured = Structured {
+            structure: PruneStructure::Channels,
+            amount: 0.5,
+            scope: PruneScope::Global,
+        };
+        let unit = |root, importance| Candidate { root, importance };
+        // The second group's weights are a hundred times as large.
+        let groups = vec![
+            vec![unit(1, 1.0), unit(2, 1.1), unit(3, 0.9)],
+            vec![unit(4, 10.0), unit(5, 200.0), unit(6, 30.0)],
+        ];
+        assert_eq!(structured.choose(groups), HashSet::from([3, 4, 6]));
+        let all = Structured { amount: 1.0, ..structured };
+        assert_eq!(all.choose(vec![vec![unit(1, 1.0), unit(2, 2.0)]]), HashSet::from([1]), "one stays");
+    }
 }

@@ -87,7 +87,7 @@ pub(super) fn named(name: &str, node: NodeProto) -> NodeProto {
 /// Applies a recipe's entry to a copy of the model, with `samples` for calibration where there are any.
 pub(super) fn apply(original: &ModelProto, quantize: &Quantize, samples: Option<Vec<Tensor>>) -> Result<(ModelProto, Change), Failure> {
     let calibration = samples.map(|inputs| {
-        let (specs, _) = onnx::signature(original).unwrap();
+        let (specs, _) = plimsoll_runtime::onnx::signature(original).unwrap();
         Calibration::new(Dataset::of_tensors(inputs, &specs, None).unwrap(), 1)
     });
     let setting = Setting {

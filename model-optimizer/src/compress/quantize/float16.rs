@@ -322,7 +322,7 @@ mod tests {
     }
 
     fn samples() -> Vec<Tensor> {
-        let keep = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0];
+        let keep = [1.0_f32, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0];
         vec![
             Tensor::new(vec![2, 4, 16], numbers(128, 6)).unwrap(),
             Tensor::new(vec![2, 1, 4], keep.to_vec()).unwrap(),

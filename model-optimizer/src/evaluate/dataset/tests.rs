@@ -236,7 +236,7 @@ fn pictures_become_values_in_the_order_of_their_labels() {
         assert_eq!(dataset.labels(), Some(&[4.0, 2.0][..]));
         assert_eq!(all(&dataset), [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
     }
-    let dataset = read(tarred(&entries), &[spec("image", Datatype::Uint8, &[-1, 1, 2, 3])]).unwrap();
+    let dataset = read(tarred(&entries), &[spec("image", Datatype::Uint8, &[-1, 2, 1, 3])]).unwrap();
     assert_eq!(all(&dataset)[..3], [0.0, 0.0, 255.0]);
     let with = |json: &str| {
         let mut entries = entries.to_vec();
@@ -316,7 +316,7 @@ fn nothing_is_unpacked_beyond_the_limit() {
     let lines = "{\"x\": [0, 0]}\n".repeat(200_000);
     assert_eq!(
         read(lines, &[spec("x", Datatype::Fp64, &IMAGE)]).unwrap_err(),
-        "it unpacks to more than 1048576 bytes"
+        "line 65537: it unpacks to more than 1048576 bytes"
     );
 }
 

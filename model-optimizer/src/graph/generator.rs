@@ -1,0 +1,371 @@
+//! Random valid models for tests: small convolutional, dense and attention networks with what real ones are made of.
+
+use plimsoll_package::manifest::Engine as EngineKind;
+use plimsoll_runtime::engine::{self, LoadOptions, Tensor};
+use plimsoll_runtime::onnx::tensor_proto::DataType;
+use plimsoll_runtime::onnx::{
+    GraphProto, ModelProto, OperatorSetIdProto, TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
+};
+
+use super::{float_tensor, integer, integers, node, tensor};
+use crate::calibration::Calibration;
+use crate::convert;
+use crate::evaluate::dataset::Dataset;
+
+/// Builds a model node by node.
+pub(crate) struct Builder {
+    graph: GraphProto,
+    state: u64,
+    count: usize,
+}
+
+/// A value of the model: its name and its shape without the batch.
+#[derive(Debug, Clone)]
+pub(crate) struct Value {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+}
+
+/// A float value with a symbolic batch before `shape`.
+pub(crate) fn declared(name: &str, shape: &[usize]) -> ValueInfoProto {
+    use tensor_shape_proto::dimension::Value as Size;
+    let dimension = |value| tensor_shape_proto::Dimension {
+        value: Some(value),
+        ..Default::default()
+    };
+    let batch = dimension(Size::DimParam("batch".into()));
+    let dim = std::iter::once(batch).chain(shape.iter().map(|size| dimension(Size::DimValue(*size as i64))));
+    let kind = type_proto::Tensor {
+        elem_type: Some(DataType::Float as i32),
+        shape: Some(TensorShapeProto { dim: dim.collect() }),
+    };
+    ValueInfoProto {
+        name: Some(name.to_owned()),
+        r#type: Some(TypeProto {
+            value: Some(type_proto::Value::TensorType(kind)),
+            ..TypeProto::default()
+        }),
+        ..ValueInfoProto::default()
+    }
+}
+
+impl Builder {
+    /// With an input `x` of that shape, the batch left out.
+    pub(crate) fn new(seed: u64, shape: &[usize]) -> (Self, Value) {
+        let graph = GraphProto {
+            name: Some("generated".into()),
+            input: vec![declared("x", shape)],
+            ..GraphProto::default()
+        };
+        let builder = Self {
+            graph,
+            state: seed,
+            count: 0,
+        };
+        let input = Value {
+            name: "x".into(),
+            shape: shape.to_vec(),
+        };
+        (builder, input)
+    }
+
+    /// The model whose only output is `value`.
+    pub(crate) fn finish(mut self, value: &Value) -> ModelProto {
+        self.graph.output = vec![declared(&value.name, &value.shape)];
+        ModelProto {
+            ir_version: Some(8),
+            opset_import: vec![OperatorSetIdProto {
+                domain: Some(String::new()),
+                version: Some(17),
+            }],
+            graph: Some(self.graph),
+            ..ModelProto::default()
+        }
+    }
+
+    /// A number below `bound`.
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        // SplitMix64.
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.state;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ (mixed >> 31)) >> 16) as usize % bound
+    }
+
+    fn fresh(&mut self, stem: &str) -> String {
+        self.count += 1;
+        format!("{stem}{}", self.count)
+    }
+
+    /// A constant of random floats around `mean`.
+    pub(crate) fn constant(&mut self, shape: &[usize], mean: f32) -> String {
+        let name = self.fresh("w");
+        let spread = 1.0 / (shape.iter().skip(1).product::<usize>() as f32).sqrt();
+        let values: Vec<f32> = (0..shape.iter().product())
+            .map(|_| mean + (self.below(2001) as f32 / 1000.0 - 1.0) * spread)
+            .collect();
+        self.graph.initializer.push(float_tensor(&name, shape, &values));
+        name
+    }
+
+    /// A constant of integers.
+    pub(crate) fn numbers(&mut self, values: &[i64]) -> String {
+        let name = self.fresh("n");
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.graph.initializer.push(tensor(&name, DataType::Int64, &[values.len()], bytes));
+        name
+    }
+
+    /// A node with the shape of its output, the batch left out.
+    pub(crate) fn push(
+        &mut self,
+        op_type: &str,
+        inputs: &[&str],
+        attributes: Vec<plimsoll_runtime::onnx::AttributeProto>,
+        shape: &[usize],
+    ) -> Value {
+        let name = self.fresh("v");
+        self.graph.node.push(node(op_type, inputs, &name, attributes));
+        Value {
+            name,
+            shape: shape.to_vec(),
+        }
+    }
+
+    /// A convolution with a kernel of 3, `groups` and a bias.
+    pub(crate) fn convolution(&mut self, input: &Value, channels: usize, groups: usize) -> Value {
+        let weight = self.constant(&[channels, input.shape[0] / groups, 3, 3], 0.0);
+        let bias = self.constant(&[channels], 0.1);
+        let attributes = vec![integer("group", groups as i64), integers("pads", &[1, 1, 1, 1])];
+        let shape = [channels, input.shape[1], input.shape[2]];
+        self.push("Conv", &[&input.name, &weight, &bias], attributes, &shape)
+    }
+
+    /// A matrix product along the last axis, with a bias where it is asked for.
+    pub(crate) fn product(&mut self, input: &Value, features: usize, biased: bool) -> Value {
+        let inner = input.shape[input.shape.len() - 1];
+        let mut shape = input.shape.clone();
+        shape[input.shape.len() - 1] = features;
+        let weight = self.constant(&[inner, features], 0.0);
+        let product = self.push("MatMul", &[&input.name, &weight], vec![], &shape);
+        if !biased {
+            return product;
+        }
+        let bias = self.constant(&[features], 0.1);
+        self.push("Add", &[&product.name, &bias], vec![], &shape)
+    }
+
+    pub(crate) fn add(&mut self, a: &Value, b: &Value) -> Value {
+        self.push("Add", &[&a.name, &b.name], vec![], &a.shape)
+    }
+
+    pub(crate) fn unary(&mut self, op_type: &str, input: &Value) -> Value {
+        self.push(op_type, &[&input.name], vec![], &input.shape)
+    }
+
+    pub(crate) fn layer_norm(&mut self, input: &Value) -> Value {
+        let features = input.shape[input.shape.len() - 1];
+        let (scale, bias) = (self.constant(&[features], 1.0), self.constant(&[features], 0.0));
+        self.push(
+            "LayerNormalization",
+            &[&input.name, &scale, &bias],
+            vec![integer("axis", -1)],
+            &input.shape,
+        )
+    }
+
+    fn batch_norm(&mut self, input: &Value) -> Value {
+        let channels = input.shape[0];
+        let constants = [1.0, 0.0, 0.0, 2.5].map(|mean| self.constant(&[channels], mean));
+        let inputs: Vec<&str> = std::iter::once(&input.name).chain(&constants).map(String::as_str).collect();
+        self.push("BatchNormalization", &inputs, vec![], &input.shape)
+    }
+
+    fn activation(&mut self, input: &Value) -> Value {
+        let op_type = ["Relu", "Sigmoid", "Tanh"][self.below(3)];
+        self.unary(op_type, input)
+    }
+
+    /// Self-attention of `heads` heads, exported as by torch: the batch in `Reshape` is 0 or -1.
+    pub(crate) fn attention(&mut self, input: &Value, heads: usize) -> Value {
+        let (length, features) = (input.shape[0], input.shape[1]);
+        let depth = features / heads;
+        let split = self.numbers(&[0, -1, heads as i64, depth as i64]);
+        let merge = self.numbers(&[-1, length as i64, features as i64]);
+        let mut part = |order: &[i64], shape: &[usize]| {
+            let part = self.product(input, features, true);
+            let part = self.push("Reshape", &[&part.name, &split], vec![], &[length, heads, depth]);
+            self.push("Transpose", &[&part.name], vec![integers("perm", order)], shape)
+        };
+        let query = part(&[0, 2, 1, 3], &[heads, length, depth]);
+        let key = part(&[0, 2, 3, 1], &[heads, depth, length]);
+        let value = part(&[0, 2, 1, 3], &[heads, length, depth]);
+        let scores = self.push("MatMul", &[&query.name, &key.name], vec![], &[heads, length, length]);
+        let scores = self.push("Softmax", &[&scores.name], vec![integer("axis", -1)], &[heads, length, length]);
+        let mixed = self.push("MatMul", &[&scores.name, &value.name], vec![], &[heads, length, depth]);
+        let mixed = self.push(
+            "Transpose",
+            &[&mixed.name],
+            vec![integers("perm", &[0, 2, 1, 3])],
+            &[length, heads, depth],
+        );
+        let mixed = self.push("Reshape", &[&mixed.name, &merge], vec![], &[length, features]);
+        self.product(&mixed, features, true)
+    }
+
+    /// Two products with an activation in between.
+    pub(crate) fn feed_forward(&mut self, input: &Value, width: usize) -> Value {
+        let features = input.shape[input.shape.len() - 1];
+        let hidden = self.product(input, width, true);
+        let hidden = self.activation(&hidden);
+        self.product(&hidden, features, true)
+    }
+}
+
+/// A random model; the same seed gives the same.
+pub(crate) fn model(seed: u64) -> ModelProto {
+    match seed % 3 {
+        0 => convolutional(seed),
+        1 => dense(seed),
+        _ => transformer(seed),
+    }
+}
+
+fn convolutional(seed: u64) -> ModelProto {
+    let (mut builder, input) = Builder::new(seed, &[3, 8, 8]);
+    let mut value = builder.convolution(&input, 8, 1);
+    for _ in 0..2 + builder.below(4) {
+        let (channels, height, width) = (value.shape[0], value.shape[1], value.shape[2]);
+        value = match builder.below(8) {
+            0 => {
+                let wider = 4 * (1 + builder.below(4));
+                builder.convolution(&value, wider, 1)
+            }
+            1 => builder.convolution(&value, channels, channels),
+            2 => builder.convolution(&value, channels * 2, 2),
+            3 => builder.batch_norm(&value),
+            4 => {
+                let inner = builder.convolution(&value, channels, 1);
+                let inner = builder.activation(&inner);
+                builder.add(&inner, &value)
+            }
+            5 => {
+                let branch = builder.convolution(&value, 4, 1);
+                let shape = [channels + 4, height, width];
+                builder.push("Concat", &[&value.name, &branch.name], vec![integer("axis", 1)], &shape)
+            }
+            6 if height >= 4 => {
+                let attributes = vec![integers("kernel_shape", &[2, 2]), integers("strides", &[2, 2])];
+                builder.push("MaxPool", &[&value.name], attributes, &[channels, height / 2, width / 2])
+            }
+            _ => builder.activation(&value),
+        };
+    }
+    let (channels, area) = (value.shape[0], value.shape[1] * value.shape[2]);
+    let flat = match builder.below(3) {
+        0 => {
+            let pooled = builder.push("GlobalAveragePool", &[&value.name], vec![], &[channels, 1, 1]);
+            builder.push("Flatten", &[&pooled.name], vec![], &[channels])
+        }
+        1 => builder.push("Flatten", &[&value.name], vec![], &[channels * area]),
+        _ => {
+            let shape = builder.numbers(&[-1, (channels * area) as i64]);
+            builder.push("Reshape", &[&value.name, &shape], vec![], &[channels * area])
+        }
+    };
+    let (weight, bias) = (builder.constant(&[5, flat.shape[0]], 0.0), builder.constant(&[5], 0.0));
+    let output = builder.push("Gemm", &[&flat.name, &weight, &bias], vec![integer("transB", 1)], &[5]);
+    builder.finish(&output)
+}
+
+fn dense(seed: u64) -> ModelProto {
+    let (mut builder, input) = Builder::new(seed, &[6]);
+    let mut value = builder.product(&input, 12, true);
+    for _ in 0..2 + builder.below(4) {
+        let features = value.shape[0];
+        value = match builder.below(6) {
+            0 => {
+                let (weight, bias) = (builder.constant(&[features, 8], 0.0), builder.constant(&[8], 0.0));
+                builder.push("Gemm", &[&value.name, &weight, &bias], vec![], &[8])
+            }
+            1 => builder.layer_norm(&value),
+            2 => {
+                let inner = builder.feed_forward(&value, 10);
+                builder.add(&inner, &value)
+            }
+            3 => {
+                let branch = builder.product(&value, 5, false);
+                builder.push("Concat", &[&value.name, &branch.name], vec![integer("axis", -1)], &[features + 5])
+            }
+            4 => {
+                let gate = builder.product(&value, features, true);
+                let gate = builder.unary("Sigmoid", &gate);
+                let value = builder.product(&value, features, false);
+                builder.push("Mul", &[&gate.name, &value.name], vec![], &[features])
+            }
+            _ => builder.activation(&value),
+        };
+    }
+    let output = builder.product(&value, 4, true);
+    builder.finish(&output)
+}
+
+fn transformer(seed: u64) -> ModelProto {
+    let (mut builder, input) = Builder::new(seed, &[5, 6]);
+    let mut value = builder.product(&input, 16, true);
+    for _ in 0..1 + builder.below(2) {
+        let heads = [2, 4, 8][builder.below(3)];
+        let attended = builder.attention(&value, heads);
+        let sum = builder.add(&attended, &value);
+        value = builder.layer_norm(&sum);
+        let width = 8 + builder.below(24);
+        let inner = builder.feed_forward(&value, width);
+        let sum = builder.add(&inner, &value);
+        value = if builder.below(2) == 0 { builder.layer_norm(&sum) } else { sum };
+    }
+    let output = builder.product(&value, 3, true);
+    builder.finish(&output)
+}
+
+/// Samples drawn from the signature of `model`.
+pub(crate) fn samples(model: &ModelProto) -> Dataset {
+    let (inputs, _) = plimsoll_runtime::onnx::signature(model).unwrap();
+    Dataset::drawn(&inputs, None).unwrap()
+}
+
+/// Calibration data drawn from the signature of `model`.
+pub(crate) fn calibration(model: &ModelProto) -> Calibration {
+    Calibration::new(samples(model), 1)
+}
+
+/// The outputs of `model` on `inputs`, by each engine that is here.
+pub(crate) fn run(model: &ModelProto, inputs: &[Tensor]) -> Vec<(EngineKind, Vec<Tensor>)> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.onnx");
+    convert::write(model, &path).unwrap();
+    let run = |kind: EngineKind| {
+        let engine = engine::load(kind, &path, &LoadOptions::default()).unwrap_or_else(|error| panic!("{kind}: {error}"));
+        let outputs = engine.run(inputs).unwrap_or_else(|error| panic!("{kind}: {error}"));
+        (kind, outputs)
+    };
+    convert::engines().into_iter().map(run).collect()
+}
+
+/// Asserts that two models give the same outputs on drawn inputs, by every engine.
+pub(crate) fn assert_same(before: &ModelProto, after: &ModelProto, tolerance: f64) {
+    let inputs = samples(before).inputs;
+    for ((kind, expected), (_, given)) in run(before, &inputs).into_iter().zip(run(after, &inputs)) {
+        assert_eq!(expected.len(), given.len());
+        for (expected, given) in expected.iter().zip(&given) {
+            assert_eq!(expected.shape(), given.shape(), "{kind}");
+            let (expected, given) = (expected.data().to_f64().unwrap(), given.data().to_f64().unwrap());
+            for (expected, given) in expected.iter().zip(&given) {
+                assert!(
+                    (expected - given).abs() <= tolerance * expected.abs().max(1.0),
+                    "{kind}: {given} is not {expected}"
+                );
+            }
+        }
+    }
+}

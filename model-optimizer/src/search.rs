@@ -93,6 +93,7 @@ fn plan(search: &Search, materials: &Materials) -> Plan {
             false => vec![],
         },
         prunes: allows(search, SearchTechnique::Prune) && mix != Mix::default(),
+        calibrated,
         distill: (allows(search, SearchTechnique::Distill) && calibrated).then_some(distill),
     }
 }

@@ -1,6 +1,6 @@
 //! The order in which recipes are tried: each decides by what those before it measured, so that few are.
 
-use plimsoll_package::recipe::{Distill, Prune, PruneStructure, Quantize, QuantizeScheme, Technique};
+use plimsoll_package::recipe::{Distill, Prune, PruneCriterion, PruneStructure, Quantize, QuantizeScheme, Technique};
 use plimsoll_package::report::front::Sensitivity;
 use plimsoll_package::units::Percentage;
 
@@ -63,6 +63,8 @@ pub struct Plan {
     pub ladder: Vec<Rung>,
     /// Whether weights may be pruned.
     pub prunes: bool,
+    /// Whether there are data that show which of them matter.
+    pub calibrated: bool,
     /// The training that may follow.
     pub distill: Option<Distill>,
 }
@@ -86,7 +88,7 @@ pub fn explore(judge: &mut impl Judge, plan: &Plan) -> Result<bool, Stop> {
     exploration.attempt(vec![])?;
     let broken = exploration.quantize(&plan.ladder)?;
     if plan.prunes {
-        exploration.prune()?;
+        exploration.prune(plan.calibrated)?;
     }
     if let Some(distill) = &plan.distill {
         exploration.mend(&broken, plan.prunes, distill)?;
@@ -190,38 +192,64 @@ impl<J: Judge> Exploration<'_, J> {
     }
 
     /// Prunes the best so far: single weights, then whole units.
-    fn prune(&mut self) -> Result<(), Stop> {
-        let base = self.base_recipe();
-        self.last_passing(AMOUNTS.len(), |exploration, index| {
-            exploration.pruned(PruneStructure::Unstructured, AMOUNTS[index], &base, None)
-        })?;
+    fn prune(&mut self, calibrated: bool) -> Result<(), Stop> {
+        let single = PruneStructure::Unstructured;
+        self.prune_further(single, PruneCriterion::Magnitude, None)?;
+        if calibrated {
+            self.prune_further(single, PruneCriterion::SparseGpt, None)?;
+        }
         for structure in STRUCTURES {
-            let base = self.base_recipe();
-            self.last_passing(UNIT_AMOUNTS.len(), |exploration, index| {
-                exploration.pruned(structure, UNIT_AMOUNTS[index], &base, None)
-            })?;
+            self.prune_further(structure, PruneCriterion::Magnitude, None)?;
         }
         Ok(())
     }
 
-    fn pruned(&mut self, structure: PruneStructure, percent: u32, base: &[Technique], distill: Option<&Distill>) -> Result<Step, Stop> {
+    /// Prunes the best so far further than it is pruned, and trains it where `distill` says how.
+    fn prune_further(&mut self, structure: PruneStructure, criterion: PruneCriterion, distill: Option<&Distill>) -> Result<(), Stop> {
+        let amounts = match structure {
+            PruneStructure::Unstructured => AMOUNTS.as_slice(),
+            _ => UNIT_AMOUNTS.as_slice(),
+        };
+        let best = self.base_recipe();
+        let is_alike = |prune: &Prune| prune.structure == structure;
+        let pruned = |technique: &Technique| technique.prune.clone().filter(is_alike).and_then(|prune| prune.amount);
+        let reached = best.iter().find_map(pruned);
+        let first = amounts
+            .iter()
+            .position(|percent| reached == Some(share(*percent)))
+            .map_or(0, |index| index + 1);
+        let is_kept = |technique: &&Technique| technique.distill.is_none() && !technique.prune.as_ref().is_some_and(is_alike);
+        let base: Vec<Technique> = best.iter().filter(is_kept).cloned().collect();
         // Of what is left of narrower layers, single weights go.
-        let is_narrowing = |technique: &&Technique| {
-            let pruning = technique.prune.as_ref();
-            structure == PruneStructure::Unstructured && pruning.is_some_and(|prune| prune.structure != structure)
+        let place = match structure {
+            PruneStructure::Unstructured => base.iter().take_while(|technique| technique.prune.is_some()).count(),
+            _ => 0,
         };
-        let mut recipe = base.to_vec();
-        recipe.insert(base.iter().take_while(is_narrowing).count(), prune(structure, percent));
-        let recipe = match distill {
-            Some(distill) => trained(&recipe, distill).unwrap_or(recipe),
-            None => recipe,
-        };
-        let judged = self.attempt(recipe)?;
-        Ok(match judged.standing() {
-            Standing::Within | Standing::TooCostly => Step::Passed,
-            Standing::TooLossy => Step::Broke,
-            // Whether the model has such units, or can be trained, is no matter of the amount.
-            Standing::Failed => Step::GaveUp,
+        self.last_passing(amounts.len() - first, |exploration, index| {
+            let prune = Prune {
+                amount: Some(share(amounts[first + index])),
+                structure,
+                criterion,
+                ..Prune::default()
+            };
+            let mut recipe = base.clone();
+            recipe.insert(
+                place,
+                Technique {
+                    prune: Some(prune),
+                    ..Technique::default()
+                },
+            );
+            if let Some(recipe_trained) = distill.and_then(|distill| trained(&recipe, distill)) {
+                recipe = recipe_trained;
+            }
+            let judged = exploration.attempt(recipe)?;
+            Ok(match judged.standing() {
+                Standing::Within | Standing::TooCostly => Step::Passed,
+                Standing::TooLossy => Step::Broke,
+                // Whether the model has such units, or can be trained, is no matter of the amount.
+                Standing::Failed => Step::GaveUp,
+            })
         })
     }
 
@@ -242,19 +270,8 @@ impl<J: Judge> Exploration<'_, J> {
         if !prunes {
             return Ok(());
         }
-        for (structure, amounts) in [
-            (PruneStructure::Unstructured, AMOUNTS.as_slice()),
-            (PruneStructure::Channels, UNIT_AMOUNTS.as_slice()),
-        ] {
-            let best = self.base_recipe();
-            let is_of = |technique: &&Technique| technique.prune.as_ref().is_some_and(|prune| prune.structure == structure);
-            let reached = amounts.iter().rposition(|percent| best.contains(&prune(structure, *percent)));
-            let first = reached.map_or(0, |index| index + 1);
-            let untrained = best.iter().filter(|technique| technique.distill.is_none() && !is_of(technique));
-            let base: Vec<Technique> = untrained.cloned().collect();
-            self.last_passing(amounts.len() - first, |exploration, index| {
-                exploration.pruned(structure, amounts[first + index], &base, Some(distill))
-            })?;
+        for structure in [PruneStructure::Unstructured, PruneStructure::Channels] {
+            self.prune_further(structure, PruneCriterion::Magnitude, Some(distill))?;
         }
         Ok(())
     }
@@ -293,16 +310,10 @@ fn trained(recipe: &[Technique], distill: &Distill) -> Option<Vec<Technique>> {
     (place > 0).then_some(trained)
 }
 
-fn prune(structure: PruneStructure, percent: u32) -> Technique {
-    let amount: Option<Percentage> = format!("{percent}%").parse().ok();
-    Technique {
-        prune: Some(Prune {
-            amount,
-            structure,
-            ..Prune::default()
-        }),
-        ..Technique::default()
-    }
+fn share(percent: u32) -> Percentage {
+    format!("{percent}%")
+        .parse()
+        .unwrap_or_else(|_| unreachable!("a share below 100 percent"))
 }
 
 #[cfg(test)]
@@ -435,6 +446,7 @@ mod tests {
         Plan {
             ladder: ladder(mix, false),
             prunes,
+            calibrated: false,
             distill: distills.then_some(distill),
         }
     }

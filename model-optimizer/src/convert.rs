@@ -25,7 +25,8 @@ pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: Option<usize
         graph::weight::name_users(graph);
     }
     onnx::signature(&model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))?;
-    write(&model, destination)?;
+    crate::step::make_folder_of(destination)?;
+    graph::serialize::write_referring(&model, destination).map_err(disk("write", destination))?;
     threads.map_or(Ok(()), |threads| check_runs(uri, &model, destination, threads))
 }
 

@@ -3,7 +3,6 @@
 //! Raw tensor data is [`bytes::Bytes`], so that a model read by [`read`] keeps its weights in the mapped file until they are changed.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use plimsoll_package::manifest::{Datatype, TensorSpec};
@@ -78,8 +77,7 @@ pub fn read_alone(path: &Path) -> Result<ModelProto, OnnxError> {
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(unreadable)?;
-    let model = decode(mapping::map(&file).map_err(unreadable)?);
+    let model = decode(mapping::map(path).map_err(unreadable)?);
     model.map_err(|reason| OnnxError::NotOnnx {
         path: path.to_owned(),
         reason,

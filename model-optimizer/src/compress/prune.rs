@@ -160,7 +160,7 @@ mod tests {
         fn any_model_survives_any_way_of_pruning(seed in any::<u64>()) {
             let model = generator::model(seed);
             let calibration = generator::calibration(&model);
-            let inputs = generator::samples(&model).inputs;
+            let inputs = generator::inputs(&model);
             let expected = generator::run(&model, &inputs);
             let console = Console::silent();
             let setting = Setting { calibration: Some(&calibration), original: &model, threads: 1, console: &console };

@@ -246,7 +246,7 @@ impl Dataset {
     pub fn batch(&self, range: Range<usize>) -> Result<Vec<Tensor>, Failure> {
         match &self.chosen {
             Some(_) => self.gather(&range.collect::<Vec<_>>()),
-            None => self.tensors(&[range.clone()], range.len()),
+            None => self.tensors(std::slice::from_ref(&range), range.len()),
         }
     }
 
@@ -363,7 +363,7 @@ impl Column {
     fn tensor(&self, runs: &[Range<usize>], samples: usize) -> Result<Tensor, String> {
         let width = self.sample_values();
         let data = match (&self.values, self.feed) {
-            (Values::Held(data), Feed::Constant) => rows(data, &[0..width]),
+            (Values::Held(data), Feed::Constant) => rows(data, std::slice::from_ref(&(0..width))),
             (Values::Held(data), Feed::Repeated) => rows(data, &vec![0..width; samples]),
             (Values::Held(data), _) => {
                 let spans: Vec<Range<usize>> = runs.iter().map(|run| run.start * width..run.end * width).collect();

@@ -328,10 +328,15 @@ fn transformer(seed: u64) -> ModelProto {
     builder.finish(&output)
 }
 
-/// Samples drawn from the signature of `model`.
-pub(crate) fn samples(model: &ModelProto) -> Dataset {
+fn samples(model: &ModelProto) -> Dataset {
     let (inputs, _) = plimsoll_runtime::onnx::signature(model).unwrap();
-    Dataset::drawn(&inputs, None).unwrap()
+    Dataset::drawn(&inputs, 8, false).unwrap()
+}
+
+/// Eight samples drawn from the signature of `model`, as one batch.
+pub(crate) fn inputs(model: &ModelProto) -> Vec<Tensor> {
+    let samples = samples(model);
+    samples.batch(0..samples.samples()).unwrap()
 }
 
 /// Calibration data drawn from the signature of `model`.
@@ -354,7 +359,7 @@ pub(crate) fn run(model: &ModelProto, inputs: &[Tensor]) -> Vec<(EngineKind, Vec
 
 /// Asserts that two models give the same outputs on drawn inputs, by every engine.
 pub(crate) fn assert_same(before: &ModelProto, after: &ModelProto, tolerance: f64) {
-    let inputs = samples(before).inputs;
+    let inputs = inputs(before);
     for ((kind, expected), (_, given)) in run(before, &inputs).into_iter().zip(run(after, &inputs)) {
         assert_eq!(expected.len(), given.len());
         for (expected, given) in expected.iter().zip(&given) {

@@ -1,5 +1,6 @@
 //! Writing a model: tensor by tensor, so that memory never holds the whole; what one protobuf message cannot hold goes to external data.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
@@ -51,11 +52,67 @@ pub fn write(model: &ModelProto, path: &Path) -> io::Result<()> {
     write_within(model, path, MESSAGE_BYTES_MAX)
 }
 
-fn write_within(model: &ModelProto, path: &Path, message_bytes_max: usize) -> io::Result<()> {
-    let folder = path
-        .parent()
+/// Writes `model` to `path` without the weights that lie in mapped files: it refers to links to those files beside it, so that next to nothing
+/// is written. Where no link can be made, the weights are written after all.
+///
+/// # Errors
+/// Where the disk does not take it.
+pub fn write_referring(model: &ModelProto, path: &Path) -> io::Result<()> {
+    let tensors = model.graph.as_ref().map_or(&[][..], |graph| &graph.initializer);
+    let mut links: HashMap<PathBuf, Option<String>> = HashMap::new();
+    let mut inside = model.encoded_len();
+    let mut heads = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        let mut head = head(tensor);
+        let data = tensor.raw_data();
+        let origin = Some(data).filter(|data| data.len() >= EXTERNAL_BYTES_MIN).and_then(mapping::origin);
+        if let Some((file, offset)) = origin {
+            let number = links.len();
+            let link = links.entry(file).or_insert_with_key(|file| {
+                let link = path.with_extension(format!("weights-{number}"));
+                // What an interrupted run left behind gives way.
+                let _ = fs::remove_file(&link);
+                fs::hard_link(file, &link).ok()?;
+                Some(link.file_name()?.to_string_lossy().into_owned())
+            });
+            if let Some(location) = link {
+                refer(&mut head, location, offset, data.len());
+                inside -= data.len();
+            }
+        }
+        heads.push(head);
+    }
+    if inside > MESSAGE_BYTES_MAX {
+        return write(model, path);
+    }
+    let file = tempfile::NamedTempFile::new_in(folder_of(path))?;
+    write_message(file.as_file(), model, tensors, &heads)?;
+    file.persist(path)?;
+    Ok(())
+}
+
+/// Makes of `head` a reference to external data.
+fn refer(head: &mut TensorProto, location: &str, offset: u64, length: usize) {
+    let entry = |key: &str, value: String| StringStringEntryProto {
+        key: Some(key.to_owned()),
+        value: Some(value),
+    };
+    head.data_location = Some(DataLocation::External as i32);
+    head.external_data = vec![
+        entry("location", location.to_owned()),
+        entry("offset", offset.to_string()),
+        entry("length", length.to_string()),
+    ];
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent()
         .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+        .unwrap_or(Path::new("."))
+}
+
+fn write_within(model: &ModelProto, path: &Path, message_bytes_max: usize) -> io::Result<()> {
+    let folder = folder_of(path);
     let graph = model.graph.as_ref();
     let tensors = graph.map_or(&[][..], |graph| &graph.initializer);
     let mut heads: Vec<TensorProto> = tensors.iter().map(head).collect();
@@ -97,16 +154,7 @@ fn write_external(file: &File, location: &str, tensors: &[TensorProto], heads: &
         out.write_all(data)?;
         mapping::release(data);
         offset = start + data.len() as u64;
-        let entry = |key: &str, value: String| StringStringEntryProto {
-            key: Some(key.to_owned()),
-            value: Some(value),
-        };
-        head.data_location = Some(DataLocation::External as i32);
-        head.external_data = vec![
-            entry("location", location.to_owned()),
-            entry("offset", start.to_string()),
-            entry("length", data.len().to_string()),
-        ];
+        refer(head, location, start, data.len());
     }
     out.flush()
 }
@@ -196,7 +244,7 @@ pub fn spilled(data: Vec<u8>) -> Bytes {
     let spill = || {
         let mut file = tempfile::tempfile()?;
         file.write_all(&data)?;
-        mapping::map(&file)
+        mapping::map_unnamed(&file)
     };
     let spilled: io::Result<Bytes> = spill();
     spilled.unwrap_or_else(|_| data.into())
@@ -249,6 +297,20 @@ mod tests {
         assert_eq!(ModelProto::decode(&*fs::read(&path).unwrap()).unwrap(), model());
         assert_eq!(fs::metadata(&path).unwrap().len() as usize, model().encoded_len());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left behind");
+    }
+
+    #[test]
+    fn what_is_mapped_is_referred_to_and_reads_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, path) = (folder.path().join("source"), folder.path().join("m.onnx"));
+        write(&model(), &source).unwrap();
+        let mapped = onnx::read(&source).unwrap();
+        for _ in 0..2 {
+            write_referring(&mapped, &path).unwrap();
+        }
+        assert!(fs::metadata(&path).unwrap().len() < 1000, "the weights are not written again");
+        fs::remove_file(&source).unwrap();
+        assert_eq!(onnx::read(&path).unwrap(), model());
     }
 
     #[test]

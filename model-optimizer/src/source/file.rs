@@ -58,7 +58,7 @@ fn pack(what: &str, folder: &Path, destination: &Path, size_max: u64) -> Result<
     })
 }
 
-/// Copies the file at `path`; of data a folder, too, as an archive.
+/// Copies the file at `path`, or links to it; of data a folder, too, as an archive.
 pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -> Result<Content, Failure> {
     let shown = path.display().to_string();
     let unreadable = |error: &io::Error| failure(FailureReason::SourceRefused, format!("cannot read the {what} {shown}: {error}"));
@@ -76,7 +76,16 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
         return Err(too_large(what, &shown, Some(metadata.len()), size_max));
     }
     let mut source = File::open(path).map_err(|error| unreadable(&error))?;
-    let mut target = File::create(destination).map_err(disk("write", destination))?;
+    // The same file under another name, where the file system can: nothing here writes to it.
+    // What an earlier attempt left may be such a link, too, and must not be written through.
+    match fs::remove_file(destination) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk("write", destination)(error)),
+        _ => {}
+    }
+    let mut target = match fs::hard_link(path, destination) {
+        Ok(()) => None,
+        Err(_) => Some(File::create(destination).map_err(disk("write", destination))?),
+    };
     let (mut hasher, mut size, mut piece) = (Hasher::default(), 0, vec![0; PIECE_BYTES]);
     loop {
         let length = source.read(&mut piece).map_err(|error| unreadable(&error))?;
@@ -91,7 +100,9 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
             return Err(too_large(what, &shown, None, size_max));
         }
         hasher.update(&piece[..length]);
-        target.write_all(&piece[..length]).map_err(disk("write", destination))?;
+        if let Some(target) = &mut target {
+            target.write_all(&piece[..length]).map_err(disk("write", destination))?;
+        }
     }
 }
 

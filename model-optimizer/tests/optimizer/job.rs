@@ -172,9 +172,7 @@ fn what_this_version_does_not_have_is_refused_before_anything_is_fetched() {
     };
     assert_eq!(failed.reason, FailureReason::Unsupported);
     assert!(
-        failed
-            .message
-            .contains("optimize.recipe: this version does not prune Channels by Wanda"),
+        failed.message.contains("source.format") && failed.message.contains("Keras") && failed.message.contains("export the model to ONNX"),
         "{failed}"
     );
 }

@@ -3,15 +3,22 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use memmap2::{Mmap, UncheckedAdvice};
 
 /// The mappings that there are, by the address of their first byte.
-static MAPPINGS: Mutex<BTreeMap<usize, Arc<Mmap>>> = Mutex::new(BTreeMap::new());
+static MAPPINGS: Mutex<BTreeMap<usize, Mapped>> = Mutex::new(BTreeMap::new());
 
-fn mappings() -> MutexGuard<'static, BTreeMap<usize, Arc<Mmap>>> {
+struct Mapped {
+    map: Arc<Mmap>,
+    /// The file's path, where it has one.
+    path: Option<PathBuf>,
+}
+
+fn mappings() -> MutexGuard<'static, BTreeMap<usize, Mapped>> {
     MAPPINGS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -29,11 +36,23 @@ impl Drop for Mapping {
     }
 }
 
-/// Maps `file`; its pages are read as they are touched.
+/// Maps the file at `path`; its pages are read as they are touched.
+///
+/// # Errors
+/// Where it cannot be opened, or the system does not map it.
+pub fn map(path: &Path) -> io::Result<Bytes> {
+    map_file(&File::open(path)?, Some(path))
+}
+
+/// Maps a file without a name.
 ///
 /// # Errors
 /// Where the system does not map it.
-pub fn map(file: &File) -> io::Result<Bytes> {
+pub fn map_unnamed(file: &File) -> io::Result<Bytes> {
+    map_file(file, None)
+}
+
+fn map_file(file: &File, path: Option<&Path>) -> io::Result<Bytes> {
     if file.metadata()?.len() == 0 {
         return Ok(Bytes::new());
     }
@@ -41,22 +60,36 @@ pub fn map(file: &File) -> io::Result<Bytes> {
     // folder is its own.
     #[allow(unsafe_code)]
     let map = Arc::new(unsafe { Mmap::map(file) }?);
-    mappings().insert(map.as_ptr() as usize, Arc::clone(&map));
+    let mapped = Mapped {
+        map: Arc::clone(&map),
+        path: path.map(Path::to_owned),
+    };
+    mappings().insert(map.as_ptr() as usize, mapped);
     Ok(Bytes::from_owner(Mapping(map)))
+}
+
+/// The path of the file that `bytes` are mapped from, and where they begin in it; `None` of other memory.
+#[must_use]
+pub fn origin(bytes: &[u8]) -> Option<(PathBuf, u64)> {
+    let mappings = mappings();
+    let (mapped, offset) = within(&mappings, bytes)?;
+    Some((mapped.path.clone()?, offset as u64))
+}
+
+fn within<'a>(mappings: &'a BTreeMap<usize, Mapped>, bytes: &[u8]) -> Option<(&'a Mapped, usize)> {
+    let start = bytes.as_ptr() as usize;
+    let (first, mapped) = mappings.range(..=start).next_back()?;
+    let offset = start - first;
+    (offset + bytes.len() <= mapped.map.len() && !bytes.is_empty()).then_some((mapped, offset))
 }
 
 /// Gives the pages of `bytes` back to the system where they are of a mapped file; touched again, they are read again. Bytes of other
 /// memory are left alone.
 pub fn release(bytes: &[u8]) {
-    let start = bytes.as_ptr() as usize;
     let mappings = mappings();
-    let Some((first, map)) = mappings.range(..=start).next_back() else {
+    let Some((Mapped { map, .. }, offset)) = within(&mappings, bytes) else {
         return;
     };
-    let offset = start - first;
-    if offset + bytes.len() > map.len() || bytes.is_empty() {
-        return;
-    }
     // Sound: the mapping is of a file and read-only, so that its pages come back as they were.
     #[allow(unsafe_code)]
     let released = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, bytes.len()) };
@@ -74,7 +107,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         let content: Vec<u8> = (0..100_000_u32).map(|index| (index % 251) as u8).collect();
         file.write_all(&content).unwrap();
-        let mapped = map(&file).unwrap();
+        let mapped = map_unnamed(&file).unwrap();
         let part = mapped.slice(10_000..90_000);
         assert_eq!(part, content[10_000..90_000]);
         release(&part);

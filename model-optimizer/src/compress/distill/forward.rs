@@ -749,7 +749,7 @@ mod tests {
                 node("QuantizeLinear", &["a", "scale", "zero"], "q", vec![]),
                 node("DequantizeLinear", &["q", "scale", "zero"], "y", vec![]),
             ],
-            &[&[5]],
+            &[&[64]],
         )
         .from(-1.5, 1.5);
         case.constants = vec![float_tensor("scale", &[], &[0.01]), int8("zero", DataType::Int8, &[], &[0])];

@@ -55,9 +55,7 @@ pub(super) const OPERATORS: &[(&str, Operator)] = &[
     ("GlobalAveragePool", |call| {
         call.map(|x| reduce(x, &spatial(x), true, Tensor::mean_keepdim))
     }),
-    ("GlobalMaxPool", |call| {
-        call.map(|x| reduce(x, &spatial(x), true, |x, dim| largest(x, dim)))
-    }),
+    ("GlobalMaxPool", |call| call.map(|x| reduce(x, &spatial(x), true, largest))),
     ("Greater", |call| call.combine(Tensor::broadcast_gt)),
     ("GreaterOrEqual", |call| call.combine(Tensor::broadcast_ge)),
     ("HardSigmoid", |call| {
@@ -95,13 +93,13 @@ pub(super) const OPERATORS: &[(&str, Operator)] = &[
         reduce_axes(call, |x, axes, keep| reduce(&x.sqr()?, axes, keep, Tensor::sum_keepdim)?.sqrt())
     }),
     ("ReduceMax", |call| {
-        reduce_axes(call, |x, axes, keep| reduce(x, axes, keep, |x, dim| largest(x, dim)))
+        reduce_axes(call, |x, axes, keep| reduce(x, axes, keep, largest))
     }),
     ("ReduceMean", |call| {
         reduce_axes(call, |x, axes, keep| reduce(x, axes, keep, Tensor::mean_keepdim))
     }),
     ("ReduceMin", |call| {
-        reduce_axes(call, |x, axes, keep| reduce(&x.neg()?, axes, keep, |x, dim| largest(x, dim))?.neg())
+        reduce_axes(call, |x, axes, keep| reduce(&x.neg()?, axes, keep, largest)?.neg())
     }),
     ("ReduceSum", |call| {
         reduce_axes(call, |x, axes, keep| reduce(x, axes, keep, Tensor::sum_keepdim))

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use plimsoll_runtime::engine::{Data, Tensor};
 use plimsoll_runtime::onnx::{GraphProto, ModelProto, weights};
-use rayon::prelude::*;
 
 use super::activation::Layout;
 use super::{Share, not_finite, nothing_to_prune, sparsegpt, wanda};

@@ -624,7 +624,7 @@ mod tests {
                 vec![5, 15 * 64]
             ]
         );
-        let inputs = generator::samples(&model).inputs;
+        let inputs = generator::inputs(&model);
         for (kind, outputs) in generator::run(&pruned, &inputs) {
             assert_eq!(outputs[0].shape(), [8, 5], "{kind}");
         }

@@ -335,7 +335,7 @@ mod tests {
         let before = run(EngineKind::OnnxRuntime, &original, true, &samples());
         for calibration in [None, Some(samples())] {
             let (model, change) = apply(&original, &Quantize::of(QuantizeScheme::Float16), calibration).unwrap();
-            assert_eq!(change.changed, ["wq", "wk"]);
+            assert_eq!(change.changed, ["wq", "wk", "one"]);
             let skipped: Vec<&str> = change.skipped.iter().map(|skipped| skipped.name.as_str()).collect();
             assert_eq!(skipped, ["lowest", "mask", "sum"]);
             for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {

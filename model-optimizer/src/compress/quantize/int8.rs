@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 
 use plimsoll_package::recipe::Granularity;
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, weights};
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, mapping, weights};
 use prost::Message as _;
 
 use super::integers::{self, PRODUCT_WEIGHT_MAX, Quantized, WEIGHT_MAX};
@@ -163,10 +163,17 @@ impl Rewriting<'_> {
         let products = (self.technique.products == Products::Dynamic).then(products).flatten();
         let largest = if products.is_some() { PRODUCT_WEIGHT_MAX } else { WEIGHT_MAX };
         let channels = (self.technique.granularity == Granularity::PerChannel).then_some(axis);
-        let values = weights::floats(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
-        let quantized =
-            integers::quantize(&values, &shape, channels, largest).map_err(|_| unreadable(&found.name, "it holds NaN or infinity"))?;
-        drop(values);
+        // The bytes of a file are floats wherever they lie; a copy would take as much memory again.
+        let bytes = original.raw_data().as_chunks::<4>().0;
+        let in_place = original.data_type() == DataType::Float as i32 && bytes.len() == shape.iter().product::<usize>();
+        let quantized = if in_place {
+            integers::quantize(bytes, &shape, channels, largest)
+        } else {
+            let values = weights::floats(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
+            integers::quantize(&values, &shape, channels, largest)
+        };
+        let quantized = quantized.map_err(|_| unreadable(&found.name, "it holds NaN or infinity"))?;
+        mapping::release(original.raw_data());
         let stored = Stored {
             found,
             shape: &shape,

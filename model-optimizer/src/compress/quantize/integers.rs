@@ -15,6 +15,25 @@ const PIECE: usize = 1 << 15;
 #[derive(Debug, PartialEq, Eq)]
 pub struct NotFinite;
 
+/// A float, in memory as such or as the bytes of a file.
+pub trait Float: Copy + Sync {
+    /// It.
+    fn get(self) -> f32;
+}
+
+impl Float for f32 {
+    fn get(self) -> f32 {
+        self
+    }
+}
+
+/// Little-endian, wherever it lies.
+impl Float for [u8; 4] {
+    fn get(self) -> f32 {
+        f32::from_le_bytes(self)
+    }
+}
+
 /// A weight in 8-bit integers with the scale of each of its channels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantized {
@@ -40,7 +59,7 @@ impl Quantized {
 ///
 /// Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 2.1,
 /// with the zero point at 0.
-pub fn quantize(values: &[f32], shape: &[usize], axis: Option<usize>, largest: f32) -> Result<Quantized, NotFinite> {
+pub fn quantize<T: Float>(values: &[T], shape: &[usize], axis: Option<usize>, largest: f32) -> Result<Quantized, NotFinite> {
     let channels = axis.map_or(1, |axis| shape[axis]);
     let inner = axis.map_or(values.len(), |axis| shape[axis + 1..].iter().product());
     let mut scales = largest_magnitudes(values, channels, inner)?;
@@ -63,7 +82,7 @@ pub fn scale_of(magnitude: f32, largest: f32) -> f32 {
 
 /// The integers of `values` under given `scales`, one for each of the channels that hold `inner` values in a row.
 #[must_use]
-pub fn with_scales(values: &[f32], scales: &[f32], inner: usize, largest: f32) -> Vec<i8> {
+pub fn with_scales<T: Float>(values: &[T], scales: &[f32], inner: usize, largest: f32) -> Vec<i8> {
     let mut integers = vec![0_i8; values.len()];
     if values.is_empty() {
         return integers;
@@ -75,7 +94,7 @@ pub fn with_scales(values: &[f32], scales: &[f32], inner: usize, largest: f32) -
         let rows = integers.par_chunks_mut(scales.len()).zip(values.par_chunks(scales.len()));
         rows.for_each(|(integers, values)| {
             for ((integer, value), scale) in integers.iter_mut().zip(values).zip(scales) {
-                *integer = round(*value / *scale, largest);
+                *integer = round(value.get() / *scale, largest);
             }
         });
     } else {
@@ -85,9 +104,9 @@ pub fn with_scales(values: &[f32], scales: &[f32], inner: usize, largest: f32) -
     integers
 }
 
-fn round_all(values: &[f32], scale: f32, largest: f32, integers: &mut [i8]) {
+fn round_all<T: Float>(values: &[T], scale: f32, largest: f32, integers: &mut [i8]) {
     for (integer, value) in integers.iter_mut().zip(values) {
-        *integer = round(value / scale, largest);
+        *integer = round(value.get() / scale, largest);
     }
 }
 
@@ -99,11 +118,11 @@ fn round(value: f32, largest: f32) -> i8 {
 }
 
 /// The largest magnitude within each channel.
-fn largest_magnitudes(values: &[f32], channels: usize, inner: usize) -> Result<Vec<f32>, NotFinite> {
+fn largest_magnitudes<T: Float>(values: &[T], channels: usize, inner: usize) -> Result<Vec<f32>, NotFinite> {
     const INFINITE: u32 = f32::INFINITY.to_bits();
     // The bits of floats without a sign are in the order of the floats, NaN and infinity last.
-    let magnitude = |value: &f32| value.to_bits() & !(1 << 31);
-    let largest_of = |run: &[f32]| run.iter().map(magnitude).fold(0, u32::max);
+    let magnitude = |value: &T| value.get().to_bits() & !(1 << 31);
+    let largest_of = |run: &[T]| run.iter().map(magnitude).fold(0, u32::max);
     let block = channels * inner;
     let maxima: Vec<u32> = if values.is_empty() {
         vec![0; channels]
@@ -119,7 +138,7 @@ fn largest_magnitudes(values: &[f32], channels: usize, inner: usize) -> Result<V
                 .for_each(|(largest, other)| *largest = (*largest).max(*other));
             maxima
         };
-        let fold = |mut maxima: Vec<u32>, block: &[f32]| {
+        let fold = |mut maxima: Vec<u32>, block: &[T]| {
             if inner == 1 {
                 for (largest, value) in maxima.iter_mut().zip(block) {
                     *largest = (*largest).max(magnitude(value));

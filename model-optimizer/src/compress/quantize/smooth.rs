@@ -240,7 +240,7 @@ fn channel(index: usize, columns: usize, rows: bool) -> usize {
 
 fn replace(tensor: &mut TensorProto, values: &[f32]) {
     let dims: Vec<usize> = tensor.dims.iter().map(|&size| size as usize).collect();
-    *tensor = float_tensor(&tensor.name().to_owned(), &dims, values);
+    *tensor = float_tensor(tensor.name(), &dims, values);
 }
 
 #[cfg(test)]

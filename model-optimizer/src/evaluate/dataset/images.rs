@@ -241,7 +241,7 @@ impl Form {
             )));
         }
         let is_float = matches!(spec.datatype, Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64);
-        if spec.datatype == Datatype::Bytes || !is_float && !(preprocessing.mean.is_empty() && preprocessing.std.is_empty()) {
+        if spec.datatype == Datatype::Bytes || !(is_float || preprocessing.mean.is_empty() && preprocessing.std.is_empty()) {
             return Err(unfit(&format!("takes {}, which has no mean and std", spec.datatype)));
         }
         let of_channel = |values: &[f64], default: f64, name: &str| match values {

@@ -1,19 +1,17 @@
 //! What each layer loses when it alone is quantised.
 
-use std::fs;
-use std::path::Path;
-
+use plimsoll_package::manifest::MODEL_FILE;
 use plimsoll_package::recipe::Quantize;
 use plimsoll_package::report::OutputFidelity;
 use plimsoll_package::report::front::Sensitivity;
 use plimsoll_runtime::engine::{self, Engine, EngineKind, LoadOptions, Tensor};
 use plimsoll_runtime::onnx::ModelProto;
+use prost::Message as _;
 
 use super::SEED;
 use super::exploration::Layer;
 use crate::calibration::Calibration;
 use crate::compress::{self, Setting};
-use crate::convert;
 use crate::evaluate::dataset::Dataset;
 use crate::evaluate::fidelity::Comparison;
 use crate::failure::{Failure, FailureReason, chain, disk, failure, internal};
@@ -58,8 +56,6 @@ pub(super) struct Sweep {
     /// What the original gave for each batch.
     before: Vec<Vec<Tensor>>,
     calibration: Option<Calibration>,
-    /// Size of the original in bytes.
-    size: u64,
 }
 
 impl Sweep {
@@ -79,7 +75,6 @@ impl Sweep {
             before,
             samples,
             calibration: calibration.map(|data| Calibration::new(data.samples().clone().subset(SAMPLES, SEED), context.threads)),
-            size: size(&context.converted())?,
         })
     }
 
@@ -109,8 +104,10 @@ impl Sweep {
             return Ok(None);
         };
         let folder = tempfile::tempdir_in(&context.work).map_err(|error| internal("cannot make a folder for a layer", &error))?;
-        let path = folder.path().join("model.onnx");
-        convert::write(&model, &path)?;
+        let path = folder.path().join(MODEL_FILE);
+        // Of the other layers the weights stay in the file in which they are.
+        serialize::write_referring(&model, &path).map_err(disk("write", &path))?;
+        let saved = materials.original.encoded_len().saturating_sub(model.encoded_len()) as u64;
         drop(model);
         let options = LoadOptions {
             threads: context.threads,
@@ -128,7 +125,7 @@ impl Sweep {
                 operator: unit.operator.clone(),
                 fidelity: worst.as_ref().map_or(0.0, |output| output.cosine),
                 sqnr_db: worst.and_then(|output| output.sqnr_db),
-                saved: self.size.saturating_sub(size(&path)?),
+                saved,
             },
         }))
     }
@@ -145,13 +142,4 @@ impl Sweep {
         let outputs = outputs.into_iter().filter_map(Comparison::finish);
         outputs.min_by(|one, other| one.cosine.total_cmp(&other.cosine))
     }
-}
-
-/// Bytes of the model at `path`, with its external data.
-fn size(path: &Path) -> Result<u64, Failure> {
-    let files = serialize::files(path);
-    files
-        .iter()
-        .map(|file| fs::metadata(file).map(|metadata| metadata.len()).map_err(disk("read", file)))
-        .sum()
 }

@@ -24,6 +24,9 @@ pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: Option<usize
         let message = format!("{uri} is a broken ONNX model: {why}");
         failure(FailureReason::UnreadableModel, message)
     })?;
+    if let Some(graph) = &mut model.graph {
+        graph::weight::name_users(graph);
+    }
     onnx::signature(&model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))?;
     crate::step::make_folder_of(destination)?;
     graph::serialize::write_referring(&model, destination).map_err(disk("write", destination))?;

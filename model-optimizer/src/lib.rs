@@ -15,6 +15,7 @@ pub mod graph;
 pub mod optimize;
 pub mod progress;
 pub mod report;
+pub mod search;
 pub mod source;
 pub mod step;
 pub mod support;

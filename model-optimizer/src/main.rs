@@ -49,7 +49,7 @@ struct OptimizeArgs {
     /// Share of weights to set to zero, such as 0.5 or 50%.
     #[arg(long, value_name = "SHARE", value_parser = share)]
     prune: Option<Percentage>,
-    /// 8-bit integers.
+    /// Fewer bits for each weight.
     #[arg(long, value_name = "SCHEME")]
     quantize: Option<Scheme>,
     /// Trains the compressed model against the original on the calibration samples, for that many passes over them.
@@ -58,6 +58,16 @@ struct OptimizeArgs {
     /// Model to train against in place of the original: of the same inputs and outputs.
     #[arg(long, value_name = "MODEL")]
     teacher: Option<String>,
+    /// Finds the recipe: the smallest model within the budget.
+    ///
+    /// Ways of quantising, pruning and (with --calibration) training are tried and measured, each on what the one before showed. Layers
+    /// that lose most stay wider where that is what the budget asks for. Without a budget the default one holds, so that every output
+    /// keeps a fidelity of 0.99. The report shows all that was tried, and why each lost.
+    #[arg(long, conflicts_with_all = ["prune", "quantize", "epochs", "no_gate"])]
+    search: bool,
+    /// Longest time that the search takes, such as 30s or 20m. Default: 10m.
+    #[arg(long, value_name = "DURATION", requires = "search")]
+    search_time: Option<Duration>,
     /// Unlabelled samples: .npz, CSV, Parquet, JSON lines, or pictures in a folder, .zip or .tar.
     #[arg(long, value_name = "DATA")]
     calibration: Option<String>,
@@ -126,9 +136,35 @@ const EXTRA_CA_ENV: &str = "PLIMSOLL_EXTRA_CA";
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Scheme {
+    /// 8-bit weights, computed with in the way that measures fastest.
     Int8,
+    /// 8-bit weights; matrix products in integers, with activations quantised as they come.
     Int8Dynamic,
+    /// 8-bit weights, computed with in floats.
     Int8Weights,
+    /// 8-bit weights and activations, with ranges from the calibration data.
+    Int8Static,
+    /// 8-bit weights of matrix products, each block of 32 with its own scale; ONNX Runtime only.
+    Int8Blocks,
+    /// 4-bit weights of matrix products, each block of 32 with its own scale; ONNX Runtime only.
+    Int4,
+    /// 16-bit floats.
+    #[value(alias = "float16")]
+    Fp16,
+}
+
+impl From<Scheme> for QuantizeScheme {
+    fn from(scheme: Scheme) -> Self {
+        match scheme {
+            Scheme::Int8 => Self::Int8,
+            Scheme::Int8Dynamic => Self::Int8Dynamic,
+            Scheme::Int8Weights => Self::Int8Weights,
+            Scheme::Int8Static => Self::Int8Static,
+            Scheme::Int8Blocks => Self::Int8Blocks,
+            Scheme::Int4 => Self::Int4,
+            Scheme::Fp16 => Self::Float16,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -221,6 +257,9 @@ fn optimize_on_laptop(arguments: OptimizeArgs) -> ExitCode {
             println!("{}", serde_json::to_string_pretty(report).unwrap_or_default());
         } else {
             println!("{}", optimize::table(report));
+            if let Some(front) = &report.front {
+                println!("{}", optimize::front_table(front));
+            }
         }
     };
     match report {
@@ -257,13 +296,8 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         });
     }
     if let Some(scheme) = arguments.quantize {
-        let scheme = match scheme {
-            Scheme::Int8 => QuantizeScheme::Int8,
-            Scheme::Int8Dynamic => QuantizeScheme::Int8Dynamic,
-            Scheme::Int8Weights => QuantizeScheme::Int8Weights,
-        };
         optimize.recipe.push(Technique {
-            quantize: Some(Quantize::of(scheme)),
+            quantize: Some(Quantize::of(scheme.into())),
             ..Technique::default()
         });
     }
@@ -281,6 +315,10 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
             distill: Some(distill),
             ..Technique::default()
         });
+    }
+    if arguments.search {
+        let search = optimize.search.get_or_insert_default();
+        search.max_duration = arguments.search_time.or(search.max_duration.take());
     }
     let dataset = |uri| Dataset {
         uri,

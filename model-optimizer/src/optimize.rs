@@ -9,11 +9,13 @@ use std::time::Instant;
 use comfy_table::Table;
 use plimsoll_package::manifest::{MANIFEST_FILE, REPORT_FILE};
 use plimsoll_package::recipe::{Inputs, Metric};
+use plimsoll_package::report::front::{Candidate, Front, Outcome};
 use plimsoll_package::report::{LatencyChange, Report, Spread, Summary, Verdict, exit_code};
 use plimsoll_package::units::{display_percent, display_size};
 
 use crate::failure::{Failure, FailureReason, disk, failure, internal};
 use crate::progress::Console;
+use crate::search::front;
 use crate::step::{self, Context, Step, chain};
 
 /// Held while files take their place.
@@ -240,6 +242,38 @@ pub fn table(report: &Report) -> Table {
         Verdict::NotGated => "not measured: the gate was turned off",
     };
     table.add_row(["verdict".to_owned(), String::new(), verdict.to_owned()]);
+    table
+}
+
+/// What a search tried, the smallest first, and what came of it.
+#[must_use]
+pub fn front_table(front: &Front) -> Table {
+    let mut table = Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    let metric = front.candidates.iter().find_map(|candidate| candidate.metric);
+    let measured = metric.map_or("fidelity".to_owned(), |metric| metric.name.to_string().to_lowercase());
+    table.set_header(["recipe", "as pulled", &measured, "latency", "outcome"]);
+    let mut candidates: Vec<&Candidate> = front.candidates.iter().collect();
+    candidates.sort_by_key(|candidate| candidate.size_layer.unwrap_or(u64::MAX));
+    let or_none = |words: Option<String>| words.unwrap_or_else(|| "-".to_owned());
+    for candidate in candidates {
+        let fidelity = || candidate.fidelity.map(|fidelity| format!("{fidelity:.5}"));
+        let metric = candidate.metric.map(|metric| metric.name.display(metric.after));
+        table.add_row([
+            front::words(&candidate.recipe),
+            or_none(candidate.size_layer.map(display_size)),
+            or_none(metric.or_else(fidelity)),
+            or_none(candidate.latency_ratio.map(|ratio| format!("x {:.2}", ratio.median))),
+            match candidate.outcome {
+                Outcome::Chosen => "chosen",
+                Outcome::OnFront => "on the front",
+                Outcome::Dominated => "dominated by another",
+                Outcome::BudgetExceeded => "outside of the budget",
+                Outcome::Failed => "does not work",
+            }
+            .to_owned(),
+        ]);
+    }
     table
 }
 

@@ -6,6 +6,7 @@
 //! source/{model,calibration,evaluation,distillation-N,teacher}/content    what was fetched, a model's external data beside it
 //! fetched.json     digests and sizes                      [`fetch::Fetched`]
 //! converted/model.onnx
+//! search/          what a search judged so far            [`crate::search`]
 //! compressed/model.onnx, compressed.json                  [`compress::Compressed`]
 //! package/         the package to publish
 //! .steps/          locks and marks                        [`chain`]

@@ -1,10 +1,10 @@
 //! What this version of the optimiser has, and what it refuses by name.
 
-use plimsoll_package::recipe::{Budget, Inputs, Metric, ModelFormat};
+use plimsoll_package::recipe::{Budget, Inputs, Metric, ModelFormat, Search, SearchTechnique};
 use plimsoll_package::units::UnitError;
 
-use crate::compress;
 use crate::failure::{Failure, FailureReason, failure};
+use crate::{compress, search};
 
 /// Refuses inputs that ask for what this version does not have, or that contradict themselves.
 ///
@@ -19,8 +19,8 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
     if !optimize.recipe.is_empty() && optimize.search.is_some() {
         return invalid("optimize: set either recipe or search, not both".into());
     }
-    if optimize.search.is_some() {
-        return unsupported("optimize.search", "a search", "name the techniques in optimize.recipe");
+    if let Some(search) = &optimize.search {
+        check_search(search, inputs)?;
     }
     for (index, technique) in optimize.recipe.iter().enumerate() {
         let field = format!("optimize.recipe[{index}]");
@@ -42,7 +42,8 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
             _ => return invalid(format!("{field} has not exactly one key; write one list entry per technique")),
         }
     }
-    if inputs.teacher.is_some() && optimize.recipe.iter().all(|technique| technique.distill.is_none()) {
+    let distils = optimize.recipe.iter().any(|technique| technique.distill.is_some()) || optimize.search.is_some();
+    if inputs.teacher.is_some() && !distils {
         return invalid("a teacher is named, and nothing in optimize.recipe distils; add distill (on the command line --epochs)".into());
     }
     if inputs.no_gate && (optimize.budget.is_some() || optimize.evaluation.is_some()) {
@@ -50,6 +51,30 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
     }
     let Some(budget) = &optimize.budget else { return Ok(()) };
     check_budget(budget, optimize.evaluation.as_ref().map(|evaluation| evaluation.metric))
+}
+
+fn check_search(search: &Search, inputs: &Inputs) -> Result<(), Failure> {
+    let invalid = |message: &str| Err(failure(FailureReason::InvalidInputs, message));
+    search::limit(search)?;
+    if inputs.no_gate {
+        return invalid("a search goes by what is measured, and --no-gate measures nothing; leave one of them out");
+    }
+    let distils = search::allows(search, SearchTechnique::Distill);
+    if search.techniques.iter().all(|technique| *technique == SearchTechnique::Distill) && !search.techniques.is_empty() {
+        return invalid("optimize.search.techniques: Distill alone makes nothing smaller; add Prune or Quantize");
+    }
+    let calibrated = inputs.optimize.calibration.is_some();
+    if distils && !search.techniques.is_empty() && !calibrated {
+        return invalid(
+            "optimize.search.techniques names Distill, which needs samples to train on: name them in optimize.calibration, or leave Distill out",
+        );
+    }
+    if inputs.teacher.is_some() && !(distils && calibrated) {
+        return invalid(
+            "a teacher is named, and the search cannot distil: add Distill to optimize.search.techniques, and samples to train on in optimize.calibration (on the command line --calibration)",
+        );
+    }
+    Ok(())
 }
 
 fn check_budget(budget: &Budget, metric: Option<Option<Metric>>) -> Result<(), Failure> {

@@ -67,3 +67,22 @@ fn each_technique_goes_the_whole_way() {
         assert_eq!(answer, 7, "{name}: {logits:?}");
     }
 }
+
+#[test]
+fn a_search_goes_the_whole_way() {
+    let namespace = Namespace::new("search");
+    let mut spec = digits_spec("v1");
+    spec["replicas"] = json!(1);
+    spec["optimize"].as_object_mut().unwrap().remove("recipe");
+    spec["optimize"]["search"] = json!({ "techniques": ["Prune", "Quantize"], "maxDuration": "2m" });
+    spec["optimize"]["budget"] = json!({ "maxAccuracyDrop": "1%" });
+    namespace.apply_model("found", &spec);
+    namespace.wait_ready("found");
+    let revisions = namespace.items(&["mr", "-l", "plimsoll.dev/model=found"]);
+    let status = &revisions[0]["status"];
+    let (before, after) = (status["sizeBefore"].as_f64().unwrap(), status["sizeAfter"].as_f64().unwrap());
+    assert!(before / after >= 3.5, "{before} -> {after}");
+    let logits = infer(&namespace.address("found"), "found").unwrap();
+    let answer = (0..10).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
+    assert_eq!(answer, 7, "{logits:?}");
+}

@@ -296,7 +296,7 @@ impl Dataset {
     ///
     /// # Errors
     /// In words, where there are too few samples for two parts.
-    pub fn split(mut self, part: Part, seed: u64) -> Result<Self, String> {
+    pub fn split(self, part: Part, seed: u64) -> Result<Self, String> {
         let count = self.samples();
         let calibration = (count / 4).max(self.fixed_batch.unwrap_or(1));
         if count - calibration.min(count) < self.fixed_batch.unwrap_or(1) {
@@ -304,16 +304,26 @@ impl Dataset {
                 "it holds {count} samples, too few to calibrate on some and judge on others; name two datasets"
             ));
         }
-        let mut order: Vec<usize> = (0..count).collect();
-        let mut random = Random(seed);
-        for last in (1..count).rev() {
-            order.swap(last, (random.uniform() * (last + 1) as f64) as usize);
-        }
-        let mut chosen = match part {
-            Part::Calibration => order[..calibration].to_vec(),
-            Part::Evaluation => order[calibration..].to_vec(),
-        };
+        let mut order = shuffled(count, seed);
+        let judged = order.split_off(calibration);
+        Ok(self.choose(match part {
+            Part::Calibration => order,
+            Part::Evaluation => judged,
+        }))
+    }
+
+    /// At most `samples_max` of the samples, but as many as the model takes at once; `seed` decides which.
+    #[must_use]
+    pub fn subset(self, samples_max: usize, seed: u64) -> Self {
+        let mut order = shuffled(self.samples(), seed);
+        order.truncate(samples_max.max(self.fixed_batch.unwrap_or(1)));
+        self.choose(order)
+    }
+
+    /// The samples of these indices.
+    fn choose(mut self, mut chosen: Vec<usize>) -> Self {
         chosen.sort_unstable();
+        let count = self.samples();
         self.labels = self.labels.map(|labels| {
             let width = labels.len() / count;
             chosen
@@ -326,8 +336,18 @@ impl Dataset {
             chosen.iter_mut().for_each(|sample| *sample = before[*sample]);
         }
         self.chosen = Some(chosen.into());
-        Ok(self)
+        self
     }
+}
+
+/// The numbers below `count`, shuffled (Fisher and Yates).
+fn shuffled(count: usize, seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    let mut random = Random(seed);
+    for last in (1..count).rev() {
+        order.swap(last, (random.uniform() * (last + 1) as f64) as usize);
+    }
+    order
 }
 
 impl Column {

@@ -1,5 +1,8 @@
 //! The model before and after on every engine: which of them agree, and how fast they are.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use plimsoll_package::manifest::{Engine as EngineKind, Probe, TensorSpec};
 use plimsoll_package::report::{EngineReport, MemoryChange};
 use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor, probe};
@@ -22,7 +25,7 @@ const DISAGREEMENT: f64 = 0.05;
 /// The model before and after on one engine.
 pub struct Pair {
     /// Before compression.
-    pub before: Box<dyn Engine>,
+    pub before: Arc<dyn Engine>,
     /// After compression.
     pub after: Box<dyn Engine>,
     /// What the compressed model gave for the first sample.
@@ -31,6 +34,7 @@ pub struct Pair {
 }
 
 /// The engines that run the model before and after, and those that do not.
+#[derive(Default)]
 pub struct Candidates {
     /// Those that do.
     pub engines: Vec<Pair>,
@@ -44,39 +48,106 @@ pub struct Candidates {
 /// # Errors
 /// [`FailureReason::UnsupportedOperator`] where no engine loads both.
 pub fn load(context: &Context, fold_dequantize: bool, data: &mut Vec<Dataset>) -> Result<Candidates, Failure> {
-    let options = LoadOptions {
+    let options = options(context, fold_dequantize);
+    let mut candidates = Candidates::default();
+    for kind in kinds() {
+        let pair = load_pair(context, kind, &options, data)?;
+        candidates.add(context, kind, pair);
+    }
+    candidates.or_refuse("runs the model both before and after compression")
+}
+
+/// Loads the converted model into every engine and runs it once on the first sample. `data` become the first of them that it runs on.
+///
+/// # Errors
+/// [`FailureReason::UnsupportedOperator`] where no engine runs it.
+pub fn load_original(context: &Context, data: &mut Vec<Dataset>) -> Result<Vec<Arc<dyn Engine>>, Failure> {
+    let options = options(context, false);
+    let (mut engines, mut refused) = (Vec::new(), Vec::new());
+    for kind in kinds() {
+        match engine::load(kind, &context.converted(), &options) {
+            Ok(engine) => match run_first(&*engine, data)? {
+                Ok(_) => engines.push(Arc::from(engine)),
+                Err(why) => refused.push(refusal(kind, why)),
+            },
+            Err(error) => refused.push(refusal(kind, chain(&error))),
+        }
+    }
+    match engines.is_empty() {
+        true => Err(refused_by_all("runs the model", &refused)),
+        false => Ok(engines),
+    }
+}
+
+/// Loads the compressed model at `path` into every engine beside the `original`, which was loaded before, and runs it once on the first sample.
+///
+/// # Errors
+/// [`FailureReason::UnsupportedOperator`] where no engine loads it.
+pub fn load_beside(
+    original: &[Arc<dyn Engine>],
+    path: &Path,
+    fold_dequantize: bool,
+    data: &Dataset,
+    context: &Context,
+) -> Result<Candidates, Failure> {
+    let options = options(context, fold_dequantize);
+    let mut candidates = Candidates::default();
+    for before in original {
+        let pair = match engine::load(before.kind(), path, &options) {
+            Ok(after) => Ok(Pair {
+                before: before.clone(),
+                first: after.run(&data.first()?).map_err(|error| chain(&error)),
+                after,
+                memory: None,
+            }),
+            Err(error) => Err(chain(&error)),
+        };
+        candidates.add(context, before.kind(), pair);
+    }
+    candidates.or_refuse("runs the compressed model")
+}
+
+/// The engines that may serve, ONNX Runtime first: it is what models are tested with.
+fn kinds() -> Vec<EngineKind> {
+    let mut kinds = convert::engines();
+    kinds.sort_by_key(|kind| *kind != EngineKind::OnnxRuntime);
+    kinds
+}
+
+fn options(context: &Context, fold_dequantize: bool) -> LoadOptions {
+    LoadOptions {
         threads: context.threads,
         fold_dequantize,
         ..LoadOptions::default()
-    };
-    let mut candidates = Candidates {
-        engines: Vec::new(),
-        refused: Vec::new(),
-    };
-    let mut kinds = convert::engines();
-    // ONNX Runtime first: it is what models are tested with.
-    kinds.sort_by_key(|kind| *kind != EngineKind::OnnxRuntime);
-    for kind in kinds {
-        match load_pair(context, kind, &options, data)? {
-            Ok(pair) => candidates.engines.push(pair),
+    }
+}
+
+impl Candidates {
+    fn add(&mut self, context: &Context, kind: EngineKind, pair: Result<Pair, String>) {
+        match pair {
+            Ok(pair) => self.engines.push(pair),
             Err(why) => {
                 context.console.info(&format!("{kind} does not run the model: {why}"));
-                candidates.refused.push(refusal(kind, why));
+                self.refused.push(refusal(kind, why));
             }
         }
     }
-    if candidates.engines.is_empty() {
-        let words = candidates
-            .refused
-            .iter()
-            .map(|report| format!("{}: {}", report.engine, report.refused.as_deref().unwrap_or_default()));
-        let words = words.collect::<Vec<_>>().join("; ");
-        return Err(failure(
-            FailureReason::UnsupportedOperator,
-            format!("no engine runs the model both before and after compression: {words}"),
-        ));
+
+    fn or_refuse(self, what: &str) -> Result<Self, Failure> {
+        match self.engines.is_empty() {
+            true => Err(refused_by_all(what, &self.refused)),
+            false => Ok(self),
+        }
     }
-    Ok(candidates)
+}
+
+/// No engine does `what`.
+fn refused_by_all(what: &str, refused: &[EngineReport]) -> Failure {
+    let words = refused
+        .iter()
+        .map(|report| format!("{}: {}", report.engine, report.refused.as_deref().unwrap_or_default()));
+    let words = words.collect::<Vec<_>>().join("; ");
+    failure(FailureReason::UnsupportedOperator, format!("no engine {what}: {words}"))
 }
 
 fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &mut Vec<Dataset>) -> Result<Result<Pair, String>, Failure> {
@@ -96,7 +167,7 @@ fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &
     drop(before.run(&data[0].first()?));
     let memory = memory::change(empty, with_after, memory::resident());
     Ok(Ok(Pair {
-        before,
+        before: Arc::from(before),
         after,
         first,
         memory,

@@ -1,6 +1,6 @@
 //! Where a model's weights are: the constant operands of convolutions and matrix products.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{GraphProto, NodeProto, TensorProto};
@@ -167,6 +167,22 @@ fn operator(node: &NodeProto, input: usize) -> Option<Operator> {
     }
 }
 
+/// Gives nodes that use weights and have no name that of their output, for by its name a recipe leaves a node out.
+pub fn name_users(graph: &mut GraphProto) {
+    let taken: HashSet<String> = graph.node.iter().map(|node| node.name().to_owned()).collect();
+    let users: Vec<usize> = find(graph).iter().flat_map(|weight| &weight.uses).map(|used| used.node).collect();
+    for user in users {
+        let node = &mut graph.node[user];
+        let output = node
+            .output
+            .first()
+            .filter(|output| node.name().is_empty() && !taken.contains(*output));
+        if let Some(output) = output.cloned() {
+            node.name = Some(output);
+        }
+    }
+}
+
 /// A weight of convolutions, matrix products and recurrences.
 pub struct ProductWeight<'a> {
     /// The initialiser.
@@ -241,4 +257,31 @@ pub fn sparsity(graph: &GraphProto) -> f64 {
         }
     }
     if all == 0 { 0.0 } else { zeros as f64 / all as f64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{float_tensor, node};
+
+    #[test]
+    fn what_uses_a_weight_has_a_name() {
+        let named = NodeProto {
+            name: Some("b".into()),
+            ..node("MatMul", &["a", "w"], "c", vec![])
+        };
+        let mut graph = GraphProto {
+            initializer: vec![float_tensor("w", &[1, 1], &[1.0])],
+            node: vec![
+                node("MatMul", &["x", "w"], "a", vec![]),
+                named,
+                node("MatMul", &["c", "w"], "b", vec![]),
+                node("Relu", &["b"], "y", vec![]),
+            ],
+            ..GraphProto::default()
+        };
+        name_users(&mut graph);
+        let names: Vec<&str> = graph.node.iter().map(NodeProto::name).collect();
+        assert_eq!(names, ["a", "b", "", ""], "a name that is taken would stand for two nodes");
+    }
 }

@@ -1,6 +1,7 @@
-//! `compress`: applies the recipe.
+//! `compress`: applies the recipe, or finds it by a search.
 
 use plimsoll_package::recipe::{SourceLocation, Technique};
+use plimsoll_package::report::front::Front;
 use plimsoll_package::report::{Skipped, TechniqueReport};
 use plimsoll_package::units::display_size;
 use plimsoll_runtime::onnx::{self, ModelProto};
@@ -13,7 +14,8 @@ use crate::calibration::Calibration;
 use crate::compress::Setting;
 use crate::evaluate::dataset::{Dataset, Part, SPLIT_SEED};
 use crate::failure::{Failure, FailureReason, failure};
-use crate::{compress, convert};
+use crate::progress::Console;
+use crate::{compress, convert, search};
 
 /// The record of this step.
 pub const RECORD: &str = "compressed.json";
@@ -27,63 +29,93 @@ pub struct Compressed {
     pub skipped: Vec<Skipped>,
     /// Whether an engine shall fold `DequantizeLinear` over initialisers into floats.
     pub fold_dequantize: bool,
+    /// What a search tried, where the recipe is one that it found.
+    #[serde(default)]
+    pub front: Option<Front>,
 }
 
-/// Compresses.
+/// Compresses, by the recipe or by the one that a search finds.
 ///
 /// # Errors
 /// Where a technique does not work on the model.
 pub fn run(context: &Context) -> Result<(), Failure> {
-    let mut model = convert::read(&context.inputs.source.uri, &context.converted())?;
-    let original = model.clone();
-    let calibration = match context.inputs.optimize.calibration {
-        Some(_) => Some(samples(context, "calibration", "calibration", &original)?),
-        None => None,
-    };
-    let teacher = context
-        .inputs
-        .teacher
-        .as_ref()
-        .map(|teacher| teacher_model(context, teacher))
-        .transpose()?;
-    let mut record = Compressed::default();
-    for (index, entry) in context.inputs.optimize.recipe.iter().enumerate() {
-        let mut setting = Setting {
-            calibration: calibration.as_ref(),
-            original: &original,
-            threads: context.threads,
-            console: &context.console,
-        };
-        let training;
-        if let Some(distill) = &entry.distill {
-            setting.original = teacher.as_ref().unwrap_or(&original);
-            if distill.data.is_some() {
-                training = samples(context, "training", &distillation_file(index), &original)?;
-                setting.calibration = Some(&training);
-            }
-        }
-        let change = compress::technique(entry)?.apply(&mut model, &setting)?;
-        let size_after = model.encoded_len() as u64;
-        let name = match entry {
-            Technique { prune: Some(_), .. } => "pruned",
-            Technique { distill: Some(_), .. } => "trained",
-            _ => "quantised",
-        };
-        context.console.info(&format!(
-            "{name} {} weights, now {}",
-            change.changed.len(),
-            display_size(size_after)
-        ));
-        record.steps.push(TechniqueReport {
-            technique: entry.clone(),
-            changed: change.changed,
-            size_after,
-        });
-        record.skipped.extend(change.skipped);
-        record.fold_dequantize |= change.fold_dequantize;
+    let materials = Materials::read(context)?;
+    if let Some(search) = &context.inputs.optimize.search {
+        return search::run(context, search, materials);
     }
+    let (model, record) = materials.compress(context, &context.inputs.optimize.recipe, &context.console)?;
     convert::write(&model, &context.compressed())?;
     context.write(RECORD, &record)
+}
+
+/// What recipes are applied to, and with.
+pub(crate) struct Materials {
+    /// The converted model.
+    pub(crate) original: ModelProto,
+    /// The calibration data, where they are named.
+    pub(crate) calibration: Option<Calibration>,
+    teacher: Option<ModelProto>,
+}
+
+impl Materials {
+    fn read(context: &Context) -> Result<Self, Failure> {
+        let original = convert::read(&context.inputs.source.uri, &context.converted())?;
+        let calibration = match context.inputs.optimize.calibration {
+            Some(_) => Some(samples(context, "calibration", "calibration", &original)?),
+            None => None,
+        };
+        let teacher = context.inputs.teacher.as_ref();
+        Ok(Self {
+            calibration,
+            teacher: teacher.map(|teacher| teacher_model(context, teacher)).transpose()?,
+            original,
+        })
+    }
+
+    /// What `recipe` makes of the original.
+    ///
+    /// # Errors
+    /// Where a technique does not work on the model.
+    pub(crate) fn compress(&self, context: &Context, recipe: &[Technique], console: &Console) -> Result<(ModelProto, Compressed), Failure> {
+        let mut model = self.original.clone();
+        let mut record = Compressed::default();
+        for (index, entry) in recipe.iter().enumerate() {
+            let mut setting = Setting {
+                calibration: self.calibration.as_ref(),
+                original: &self.original,
+                threads: context.threads,
+                console,
+            };
+            let training;
+            if let Some(distill) = &entry.distill {
+                setting.original = self.teacher.as_ref().unwrap_or(&self.original);
+                if distill.data.is_some() {
+                    training = samples(context, "training", &distillation_file(index), &self.original)?;
+                    setting.calibration = Some(&training);
+                }
+            }
+            let change = compress::technique(entry)?.apply(&mut model, &setting)?;
+            let size_after = model.encoded_len() as u64;
+            let name = match entry {
+                Technique { prune: Some(_), .. } => "pruned",
+                Technique { distill: Some(_), .. } => "trained",
+                _ => "quantised",
+            };
+            console.info(&format!(
+                "{name} {} weights, now {}",
+                change.changed.len(),
+                display_size(size_after)
+            ));
+            record.steps.push(TechniqueReport {
+                technique: entry.clone(),
+                changed: change.changed,
+                size_after,
+            });
+            record.skipped.extend(change.skipped);
+            record.fold_dequantize |= change.fold_dequantize;
+        }
+        Ok((model, record))
+    }
 }
 
 /// The samples that were fetched as `name`, for `model`; the user knows them as the `what` data.

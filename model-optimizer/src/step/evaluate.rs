@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use plimsoll_package::digest::Digest;
 use plimsoll_package::manifest::{
-    Engine as EngineKind, File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE, REPORT_FILE, REPORT_PAGE_FILE, TensorSpec,
+    Engine as EngineKind, File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE, Probe, REPORT_FILE, REPORT_PAGE_FILE, TensorSpec,
 };
 use plimsoll_package::recipe::Metric;
 use plimsoll_package::registry::layer_size;
 use plimsoll_package::report::layer::LayerChange;
-use plimsoll_package::report::{EngineReport, Gate, Report, SampleSource, Samples, Summary, Verdict};
+use plimsoll_package::report::{EngineReport, Gate, Report, SampleSource, Samples, Spread, Summary, Verdict};
 use plimsoll_runtime::onnx::{self, ModelProto};
 use strum::IntoEnumIterator as _;
 
@@ -21,9 +21,12 @@ use super::compress::Compressed;
 use super::fetch::{self, Fetched, calibrates_on_evaluation};
 use super::{Context, Step, write_json};
 use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
-use crate::evaluate::{budget, engines, judgement, layers};
+use crate::evaluate::engines::{self, Candidates};
+use crate::evaluate::judgement::{self, Judgement};
+use crate::evaluate::{budget, layers};
 use crate::failure::{Failure, FailureReason, disk, failure};
 use crate::graph::{self, serialize};
+use crate::search::front;
 use crate::{convert, report};
 
 /// Evaluates; without the gate the package is laid out unmeasured. The report is laid out even where the result is outside of its budget;
@@ -41,8 +44,76 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     }
     let mut data = Data::of(context, &signature(context, &model)?.0)?;
     let candidates = engines::load(context, compressed.fold_dequantize, &mut data.samples)?;
+    let measured = measure(context, &fetched, &context.compressed(), &model, &candidates, &data)?;
+    let Measurement {
+        summary,
+        judgement,
+        gate,
+        engines,
+        probe,
+        ..
+    } = measured;
+    let exceeded = budget::exceeded(&gate, &summary).map(|failed| match &compressed.front {
+        Some(front) => front::exhausted(front, failed, &gate),
+        None => failed,
+    });
+    let report = Report {
+        schema_version: 1,
+        summary,
+        inputs: context.inputs.clone(),
+        gate,
+        samples: Some(Samples {
+            from: data.from,
+            count: judgement.samples,
+            seed: match data.from {
+                SampleSource::Evaluation | SampleSource::Calibration => None,
+                SampleSource::EvaluationPart => Some(SPLIT_SEED),
+                SampleSource::Signature => Some(DRAWN_SEED),
+            },
+        }),
+        steps: compressed.steps,
+        outputs: judgement.outputs,
+        classes: judgement.classes,
+        engines,
+        skipped: compressed.skipped,
+        layers: layers_of(context, &model, true)?,
+        front: compressed.front,
+        step_ms: step_ms(context, begun),
+    };
+    write_report(context, &report)?;
+    if let Some(failed) = exceeded {
+        return Err(failed);
+    }
+    write_json(&context.package().join(PROBE_FILE), &probe)?;
+    let files = [REPORT_FILE, REPORT_PAGE_FILE, PROBE_FILE];
+    write_package(context, &report, signature(context, &model)?, compressed.fold_dequantize, &files)
+}
+
+/// What was measured of a compressed model.
+pub(crate) struct Measurement {
+    pub(crate) summary: Summary,
+    /// How the latency on the chosen engine relates to the original's.
+    pub(crate) ratio: Option<Spread>,
+    pub(crate) gate: Gate,
+    pub(crate) engines: Vec<EngineReport>,
+    judgement: Judgement,
+    probe: Probe,
+}
+
+/// Runs the compressed `model`, which lies at `path`, beside the original on the engines that both are loaded into, and holds it against the budget.
+///
+/// # Errors
+/// Where no engine runs it, or the metric is not defined on what it gives.
+pub(crate) fn measure(
+    context: &Context,
+    fetched: &Fetched,
+    path: &Path,
+    model: &ModelProto,
+    candidates: &Candidates,
+    data: &Data,
+) -> Result<Measurement, Failure> {
     let samples = &data.samples[0];
-    let (measured, probe) = engines::compare(&candidates, &model, &samples.first()?, context)?;
+    let (measured, probe) = engines::compare(candidates, model, &samples.first()?, context)?;
     let engines: Vec<EngineReport> = measured
         .iter()
         .map(|measured| measured.report.clone())
@@ -71,49 +142,26 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         metric: judgement.metric,
         fidelity: judgement.outputs.iter().map(|output| output.cosine).reduce(f64::min),
         latency: Some(latency),
-        ..summary(context, &fetched, &model, chosen.after.kind())?
+        ..summary(context, fetched, path, model, chosen.after.kind())?
     };
     let optimize = &context.inputs.optimize;
     let gate = budget::check(optimize.budget.as_ref(), &summary, &judgement, ratio)?;
-    let exceeded = budget::exceeded(&gate, &summary);
-    let report = Report {
-        schema_version: 1,
+    Ok(Measurement {
         summary,
-        inputs: context.inputs.clone(),
+        ratio,
         gate,
-        samples: Some(Samples {
-            from: data.from,
-            count: judgement.samples,
-            seed: match data.from {
-                SampleSource::Evaluation | SampleSource::Calibration => None,
-                SampleSource::EvaluationPart => Some(SPLIT_SEED),
-                SampleSource::Signature => Some(DRAWN_SEED),
-            },
-        }),
-        steps: compressed.steps,
-        outputs: judgement.outputs,
-        classes: judgement.classes,
+        judgement,
         engines,
-        skipped: compressed.skipped,
-        layers: layers_of(context, &model, true)?,
-        front: None,
-        step_ms: step_ms(context, begun),
-    };
-    write_report(context, &report)?;
-    if let Some(failed) = exceeded {
-        return Err(failed);
-    }
-    write_json(&context.package().join(PROBE_FILE), &probe)?;
-    let files = [REPORT_FILE, REPORT_PAGE_FILE, PROBE_FILE];
-    write_package(context, &report, signature(context, &model)?, compressed.fold_dequantize, &files)
+        probe,
+    })
 }
 
 /// The result in brief, without what only running it shows.
-fn summary(context: &Context, fetched: &Fetched, model: &ModelProto, engine: EngineKind) -> Result<Summary, Failure> {
+fn summary(context: &Context, fetched: &Fetched, path: &Path, model: &ModelProto, engine: EngineKind) -> Result<Summary, Failure> {
     let size = |path: &PathBuf| Ok(fs::metadata(path).map_err(disk("read", path))?.len());
     let layer = |path: &PathBuf| layer_size(path).map_err(disk("read", path));
     let source = fetch::files(&context.source("model")).map_err(disk("read", &context.work))?;
-    let compressed = serialize::files(&context.compressed());
+    let compressed = serialize::files(path);
     Ok(Summary {
         artifact: None,
         reused: false,
@@ -138,7 +186,7 @@ fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: 
     let engine = convert::engines().last().copied().unwrap_or(EngineKind::Tract);
     let report = Report {
         schema_version: 1,
-        summary: summary(context, &fetched, model, engine)?,
+        summary: summary(context, &fetched, &context.compressed(), model, engine)?,
         inputs: context.inputs.clone(),
         gate: Gate {
             verdict: Verdict::NotGated,
@@ -164,9 +212,9 @@ fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: 
     )
 }
 
-type Signature = (Vec<TensorSpec>, Vec<TensorSpec>);
+pub(crate) type Signature = (Vec<TensorSpec>, Vec<TensorSpec>);
 
-fn signature(context: &Context, model: &ModelProto) -> Result<Signature, Failure> {
+pub(crate) fn signature(context: &Context, model: &ModelProto) -> Result<Signature, Failure> {
     let uri = &context.inputs.source.uri;
     onnx::signature(model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))
 }
@@ -181,15 +229,15 @@ fn step_ms(context: &Context, begun: Instant) -> BTreeMap<String, f64> {
 }
 
 /// The samples to judge on.
-struct Data {
+pub(crate) struct Data {
     /// The first of them that the model runs on counts.
-    samples: Vec<Dataset>,
+    pub(crate) samples: Vec<Dataset>,
     from: SampleSource,
     metric: Metric,
 }
 
 impl Data {
-    fn of(context: &Context, inputs: &[TensorSpec]) -> Result<Self, Failure> {
+    pub(crate) fn of(context: &Context, inputs: &[TensorSpec]) -> Result<Self, Failure> {
         let optimize = &context.inputs.optimize;
         let invalid = |what: &str, why: String| {
             failure(

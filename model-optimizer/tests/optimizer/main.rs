@@ -11,9 +11,11 @@ mod fetch;
 mod generator;
 mod job;
 mod laptop;
-mod report;
+
 mod property;
 mod refusals;
+mod report;
+mod search;
 #[path = "../../../model-package/tests/registry/server.rs"]
 mod server;
 

@@ -63,7 +63,7 @@ pub enum Outcome {
     Chosen,
     /// It is within the budget, and no other is better in size, accuracy and latency at once.
     OnFront,
-    /// It is within the budget, and another is better in every respect.
+    /// It is within the budget, and another is no worse in any respect and better in one.
     Dominated,
     /// It is outside of the budget.
     BudgetExceeded,

@@ -4,6 +4,7 @@ use kube::ResourceExt as _;
 use plimsoll_crds::{ModelDeployment, ModelRevision};
 
 use super::{deployment, disruption_budget, job, network_policy, service};
+use crate::decide::optimization::inputs;
 use crate::decide::{JobPlan, revision};
 use crate::observe::Observed;
 use crate::settings::Settings;
@@ -71,6 +72,22 @@ fn the_optimisation_job() {
         ..Settings::fixture()
     };
     insta::assert_yaml_snapshot!(job::job(&job_plan(&settings), &settings));
+}
+
+#[test]
+fn a_search_may_take_half_of_the_jobs_time() {
+    let settings = Settings::fixture();
+    let searching = |search: &str| {
+        let mut revision = model_revision(&settings);
+        let optimize = revision.spec.template.optimize.as_mut().unwrap();
+        optimize.optimization.recipe.clear();
+        optimize.optimization.search = serde_yaml_ng::from_str(search).unwrap();
+        let search = inputs(&revision, &settings).optimize.search.unwrap();
+        search.max_duration.unwrap().as_str().to_owned()
+    };
+    // The deadline is ten minutes.
+    assert_eq!(searching("{}"), "300s");
+    assert_eq!(searching("{maxDuration: 2m}"), "2m");
 }
 
 #[test]

@@ -18,7 +18,7 @@ use plimsoll_package::report::exit_code;
 use super::metadata::{Component, metadata, revision_labels};
 use super::security;
 use crate::decide::JobPlan;
-use crate::decide::optimization::{ATTEMPT_LABEL, inputs};
+use crate::decide::optimization::{ATTEMPT_LABEL, deadline, inputs};
 use crate::settings::Settings;
 
 /// The steps in their order; each is a container of this name.
@@ -26,8 +26,6 @@ pub const STEPS: [&str; 5] = ["fetch", "convert", "compress", "evaluate", "publi
 
 /// How long a finished Job stays for its logs, in seconds.
 const KEPT_S: i32 = 3600;
-/// Longest run of a Job where the spec does not say, in seconds.
-const DEADLINE_S: i64 = 3600;
 /// Tries of a Job's pod where the spec does not say.
 const BACKOFF_LIMIT: i32 = 3;
 
@@ -45,14 +43,12 @@ pub fn job(plan: &JobPlan, settings: &Settings) -> Job {
     let labels = revision_labels(revision, Component::Optimizer);
     let mut job_labels = labels.clone();
     job_labels.insert(ATTEMPT_LABEL.into(), plan.attempt.to_string());
-    let deadline = job_settings.deadline.as_ref().and_then(|deadline| deadline.value().ok());
+    let deadline_s = i64::try_from(deadline(&revision.spec.template).as_secs()).unwrap_or(i64::MAX);
     let mounts = Mounts::of(revision, settings);
     Job {
         metadata: metadata(plan.name.clone(), revision, job_labels),
         spec: Some(JobSpec {
-            active_deadline_seconds: Some(
-                deadline.map_or(DEADLINE_S, |deadline| i64::try_from(deadline.as_secs()).unwrap_or(i64::MAX).max(1)),
-            ),
+            active_deadline_seconds: Some(deadline_s.max(1)),
             backoff_limit: Some(job_settings.backoff_limit.unwrap_or(BACKOFF_LIMIT)),
             ttl_seconds_after_finished: Some(KEPT_S),
             pod_replacement_policy: Some("Failed".into()),

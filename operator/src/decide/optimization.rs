@@ -1,10 +1,12 @@
 //! Where the optimisation of a revision stands: read off its status, its Job, the Job's pods and the registry's answers.
 
+use std::time::Duration;
+
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, Pod};
 use kube::ResourceExt as _;
-use plimsoll_crds::{ConditionType, MODEL_LABEL, ModelRevision, REVISION_NAME_LABEL, RevisionPhase};
+use plimsoll_crds::{ConditionType, MODEL_LABEL, ModelRevision, REVISION_NAME_LABEL, RevisionPhase, RevisionTemplate};
 use plimsoll_package::key::{ArtifactKey, Contents};
 use plimsoll_package::recipe::{Inputs, Optimization as Recipe};
 use plimsoll_package::report::{FailureReason, Summary, Termination, exit_code};
@@ -19,6 +21,9 @@ pub const ATTEMPT_LABEL: &str = "plimsoll.dev/attempt";
 const BACKOFF_MAX: SignedDuration = SignedDuration::from_secs(300);
 /// Wait after the first failed Job of a revision.
 const BACKOFF_MIN: SignedDuration = SignedDuration::from_secs(10);
+
+/// Longest run of a Job where the spec does not say.
+const DEADLINE: Duration = Duration::from_secs(3600);
 
 /// Where the optimisation of a revision stands.
 #[derive(Debug, Clone, PartialEq)]
@@ -101,6 +106,14 @@ fn attempt(job: &Job) -> u32 {
         .unwrap_or(0)
 }
 
+/// Longest run of a Job.
+#[must_use]
+pub fn deadline(template: &RevisionTemplate) -> Duration {
+    let job = template.optimize.as_ref().and_then(|optimize| optimize.job.as_ref());
+    let deadline = job.and_then(|job| job.deadline.as_ref());
+    deadline.and_then(|deadline| deadline.value().ok()).unwrap_or(DEADLINE)
+}
+
 /// What the steps of a revision's Job are told.
 #[must_use]
 pub fn inputs(revision: &ModelRevision, settings: &Settings) -> Inputs {
@@ -112,6 +125,13 @@ pub fn inputs(revision: &ModelRevision, settings: &Settings) -> Inputs {
     // Names of secrets mean nothing inside of the Job, where the credentials are mounted.
     for dataset in optimize.datasets_mut() {
         dataset.credentials_secret = None;
+    }
+    // What the search leaves of the Job's time is for the other steps.
+    if let Some(search) = &mut optimize.search
+        && search.max_duration.is_none()
+    {
+        let half_s = (deadline(template).as_secs() / 2).clamp(1, 999_999);
+        search.max_duration = format!("{half_s}s").parse().ok();
     }
     Inputs {
         source: template.source.location(),

@@ -1,13 +1,12 @@
 //! Fields of the API whose machinery is not there yet: refused in words, never ignored.
 
 use plimsoll_crds::{Fallback, ModelDeploymentSpec, Strategy};
-use plimsoll_package::recipe::{ModelFormat, Optimization};
+use plimsoll_package::recipe::ModelFormat;
 
 /// What the spec asks for that this version does not do, as a sentence with the way out.
 #[must_use]
 pub fn refuse(spec: &ModelDeploymentSpec) -> Option<String> {
-    let optimize = spec.optimize.as_ref().map(|optimize| &optimize.optimization);
-    let field = source(spec).or_else(|| optimize.and_then(techniques)).or_else(|| serving(spec))?;
+    let field = source(spec).or_else(|| serving(spec))?;
     Some(format!("{} is not supported by this version; {}", field.0, field.1))
 }
 
@@ -25,13 +24,6 @@ fn source(spec: &ModelDeploymentSpec) -> Option<Refused> {
         .poll_interval
         .as_ref()
         .map(|_| ("spec.source.pollInterval", "remove it and change spec.source.uri for each version"))
-}
-
-fn techniques(optimize: &Optimization) -> Option<Refused> {
-    optimize
-        .search
-        .as_ref()
-        .map(|_| ("spec.optimize.search", "write the techniques into spec.optimize.recipe"))
 }
 
 fn serving(spec: &ModelDeploymentSpec) -> Option<Refused> {

@@ -227,7 +227,7 @@ pub struct Spread {
     pub p90: f64,
 }
 
-/// Memory before and after, in bytes: what becomes resident when a model is loaded and run once.
+/// Memory before and after, in bytes: what a process holds more once a model is loaded and has run once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]

@@ -151,21 +151,21 @@ fn refused_by_all(what: &str, refused: &[EngineReport]) -> Failure {
 }
 
 fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &mut Vec<Dataset>) -> Result<Result<Pair, String>, Failure> {
-    let empty = memory::resident();
+    let empty = memory::held(&context.work);
     // The compressed model first: what loading frees may serve the second, so that no model looks smaller than it is but the original.
     let after = match engine::load(kind, &context.compressed(), options) {
         Ok(after) => after,
         Err(error) => return Ok(Err(chain(&error))),
     };
     let first = run_first(&*after, data)?;
-    let with_after = memory::resident();
+    let with_after = memory::held(&context.work);
     let before = match engine::load(kind, &context.converted(), options) {
         Ok(before) => before,
         Err(error) => return Ok(Err(format!("the original: {}", chain(&error)))),
     };
     // What it gives is compared later, on all samples; here it takes the memory of a run.
     drop(before.run(&data[0].first()?));
-    let memory = memory::change(empty, with_after, memory::resident());
+    let memory = memory::change(empty, with_after, memory::held(&context.work));
     Ok(Ok(Pair {
         before: Arc::from(before),
         after,

@@ -389,7 +389,7 @@ fn a_budget_that_nothing_meets_leaves_a_report_and_no_model() {
         let output = optimize(&model(V1), &package, &["--quantize", "int8", flag, value]);
         assert_says(&output, exit_code::BUDGET_EXCEEDED, &[words]);
         let files: Vec<_> = fs::read_dir(&package).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-        assert_eq!(files, ["report.json"]);
+        assert_eq!(files, ["report.html", "report.json"]);
     }
 }
 

@@ -25,7 +25,7 @@ fn tidy(schema: &mut Value) {
     match schema {
         Value::Object(object) => {
             let is_of_number = |format: &Value| format.as_str().is_some_and(|format| format.contains("int") || format == "double");
-            object.retain(|keyword, value| !keyword.starts_with("x-kubernetes-") && !(keyword == "format" && is_of_number(value)));
+            object.retain(|keyword, value| !(keyword.starts_with("x-kubernetes-") || keyword == "format" && is_of_number(value)));
             if let Some(Value::String(description)) = object.get_mut("description") {
                 let paragraphs: Vec<String> = description.split("\n\n").map(|paragraph| paragraph.replace('\n', " ")).collect();
                 *description = paragraphs.join("\n\n");

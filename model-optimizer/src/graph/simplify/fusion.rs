@@ -51,7 +51,7 @@ fn fuse_once(graph: &mut GraphProto, version: i64, names: &mut Names) -> bool {
     for fusion in fusions {
         let tensor = &mut graph.initializer[fusion.weight];
         let dims: Vec<usize> = tensor.dims.iter().map(|&size| size as usize).collect();
-        *tensor = float_tensor(&tensor.name().to_owned(), &dims, &fusion.values);
+        *tensor = float_tensor(tensor.name(), &dims, &fusion.values);
         let output = std::mem::take(&mut graph.node[fusion.normalization].output);
         let bias = names.fresh(&format!("{}_bias", output[0]));
         graph.initializer.push(float_tensor(&bias, &[fusion.bias.len()], &fusion.bias));

@@ -54,7 +54,7 @@ fn is_training(node: &NodeProto, graph: &GraphProto, version: i64) -> bool {
         return false;
     };
     let held = graph.initializer.iter().find(|tensor| tensor.name() == training);
-    !held.and_then(Constant::of).is_some_and(|constant| constant.bytes[..] == [0])
+    held.and_then(Constant::of).is_none_or(|constant| constant.bytes[..] != [0])
 }
 
 #[cfg(test)]

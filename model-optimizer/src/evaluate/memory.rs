@@ -58,7 +58,12 @@ mod tests {
         let block = vec![1_u8; 64 << 20];
         let small: Vec<Box<[u8; 100]>> = (0..10_000).map(|_| Box::new([1; 100])).collect();
         let added = held(folder).unwrap() - before;
-        assert!(added >= (64 << 20) + 1_000_000, "{added} for {} and {} bytes", block.len(), small.len() * 100);
+        assert!(
+            added >= (64 << 20) + 1_000_000,
+            "{added} for {} and {} bytes",
+            block.len(),
+            small.len() * 100
+        );
 
         let smaps = "7f00-7f01 r--p 00000000 fe:00 42   /work/compressed/model.onnx.data\n\
                      Size:               8192 kB\nRss:                4096 kB\nPss:                4096 kB\n\

@@ -15,7 +15,7 @@ use self::loss::{Measure, Target};
 use self::parameters::Parameters;
 use self::schedule::Pruning;
 use self::teacher::Teacher;
-use super::{Change, Setting, Technique};
+use super::{Change, Setting, Technique, quantize};
 use crate::evaluate::dataset::Dataset;
 use crate::failure::{Failure, FailureReason, failure, internal};
 use crate::graph::opset;
@@ -134,6 +134,7 @@ impl Distillation {
             .parameters
             .write(graph)
             .map_err(|error| internal("cannot write what was trained", &error))?;
+        quantize::product::limit_pairs(graph);
         Ok(Change {
             changed,
             skipped: training.parameters.frozen,

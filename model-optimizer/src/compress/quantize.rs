@@ -19,6 +19,7 @@ pub mod float16;
 pub mod gptq;
 pub mod int8;
 pub mod integers;
+pub(crate) mod product;
 pub mod qdq;
 pub mod smooth;
 

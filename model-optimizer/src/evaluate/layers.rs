@@ -149,8 +149,9 @@ mod tests {
     use super::values::BINS;
     use super::*;
     use crate::compress::quantize::blocks;
-    use crate::compress::quantize::integers::{self, PRODUCT_WEIGHT_MAX, WEIGHT_MAX};
+    use crate::compress::quantize::integers::{self, WEIGHT_MAX};
     use crate::compress::{self, Setting};
+    use crate::graph::weight::Operator;
     use crate::graph::{float_tensor, integer, node, tensor};
     use crate::progress::Console;
 
@@ -249,8 +250,12 @@ mod tests {
     }
 
     /// The values that 8-bit integers stand for, with a scale for each index of `axis`.
-    fn in_bytes(values: &[f32], shape: &[usize], axis: usize, largest: f32) -> Vec<f32> {
-        let quantized = integers::quantize(values, shape, Some(axis), largest).unwrap();
+    fn in_bytes(values: &[f32], shape: &[usize], axis: usize, product: Option<Operator>) -> Vec<f32> {
+        let quantized = match product {
+            Some(operator) => integers::quantize_product(values, shape, Some(axis), operator),
+            None => integers::quantize(values, shape, Some(axis), WEIGHT_MAX),
+        };
+        let quantized = quantized.unwrap();
         let inner: usize = shape[axis + 1..].iter().product();
         let values = quantized.values.iter().enumerate();
         values
@@ -286,9 +291,13 @@ mod tests {
             assert_eq!(operators, ["MatMul", "Gemm", "Gather", "Conv"]);
             for (change, axis) in changes.iter().zip([1, 0, 0, 0]) {
                 let (before, shape) = floats(&original, &change.weight);
-                let in_products = scheme == QuantizeScheme::Int8Dynamic && matches!(change.operator.as_str(), "MatMul" | "Gemm");
-                let largest = if in_products { PRODUCT_WEIGHT_MAX } else { WEIGHT_MAX };
-                check(change, &before, &in_bytes(&before, &shape, axis, largest));
+                let product = match change.operator.as_str() {
+                    "MatMul" => Some(Operator::MatMul),
+                    "Gemm" => Some(Operator::Gemm { transposed: true }),
+                    _ => None,
+                };
+                let product = product.filter(|_| scheme == QuantizeScheme::Int8Dynamic);
+                check(change, &before, &in_bytes(&before, &shape, axis, product));
                 let (was, is) = (&change.before, change.after.as_ref().unwrap());
                 assert_eq!((was.element_type.as_str(), is.element_type.as_str()), ("FLOAT", "INT8"));
                 assert_eq!(

@@ -1,5 +1,7 @@
 //! Bias correction: what the rounding of weights adds to a layer's outputs on average goes out of its bias again.
 
+use crate::graph::weight::Operator;
+
 /// How a weight maps input channels to output channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
@@ -12,6 +14,18 @@ pub enum Layout {
     Columns,
     /// Output features, input features.
     Rows,
+}
+
+impl Layout {
+    /// An operator whose weight lies so.
+    #[must_use]
+    pub fn operator(self) -> Operator {
+        match self {
+            Self::Convolution { .. } => Operator::Conv,
+            Self::Columns => Operator::MatMul,
+            Self::Rows => Operator::Gemm { transposed: true },
+        }
+    }
 }
 
 /// The mean error of each output channel when a weight of `shape` becomes `quantized` from `weight` and the channels of its input

@@ -12,7 +12,7 @@ use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, mapping, weights};
 use prost::Message as _;
 
-use super::integers::{self, PRODUCT_WEIGHT_MAX, Quantized, WEIGHT_MAX};
+use super::integers::{self, Float, NotFinite, Quantized, WEIGHT_MAX};
 use super::{Exclusion, nothing_to_quantize, raise, skipped, unreadable};
 use crate::compress::{Change, Setting, Technique};
 use crate::failure::Failure;
@@ -162,16 +162,17 @@ impl Rewriting<'_> {
             found.uses.iter().map(of).collect()
         };
         let products = (self.technique.products == Products::Dynamic).then(products).flatten();
-        let largest = if products.is_some() { PRODUCT_WEIGHT_MAX } else { WEIGHT_MAX };
         let channels = (self.technique.granularity == Granularity::PerChannel).then_some(axis);
         // The bytes of a file are floats wherever they lie; a copy would take as much memory again.
         let bytes = original.raw_data().as_chunks::<4>().0;
         let in_place = original.data_type() == DataType::Float as i32 && bytes.len() == shape.iter().product::<usize>();
+        // All uses sum over the axis that is not the channels'.
+        let product = products.is_some().then_some(found.uses[0].operator);
         let quantized = if in_place {
-            integers::quantize(bytes, &shape, channels, largest)
+            quantize(bytes, &shape, channels, product)
         } else {
             let values = weights::floats(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
-            integers::quantize(&values, &shape, channels, largest)
+            quantize(&values, &shape, channels, product)
         };
         let quantized = quantized.map_err(|_| unreadable(&found.name, "it holds NaN or infinity"))?;
         mapping::release(original.raw_data());
@@ -311,6 +312,8 @@ impl Rewriting<'_> {
             let mut look_up = gather.clone();
             look_up.input[0] = table.to_owned();
             look_up.output[0] = output.to_owned();
+            // An engine that names nodes without a name by their neighbours would find the name taken.
+            look_up.name = None;
             look_up
         };
         let mut nodes = vec![
@@ -318,8 +321,7 @@ impl Rewriting<'_> {
             node("Cast", &[&row], &floats, vec![integer("to", DataType::Float as i64)]),
         ];
         if by_row {
-            let scales = look_up(scale, &row_scale);
-            nodes.push(NodeProto { name: None, ..scales });
+            nodes.push(look_up(scale, &row_scale));
         }
         nodes.push(node("Mul", &[&floats, if by_row { &row_scale } else { scale }], output, vec![]));
         nodes
@@ -379,6 +381,13 @@ impl Product {
             }
             _ => None,
         }
+    }
+}
+
+fn quantize<T: Float>(values: &[T], shape: &[usize], axis: Option<usize>, product: Option<Operator>) -> Result<Quantized, NotFinite> {
+    match product {
+        Some(operator) => integers::quantize_product(values, shape, axis, operator),
+        None => integers::quantize(values, shape, axis, WEIGHT_MAX),
     }
 }
 

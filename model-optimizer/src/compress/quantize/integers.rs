@@ -2,11 +2,14 @@
 
 use rayon::prelude::*;
 
-/// Largest quantised weight of weight-only quantisation.
+use crate::graph::weight::{Operator, Rows};
+
+/// Largest quantised weight.
 pub const WEIGHT_MAX: f32 = 127.0;
-/// Largest quantised weight where the product is taken in integers. Processors without VNNI add two products of 8-bit numbers in 16
-/// bits, which holds twice 255 times 64 but not twice 255 times 127: the result would depend on the processor that serves.
-pub const PRODUCT_WEIGHT_MAX: f32 = 64.0;
+/// Largest magnitude of the sum of two neighbours among the weights that a product in integers sums over. Processors without VNNI add the
+/// products of such a pair with 8-bit activations in 16 bits, which hold 255 times 128 but not 255 times 254: the result would depend on
+/// the processor that serves.
+const PAIR_MAX: i16 = 128;
 
 /// Values that share a scale but have no other order are worked on in pieces of this many.
 const PIECE: usize = 1 << 15;
@@ -70,6 +73,138 @@ pub fn quantize<T: Float>(values: &[T], shape: &[usize], axis: Option<usize>, la
         values: with_scales(values, &scales, inner, largest),
         scales,
     })
+}
+
+/// Quantises the weight of a product that is taken in integers, as [`quantize`] does with integers of at most [`WEIGHT_MAX`], but with scales under
+/// which neither does the sum of two neighbours exceed [`PAIR_MAX`]. Neighbours are the first and second of the weights that `operator`
+/// sums over, the third and fourth and so on, of a convolution by the kernel first as well as by the channel first, as engines differ.
+///
+/// To halve all integers would be as exact and lose a whole bit; neighbours that are both large and of one sign are rare.
+///
+/// # Errors
+/// [`NotFinite`] where a value is NaN or infinite.
+pub fn quantize_product<T: Float>(values: &[T], shape: &[usize], axis: Option<usize>, operator: Operator) -> Result<Quantized, NotFinite> {
+    let channels = axis.map_or(1, |axis| shape[axis]);
+    let inner = axis.map_or(values.len(), |axis| shape[axis + 1..].iter().product());
+    let rows = operator.rows(shape);
+    let mut scales = vec![0.0_f32; channels];
+    let block = rows.length * rows.inner;
+    for (index, magnitude) in row_magnitudes(values, rows, kernel(operator, shape))?.into_iter().enumerate() {
+        let first = index / rows.inner * block + index % rows.inner;
+        let scale = &mut scales[first / inner % channels];
+        *scale = scale.max(magnitude);
+    }
+    for scale in &mut scales {
+        *scale = scale_of(*scale, WEIGHT_MAX);
+    }
+    Ok(Quantized {
+        values: with_scales(values, &scales, inner, WEIGHT_MAX),
+        scales,
+    })
+}
+
+/// The positions of a kernel that moves over space; 1 for a matrix product.
+fn kernel(operator: Operator, shape: &[usize]) -> usize {
+    match operator {
+        Operator::Conv => shape[2..].iter().product(),
+        _ => 1,
+    }
+}
+
+/// The largest magnitude of a value, and of the sum of two neighbours, in each of `rows`. Of two with unlike signs the sum is no larger than
+/// they are.
+fn row_magnitudes<T: Float>(values: &[T], rows: Rows, kernel: usize) -> Result<Vec<f32>, NotFinite> {
+    const INFINITE: u32 = f32::INFINITY.to_bits();
+    // The bits of floats without a sign are in the order of the floats, NaN and infinity last.
+    let magnitude = |value: f32| value.to_bits() & !(1 << 31);
+    let pair = |one: &T, other: &T| {
+        let sum = (one.get() + other.get()).clamp(f32::MIN, f32::MAX);
+        magnitude(one.get()).max(magnitude(other.get())).max(magnitude(sum))
+    };
+    let alone = |value: &T| magnitude(value.get());
+    if values.is_empty() {
+        return Ok(vec![0.0; rows.outer * rows.inner]);
+    }
+    let block = rows.length * rows.inner;
+    let maxima: Vec<u32> = if rows.inner == 1 {
+        let of_row = |row: &[T]| {
+            let (pairs, last) = row.as_chunks::<2>();
+            let mut largest = pairs.iter().map(|[one, other]| pair(one, other)).fold(0, u32::max);
+            largest = last.iter().map(alone).fold(largest, u32::max);
+            if kernel > 1 {
+                let channels = row.len() / kernel;
+                let at = |place: usize| &row[place % channels * kernel + place / channels];
+                for place in (1..row.len()).step_by(2) {
+                    largest = largest.max(pair(at(place - 1), at(place)));
+                }
+            }
+            largest
+        };
+        values.par_chunks(block).map(of_row).collect()
+    } else {
+        // Pairs of rows of a matrix, as many as a core works on at a time.
+        let piece = rows.inner * (PIECE / rows.inner).max(2).next_multiple_of(2);
+        let of_block = |block: &[T]| {
+            let fold = |mut maxima: Vec<u32>, piece: &[T]| {
+                for two in piece.chunks(2 * rows.inner) {
+                    let (one, other) = two.split_at(rows.inner);
+                    if other.is_empty() {
+                        maxima
+                            .iter_mut()
+                            .zip(one)
+                            .for_each(|(largest, one)| *largest = (*largest).max(alone(one)));
+                    }
+                    for ((largest, one), other) in maxima.iter_mut().zip(one).zip(other) {
+                        *largest = (*largest).max(pair(one, other));
+                    }
+                }
+                maxima
+            };
+            let zeros = || vec![0_u32; rows.inner];
+            let merge = |mut maxima: Vec<u32>, other: Vec<u32>| {
+                maxima
+                    .iter_mut()
+                    .zip(other)
+                    .for_each(|(largest, other)| *largest = (*largest).max(other));
+                maxima
+            };
+            block.par_chunks(piece).fold(zeros, fold).reduce(zeros, merge)
+        };
+        values.par_chunks(block).flat_map_iter(of_block).collect()
+    };
+    if maxima.iter().any(|bits| *bits >= INFINITE) {
+        return Err(NotFinite);
+    }
+    Ok(maxima.into_iter().map(f32::from_bits).collect())
+}
+
+/// Brings the larger of two neighbours nearer to zero where their sum exceeds [`PAIR_MAX`], as integers that were trained may.
+pub fn limit_pairs(values: &mut [i8], shape: &[usize], operator: Operator) {
+    let rows = operator.rows(shape);
+    let kernel = kernel(operator, shape);
+    let block = rows.length * rows.inner;
+    let mut limit = |one: usize, other: usize| {
+        let excess = (i16::from(values[one]) + i16::from(values[other])).abs() - PAIR_MAX;
+        if excess > 0 {
+            let larger = if values[one].unsigned_abs() >= values[other].unsigned_abs() {
+                one
+            } else {
+                other
+            };
+            values[larger] -= values[larger].signum() * excess as i8;
+        }
+    };
+    for row in 0..rows.outer * rows.inner {
+        let first = row / rows.inner * block + row % rows.inner;
+        for place in (1..rows.length).step_by(2) {
+            limit(first + (place - 1) * rows.inner, first + place * rows.inner);
+            if kernel > 1 {
+                let channels = rows.length / kernel;
+                let at = |place: usize| first + place % channels * kernel + place / channels;
+                limit(at(place - 1), at(place));
+            }
+        }
+    }
 }
 
 /// The scale under which `magnitude` is the integer `largest`.
@@ -190,7 +325,7 @@ mod tests {
         fn every_weight_comes_back_within_half_its_channels_scale(
             values in proptest::collection::vec(-1e3_f32..1e3, 24),
             axis in prop_oneof![Just(None), (0_usize..3).prop_map(Some)],
-            largest in prop_oneof![Just(WEIGHT_MAX), Just(PRODUCT_WEIGHT_MAX)],
+            largest in prop_oneof![Just(WEIGHT_MAX), Just(7.0)],
         ) {
             let shape = [2, 3, 4];
             let quantized = quantize(&values, &shape, axis, largest).unwrap();
@@ -200,6 +335,47 @@ mod tests {
                 let scale = mates.map(|(_, value)| value.abs()).fold(0.0, f32::max) / largest;
                 prop_assert_eq!(quantized.scales[channel(index)], scale);
                 prop_assert_eq!(f32::from(quantized.values[index]), (value / scale).round_ties_even().clamp(-largest, largest));
+            }
+        }
+
+        #[test]
+        fn neighbours_in_a_product_never_add_up_to_more_than_sixteen_bits_hold(
+            values in proptest::collection::vec(prop_oneof![-1.0_f32..1.0, Just(1.0)], 90),
+            (operator, shape, axis) in prop_oneof![
+                Just((Operator::MatMul, vec![2, 5, 9], Some(2))),
+                Just((Operator::MatMul, vec![2, 5, 9], None)),
+                Just((Operator::MatMul, vec![15, 6], Some(1))),
+                Just((Operator::Gemm { transposed: true }, vec![6, 15], Some(0))),
+                Just((Operator::Gemm { transposed: false }, vec![15, 6], Some(1))),
+                Just((Operator::Conv, vec![3, 5, 3, 2], Some(0))),
+                Just((Operator::Conv, vec![5, 6, 3, 1], None)),
+            ],
+            trained in proptest::collection::vec(-127_i8..=127, 90),
+        ) {
+            let quantized = quantize_product(&values, &shape, axis, operator).unwrap();
+            let inner = axis.map_or(90, |axis| shape[axis + 1..].iter().product());
+            for (index, value) in values.iter().enumerate() {
+                let scale = quantized.scales[index / inner % quantized.scales.len()];
+                prop_assert!((f32::from(quantized.values[index]) * scale - value).abs() <= 0.5001 * scale);
+            }
+            let mut limited = trained.clone();
+            limit_pairs(&mut limited, &shape, operator);
+            for (limited, trained) in limited.iter().zip(&trained) {
+                prop_assert!(limited.unsigned_abs() <= trained.unsigned_abs() && limited.signum() * trained.signum() >= 0);
+            }
+            let rows = operator.rows(&shape);
+            for values in [&quantized.values, &limited] {
+                for row in 0..rows.outer * rows.inner {
+                    let first = row / rows.inner * rows.length * rows.inner + row % rows.inner;
+                    let row: Vec<i8> = (0..rows.length).map(|place| values[first + place * rows.inner]).collect();
+                    let kernel = if operator == Operator::Conv { rows.length / shape[1] } else { 1 };
+                    let by_channel: Vec<i8> = (0..kernel)
+                        .flat_map(|place| row.iter().copied().skip(place).step_by(kernel))
+                        .collect();
+                    for pair in row.chunks(2).chain(by_channel.chunks(2)) {
+                        prop_assert!(pair.iter().map(|value| i32::from(*value) * 255).sum::<i32>().abs() <= 32767, "{:?}", pair);
+                    }
+                }
             }
         }
 

@@ -13,7 +13,7 @@ use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, 
 
 use super::bias::{self, Layout};
 use super::int8::{Int8, Products, scale_tensor};
-use super::integers::{self, PRODUCT_WEIGHT_MAX};
+use super::integers::{self, WEIGHT_MAX};
 use super::{Exclusion, nothing_to_quantize, raise, skipped, smooth, unreadable};
 use crate::calibration::{Channels, Observed, Statistics};
 use crate::compress::{Change, Setting, Technique};
@@ -488,13 +488,13 @@ impl<'a> Rewriting<'a> {
             Some(known) if !corrects => known.clone(),
             _ => {
                 let values = read(original)?;
-                let mut quantized = integers::quantize(&values, &shape, layer.axis, PRODUCT_WEIGHT_MAX)
+                let mut quantized = integers::quantize_product(&values, &shape, layer.axis, layer.layout.operator())
                     .map_err(|_| unreadable(&name, "it holds NaN or infinity"))?;
                 let inner = layer.axis.map_or(values.len(), |axis| shape[axis + 1..].iter().product());
                 if let (Some(bias), true) = (&bias_values, alone)
                     && widen(&mut quantized.scales, bias, step)
                 {
-                    quantized.values = integers::with_scales(&values, &quantized.scales, inner, PRODUCT_WEIGHT_MAX);
+                    quantized.values = integers::with_scales(&values, &quantized.scales, inner, WEIGHT_MAX);
                 }
                 if corrects {
                     let back: Vec<f32> = quantized

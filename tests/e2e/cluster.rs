@@ -1,6 +1,7 @@
 //! The cluster as a user sees it: kubectl, a namespace a test, models in the registry and behind a file server.
 
 use std::io::Write as _;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -16,6 +17,9 @@ const REGISTRY_OUTSIDE: &str = "127.0.0.1:30500";
 pub(crate) const SYSTEM: &str = "plimsoll-system";
 /// Longest wait for anything: a busy machine of two cores, and several tests at once.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Longest that kube-proxy takes to forward to a pod that is ready.
+const FORWARDED_MAX: Duration = Duration::from_secs(10);
 
 static SHARED: RwLock<()> = RwLock::new(());
 
@@ -121,10 +125,17 @@ impl Namespace {
         })
     }
 
-    /// The ClusterIP of a model's Service.
+    /// The ClusterIP of a model's Service, once it leads somewhere: kube-proxy learns of ready pods when everyone else does, and forwards to
+    /// them a moment later.
     pub(crate) fn address(&self, model: &str) -> String {
         let service = self.get(&["service", model]);
-        format!("http://{}", service["spec"]["clusterIP"].as_str().expect("a ClusterIP"))
+        let address = service["spec"]["clusterIP"].as_str().expect("a ClusterIP");
+        let begun = Instant::now();
+        while let Err(error) = TcpStream::connect((address, 80)) {
+            assert!(begun.elapsed() < FORWARDED_MAX, "{address}: {error}\n{}", self.story(model));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        format!("http://{address}")
     }
 
     /// All that a person would look at, for a failed test's message.
@@ -277,6 +288,20 @@ pub(crate) fn push(file: &Path, reference: &str) -> String {
     );
     std::fs::remove_file(&tar).expect("the tar was written");
     format!("oci://{REGISTRY}/{reference}")
+}
+
+/// A text file of an artifact in the registry, as a person gets it.
+pub(crate) fn file_of_artifact(artifact: &str, path: &str) -> String {
+    let outside = artifact.replace(REGISTRY, REGISTRY_OUTSIDE);
+    let mut export = program("PLIMSOLL_CRANE")
+        .args(["export", "--insecure", &outside, "-"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("crane");
+    let tar = export.stdout.take().expect("a pipe");
+    let output = Command::new("tar").args(["-xO", path]).stdin(tar).output().expect("tar");
+    assert!(export.wait().expect("crane ends").success(), "crane export {outside}");
+    succeed(output, &["tar", "-xO", path])
 }
 
 /// The digits model of `version` (`v1`, `v2`) in the registry.

@@ -8,7 +8,7 @@ use crate::cluster::{Namespace, SYSTEM, digits_spec, kubectl};
 fn kubectl_explain_tells_what_a_field_means() {
     let _namespace = Namespace::new("explain");
     let text = kubectl(&["explain", "md.spec.optimize.budget.maxAccuracyDrop"]);
-    assert!(text.contains("Most that accuracy may fall"), "{text}");
+    assert!(text.contains("Most that the metric may fall"), "{text}");
     let text = kubectl(&["explain", "modeldeployment.spec.rollout.maxSurge"]);
     assert!(text.contains("Pods above the desired number"), "{text}");
     assert!(kubectl(&["explain", "mr.status"]).contains("artifact"));

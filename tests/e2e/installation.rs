@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::cluster::{Namespace, REGISTRY, digits_spec, fixture, helm};
+use crate::cluster::{Namespace, REGISTRY, digits_spec, fixture, helm, kubectl};
 use crate::traffic::infer;
 
 #[test]
@@ -11,17 +11,7 @@ fn one_namespace_without_image_volumes_and_with_an_own_registry_serves_too() {
     let namespace = Namespace::alone("namespaced");
     let chart = fixture("../charts/plimsoll");
     let chart = chart.to_str().unwrap();
-    let scale = |replicas: &str| {
-        crate::cluster::kubectl(&[
-            "-n",
-            crate::cluster::SYSTEM,
-            "scale",
-            "deployment/plimsoll-operator",
-            "--replicas",
-            replicas,
-        ])
-    };
-    scale("0");
+    let _aside = Aside::stand();
     let repository = format!("{REGISTRY}/plimsoll/namespaced");
     let arguments = [
         "upgrade",
@@ -55,19 +45,33 @@ fn one_namespace_without_image_volumes_and_with_an_own_registry_serves_too() {
     assert_eq!(pod["spec"]["initContainers"][0]["name"], "pull");
     assert_eq!(pod["spec"]["volumes"][0]["emptyDir"], json!({}));
     infer(&namespace.address("digits"), "digits").unwrap();
-    let roles = crate::cluster::kubectl(&["get", "clusterroles", "-o", "name"]);
+    let roles = kubectl(&["get", "clusterroles", "-o", "name"]);
     assert!(
         !roles.contains("narrow"),
         "an operator of one namespace needs no ClusterRole: {roles}"
     );
     helm(&["uninstall", "narrow", "-n", &namespace.name, "--wait"]);
-    scale("2");
-    crate::cluster::kubectl(&[
-        "-n",
-        crate::cluster::SYSTEM,
-        "rollout",
-        "status",
-        "deployment/plimsoll-operator",
-        "--timeout=120s",
-    ]);
+}
+
+/// The operator of the whole cluster while it stands aside; it comes back whatever becomes of the test.
+struct Aside;
+
+impl Aside {
+    fn stand() -> Self {
+        scale("0");
+        Self
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        scale("2");
+        let system = crate::cluster::SYSTEM;
+        kubectl(&["-n", system, "rollout", "status", "deployment/plimsoll-operator", "--timeout=120s"]);
+    }
+}
+
+fn scale(replicas: &str) {
+    let system = crate::cluster::SYSTEM;
+    kubectl(&["-n", system, "scale", "deployment/plimsoll-operator", "--replicas", replicas]);
 }

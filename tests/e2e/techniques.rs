@@ -2,42 +2,44 @@
 
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, digits_spec, fixture, push};
+use crate::cluster::{Namespace, digits_spec, file_of_artifact, fixture, push};
 use crate::traffic::infer;
 
 /// What is applied to digits, and how much smaller its file must get.
 fn recipes(training: &str) -> Vec<(&'static str, Value, f64)> {
-    let distill = json!({ "distill": { "epochs": 2, "data": { "uri": training } } });
+    let distill = |epochs: u32| json!({ "distill": { "epochs": epochs, "data": { "uri": training } } });
     let prune = |fields: Value| json!({ "prune": fields });
     let quantize = |fields: Value| json!({ "quantize": fields });
     vec![
-        ("channels", json!([prune(json!({ "amount": "20%", "structure": "Channels" }))]), 1.2),
+        ("channels", json!([prune(json!({ "amount": "10%", "structure": "Channels" }))]), 1.1),
+        (
+            "feed-forward",
+            json!([prune(json!({ "amount": "20%", "structure": "FeedForward" }))]),
+            1.2,
+        ),
         (
             "two-of-four",
             json!([
-                prune(json!({ "pattern": "2:4", "structure": "SemiStructured" })),
-                quantize(json!({ "scheme": "Int8Weights" }))
+                prune(json!({ "pattern": "2:4", "structure": "SemiStructured", "criterion": "SparseGpt" })),
+                quantize(json!({ "scheme": "Int8Weights" })),
+                distill(4),
             ]),
             3.5,
         ),
-        ("wanda", json!([prune(json!({ "amount": "40%", "criterion": "Wanda" }))]), 0.9),
-        (
-            "sparse-gpt",
-            json!([prune(json!({ "amount": "50%", "criterion": "SparseGpt" }))]),
-            0.9,
-        ),
+        ("wanda", json!([prune(json!({ "amount": "20%", "criterion": "Wanda" }))]), 0.9),
         ("dynamic", json!([quantize(json!({ "scheme": "Int8Dynamic" }))]), 3.0),
         (
             "static",
             json!([quantize(
-                json!({ "scheme": "Int8Static", "range": "Entropy", "biasCorrection": true })
+                json!({ "scheme": "Int8Static", "range": "Entropy", "smooth": "0.5", "biasCorrection": true })
             )]),
             3.0,
         ),
+        ("four-bits", json!([quantize(json!({ "scheme": "Int4", "rounding": "Gptq" }))]), 4.5),
         ("half", json!([quantize(json!({ "scheme": "Float16" }))]), 1.8),
         (
             "distilled",
-            json!([prune(json!({ "amount": "50%" })), quantize(json!({ "scheme": "Int8" })), distill]),
+            json!([prune(json!({ "amount": "50%" })), quantize(json!({ "scheme": "Int8" })), distill(2)]),
             3.5,
         ),
     ]
@@ -80,6 +82,10 @@ fn a_search_goes_the_whole_way() {
     namespace.wait_ready("found");
     let revisions = namespace.items(&["mr", "-l", "plimsoll.dev/model=found"]);
     let status = &revisions[0]["status"];
+    let page = file_of_artifact(status["artifact"].as_str().unwrap(), "model/report.html");
+    for words in ["within the budget", "Front", "dense1"] {
+        assert!(page.contains(words), "`{words}` is not on the page of {} bytes", page.len());
+    }
     let (before, after) = (status["sizeBefore"].as_f64().unwrap(), status["sizeAfter"].as_f64().unwrap());
     assert!(before / after >= 3.5, "{before} -> {after}");
     let logits = infer(&namespace.address("found"), "found").unwrap();

@@ -146,7 +146,7 @@ fn kube_proxy(run: &Path, network: &Network) -> Value {
         "metricsBindAddress": "127.0.0.1:10249",
         // Node ports are for this machine, not for its neighbours.
         "nodePortAddresses": ["127.0.0.0/8", format!("{}/32", network.node)],
-        "iptables": {"localhostNodePorts": true},
+        "iptables": {"localhostNodePorts": true, "minSyncPeriod": "10ms"},
         // The machine's own limits stay.
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     })

@@ -7,6 +7,7 @@ mod artifact;
 mod credentials;
 mod error;
 mod layer;
+mod packing;
 mod tls;
 
 use std::collections::BTreeMap;

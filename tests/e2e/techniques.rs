@@ -82,7 +82,9 @@ fn a_search_goes_the_whole_way() {
     namespace.wait_ready("found");
     let revisions = namespace.items(&["mr", "-l", "plimsoll.dev/model=found"]);
     let status = &revisions[0]["status"];
-    let page = file_of_artifact(status["artifact"].as_str().unwrap(), "model/report.html");
+    let pod = &namespace.items(&["pods", "-l", "app.kubernetes.io/component=runtime"])[0];
+    let reference = pod["spec"]["volumes"][0]["image"]["reference"].as_str().expect("an image volume");
+    let page = file_of_artifact(reference, "model/report.html");
     for words in ["within the budget", "Front", "dense1"] {
         assert!(page.contains(words), "`{words}` is not on the page of {} bytes", page.len());
     }

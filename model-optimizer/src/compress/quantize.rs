@@ -12,6 +12,7 @@ use crate::graph::{opset, subgraphs};
 
 pub mod bias;
 pub mod blocks;
+mod faithful;
 pub mod fastest;
 #[cfg(test)]
 mod fixture;
@@ -62,6 +63,7 @@ pub fn technique(quantize: &Quantize) -> Result<Box<dyn Technique>, Failure> {
     let int8 = |products| int8::Int8 {
         products,
         granularity,
+        in_floats: vec![],
         exclude: exclude.clone(),
     };
     Ok(match scheme {

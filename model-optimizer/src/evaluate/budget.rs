@@ -165,6 +165,13 @@ fn of_class(stated: Option<f64>, classes: &[ClassChange]) -> Option<LimitCheck> 
     })
 }
 
+/// Whether an output is within the default limits with a fifth to spare, since others than the samples that were looked at are judged.
+#[must_use]
+pub fn keeps_well(output: &OutputFidelity) -> bool {
+    let well = |check: LimitCheck| 1.0 - check.measured <= 0.8 * (1.0 - check.allowed);
+    of_output(None, output).into_iter().all(well)
+}
+
 /// The output as a whole, and the slice of it that lost most.
 fn of_output(stated: Option<f64>, output: &OutputFidelity) -> Vec<LimitCheck> {
     let limit = stated.unwrap_or(FIDELITY_DEFAULT);

@@ -314,10 +314,15 @@ fn agree(engine: &dyn Engine, probe: &mut Probe) -> Result<(), String> {
     };
     match probe::check(engine, &exact) {
         Ok(()) => Ok(()),
-        Err(probe::ProbeError::Differs { difference, .. }) if difference <= DISAGREEMENT => {
+        Err(probe::ProbeError::Differs { difference, .. }) => {
             // The check stops at the first output that differs, so what it lets pass is checked again.
-            probe.tolerance = probe.tolerance.max(2.0 * difference).min(DISAGREEMENT);
-            probe::check(engine, probe).map_err(|error| chain(&error))
+            let wider = Probe {
+                tolerance: probe.tolerance.max(2.0 * difference).min(DISAGREEMENT),
+                ..exact
+            };
+            probe::check(engine, &wider).map_err(|error| chain(&error))?;
+            *probe = wider;
+            Ok(())
         }
         Err(error) => Err(chain(&error)),
     }

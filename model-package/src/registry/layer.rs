@@ -7,13 +7,12 @@ use std::io::{self, Cursor, Read, Seek as _, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
 use bytes::Bytes;
-use flate2::Compression;
-use flate2::read::GzEncoder;
 use futures::Stream;
 use oci_client::errors::OciDistributionError;
 use oci_client::manifest::{IMAGE_LAYER_GZIP_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE};
 use tokio::sync::mpsc;
 
+use super::packing::{Packer, Packing};
 use crate::digest::{Digest, Hasher};
 
 /// Most bytes of files in one layer, so that layers pull in parallel; a larger file has a layer of its own.
@@ -78,10 +77,11 @@ pub(super) fn plan(dir: &Path) -> io::Result<Vec<Layer>> {
     let mut layers = Vec::with_capacity(groups.len() + 1);
     for group in groups {
         let largest = group.iter().max_by_key(|entry| entry.size);
-        let pays = largest.map_or(Ok(false), |entry| {
-            Ok::<_, io::Error>(packed_share(&entry.file)? <= 1.0 - SAVING_MIN)
-        })?;
-        layers.push(if pays { Layer::packed(group, dir)? } else { Layer::plain(group)? });
+        let packing = largest.map_or(Ok(None), |entry| best_packing(&entry.file))?;
+        layers.push(match packing {
+            Some((packing, _)) => Layer::packed(group, packing, dir)?,
+            None => Layer::plain(group)?,
+        });
     }
     // Last, as what changes most often; layers before it keep their order.
     if !described.is_empty() {
@@ -97,30 +97,32 @@ pub(super) fn plan(dir: &Path) -> io::Result<Vec<Layer>> {
 /// Where the file cannot be read.
 pub fn layer_size(path: &Path) -> io::Result<u64> {
     let size = fs::metadata(path)?.len();
-    let share = packed_share(path)?;
-    Ok(if share <= 1.0 - SAVING_MIN {
-        (size as f64 * share).ceil() as u64
-    } else {
-        size
+    Ok(match best_packing(path)? {
+        Some((_, share)) => (size as f64 * share).ceil() as u64,
+        None => size,
     })
 }
 
-/// The share of a file's bytes that is left after compression, by a sample of it.
-fn packed_share(path: &Path) -> io::Result<f64> {
+/// The packing that leaves least of a file, and the share of its bytes that it leaves, by a sample; `None` where none pays.
+fn best_packing(path: &Path) -> io::Result<Option<(Packing, f64)>> {
     let mut file = File::open(path)?;
     let size = file.metadata()?.len();
     let pieces = size.div_ceil(SAMPLED_BYTES).min(SAMPLED_PIECES);
-    let (mut read, mut packed) = (0, 0);
+    let mut read = 0;
+    let mut packed = Packing::ALL.map(|packing| (packing, 0));
     for piece in 0..pieces {
         let start = (size - size.min(SAMPLED_BYTES)) * piece / (pieces - 1).max(1);
         file.seek(SeekFrom::Start(start))?;
-        packed += io::copy(
-            &mut GzEncoder::new((&mut file).take(SAMPLED_BYTES), Compression::fast()),
-            &mut io::sink(),
-        )?;
-        read += SAMPLED_BYTES.min(size - start);
+        let mut bytes = Vec::new();
+        (&mut file).take(SAMPLED_BYTES).read_to_end(&mut bytes)?;
+        for (packing, packed) in &mut packed {
+            *packed += io::copy(&mut Packer::new(&bytes[..], *packing), &mut io::sink())?;
+        }
+        read += bytes.len();
     }
-    Ok(if read == 0 { 1.0 } else { packed as f64 / read as f64 })
+    let best = packed.into_iter().min_by_key(|(_, packed)| *packed);
+    let best = best.map(|(packing, packed)| (packing, packed as f64 / read.max(1) as f64));
+    Ok(best.filter(|(_, share)| read > 0 && *share <= 1.0 - SAVING_MIN))
 }
 
 fn collect(dir: &Path, prefix: &str, entries: &mut Vec<Entry>) -> io::Result<()> {
@@ -163,13 +165,13 @@ impl Layer {
     }
 
     /// The compressed archive lies in `dir`, without a name.
-    fn packed(entries: Vec<Entry>, dir: &Path) -> io::Result<Self> {
+    fn packed(entries: Vec<Entry>, packing: Packing, dir: &Path) -> io::Result<Self> {
         let mut hashed = Hashed {
             inner: Archive::new(&entries)?,
             hasher: Hasher::default(),
         };
         let mut file = tempfile::tempfile_in(dir)?;
-        let size = io::copy(&mut GzEncoder::new(&mut hashed, Compression::fast()), &mut file)?;
+        let size = io::copy(&mut Packer::new(&mut hashed, packing), &mut file)?;
         file.seek(SeekFrom::Start(0))?;
         let digest = Digest::of_reader(&mut file)?;
         file.seek(SeekFrom::Start(0))?;

@@ -44,12 +44,14 @@ fn summary() -> Summary {
 
 fn package() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    // Larger than a piece of the stream, and not a multiple of a tar block.
-    fs::write(
-        dir.path().join("model.onnx"),
-        (0..3_000_001_u32).map(|i| (i.wrapping_mul(i) >> 3) as u8).collect::<Vec<_>>(),
-    )
-    .unwrap();
+    // Larger than a piece of the stream, not a multiple of a tar block, and such that compression does not pay.
+    let mut state = 1_u32;
+    let mut random = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    let bytes: Vec<u8> = (0..3_000_001).map(|_| random()).collect();
+    fs::write(dir.path().join("model.onnx"), bytes).unwrap();
     fs::write(dir.path().join("manifest.json"), "{}").unwrap();
     fs::write(dir.path().join("probe.json"), "[]").unwrap();
     dir

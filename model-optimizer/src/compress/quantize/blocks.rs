@@ -81,6 +81,7 @@ impl Technique for Blocks {
         let tables = Int8 {
             products: Products::WeightOnly { fold: false },
             granularity: Granularity::PerChannel,
+            in_floats: vec![],
             exclude: vec![],
         };
         let tables = tables.rewrite(graph, &exclusion, |operator| operator == Operator::Gather)?;

@@ -5,6 +5,7 @@ use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor};
 use plimsoll_runtime::onnx::{self, ModelProto};
 
 use super::int8::{Int8, Products};
+use super::{faithful, raise};
 use crate::compress::{Change, Setting, Technique};
 use crate::convert;
 use crate::evaluate::dataset::Dataset;
@@ -15,7 +16,8 @@ use crate::failure::{Failure, chain, internal};
 const ADVANTAGE: f64 = 1.1;
 
 /// Convolutions and tables are stored in 8 bits and computed in floats, which is never slower. Matrix products are computed as dynamic
-/// quantisation does, or in floats of weights that are made at load or at every inference: whichever is fastest here.
+/// quantisation does (but for those whose outputs lose too much so), or in floats of weights that are made at load or at every inference:
+/// whichever is fastest here.
 #[derive(Debug, Clone)]
 pub struct Fastest {
     /// What shares a scale.
@@ -33,6 +35,7 @@ struct Candidate {
 
 impl Technique for Fastest {
     fn apply(&self, model: &mut ModelProto, setting: &Setting) -> Result<Change, Failure> {
+        raise(model)?;
         let mut candidates: Vec<Candidate> = Vec::new();
         let ways = [
             ("dynamic", Products::Dynamic),
@@ -40,11 +43,15 @@ impl Technique for Fastest {
             ("weight-only and unfolded", Products::WeightOnly { fold: false }),
         ];
         for (name, products) in ways {
-            let technique = Int8 {
+            let mut technique = Int8 {
                 products,
                 granularity: self.granularity,
+                in_floats: vec![],
                 exclude: self.exclude.clone(),
             };
+            if products == Products::Dynamic {
+                technique.in_floats = faithful::in_floats(&technique, model, setting)?;
+            }
             let mut model = model.clone();
             let change = technique.apply(&mut model, setting)?;
             // Without a matrix product, or with a convolution that is to be folded anyway, the ways are the same.

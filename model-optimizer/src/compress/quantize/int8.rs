@@ -38,6 +38,8 @@ pub struct Int8 {
     pub products: Products,
     /// What shares a scale.
     pub granularity: Granularity,
+    /// Names of nodes whose products are computed in floats even where others are not.
+    pub in_floats: Vec<String>,
     /// Names of nodes that stay as they are.
     pub exclude: Vec<String>,
 }
@@ -161,7 +163,9 @@ impl Rewriting<'_> {
             let of = |used: &Use| Product::of(&graph.node[used.node], used, &shape);
             found.uses.iter().map(of).collect()
         };
-        let products = (self.technique.products == Products::Dynamic).then(products).flatten();
+        let in_floats = |used: &Use| self.technique.in_floats.iter().any(|name| name == graph.node[used.node].name());
+        let is_dynamic = self.technique.products == Products::Dynamic && !found.uses.iter().any(in_floats);
+        let products = is_dynamic.then(products).flatten();
         let channels = (self.technique.granularity == Granularity::PerChannel).then_some(axis);
         // The bytes of a file are floats wherever they lie; a copy would take as much memory again.
         let bytes = original.raw_data().as_chunks::<4>().0;
@@ -352,16 +356,16 @@ impl Rewriting<'_> {
 }
 
 /// A product that can be taken in integers: of an activation with a weight of two axes.
-struct Product {
+pub(super) struct Product {
     node: usize,
-    activation: String,
-    output: String,
+    pub(super) activation: String,
+    pub(super) output: String,
     bias: Option<String>,
     alpha: f32,
 }
 
 impl Product {
-    fn of(node: &NodeProto, used: &Use, shape: &[usize]) -> Option<Self> {
+    pub(super) fn of(node: &NodeProto, used: &Use, shape: &[usize]) -> Option<Self> {
         let product = |bias, alpha| Self {
             node: used.node,
             activation: node.input[0].clone(),

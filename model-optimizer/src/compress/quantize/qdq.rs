@@ -112,6 +112,7 @@ impl Technique for Static {
         let weight_only = Int8 {
             products: Products::WeightOnly { fold: false },
             granularity: self.granularity,
+            in_floats: vec![],
             exclude: vec![],
         };
         let tables = weight_only.rewrite(graph, &exclusion, |operator| {

@@ -85,7 +85,7 @@ fn a_search_goes_the_whole_way() {
     let pod = &namespace.items(&["pods", "-l", "app.kubernetes.io/component=runtime"])[0];
     let reference = pod["spec"]["volumes"][0]["image"]["reference"].as_str().expect("an image volume");
     let page = file_of_artifact(reference, "model/report.html");
-    for words in ["within the budget", "Front", "dense1"] {
+    for words in ["Within the budget", "Front", "dense1"] {
         assert!(page.contains(words), "`{words}` is not on the page of {} bytes", page.len());
     }
     let (before, after) = (status["sizeBefore"].as_f64().unwrap(), status["sizeAfter"].as_f64().unwrap());

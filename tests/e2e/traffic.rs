@@ -39,7 +39,8 @@ fn infer_with(agent: &ureq::Agent, address: &str, model: &str) -> Result<Vec<f64
         .send_json(&body)
         .map_err(|error| error.to_string())?;
     let status = response.status();
-    let answer: Value = response.body_mut().read_json().map_err(|error| error.to_string())?;
+    let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
+    let answer: Value = serde_json::from_str(&text).map_err(|error| format!("{status}: `{text}` is no JSON: {error}"))?;
     if status != 200 {
         return Err(format!("{status}: {answer}"));
     }

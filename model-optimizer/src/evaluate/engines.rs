@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use plimsoll_package::manifest::{Engine as EngineKind, Probe, TensorSpec};
 use plimsoll_package::report::{EngineReport, MemoryChange};
@@ -22,6 +23,10 @@ const TOLERANCE_DYNAMIC: f64 = 1e-2;
 /// Difference of two engines, relative to the largest output, beyond which they do not agree.
 const DISAGREEMENT: f64 = 0.05;
 
+/// An engine whose first inference takes longer than this and so many times another engine's will not serve, and is not measured further.
+const HOPELESS: Duration = Duration::from_millis(100);
+const HOPELESS_RATIO: f64 = 10.0;
+
 /// The model before and after on one engine.
 pub struct Pair {
     /// Before compression.
@@ -30,6 +35,8 @@ pub struct Pair {
     pub after: Box<dyn Engine>,
     /// What the compressed model gave for the first sample.
     first: Result<Vec<Tensor>, String>,
+    /// How long that took.
+    first_took: Duration,
     memory: Option<MemoryChange>,
 }
 
@@ -94,12 +101,17 @@ pub fn load_beside(
     let mut candidates = Candidates::default();
     for before in original {
         let pair = match engine::load(before.kind(), path, &options) {
-            Ok(after) => Ok(Pair {
-                before: before.clone(),
-                first: after.run(&data.first()?).map_err(|error| chain(&error)),
-                after,
-                memory: None,
-            }),
+            Ok(after) => {
+                let begun = Instant::now();
+                let first = after.run(&data.first()?).map_err(|error| chain(&error));
+                Ok(Pair {
+                    before: before.clone(),
+                    first,
+                    first_took: begun.elapsed(),
+                    after,
+                    memory: None,
+                })
+            }
             Err(error) => Err(chain(&error)),
         };
         candidates.add(context, before.kind(), pair);
@@ -157,7 +169,9 @@ fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &
         Ok(after) => after,
         Err(error) => return Ok(Err(chain(&error))),
     };
+    let begun = Instant::now();
     let first = run_first(&*after, data)?;
+    let first_took = begun.elapsed();
     let with_after = memory::held(&context.work);
     let before = match engine::load(kind, &context.converted(), options) {
         Ok(before) => before,
@@ -170,6 +184,7 @@ fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &
         before: Arc::from(before),
         after,
         first,
+        first_took,
         memory,
     }))
 }
@@ -242,6 +257,23 @@ pub fn compare<'a>(
                 continue;
             }
         };
+        let fastest = measured
+            .iter()
+            .filter_map(|measured: &MeasuredEngine| measured.report.latency)
+            .map(|latency| latency.after_us)
+            .reduce(f64::min);
+        let first_us = pair.first_took.as_secs_f64() * 1e6;
+        if let Some(fastest) = fastest
+            && pair.first_took > HOPELESS
+            && first_us > HOPELESS_RATIO * fastest
+        {
+            let times = first_us / fastest;
+            measured.push(refuse(format!(
+                "its first inference took {:.0} ms, {times:.0} times as long as another engine",
+                first_us / 1e3
+            )));
+            continue;
+        }
         match &mut probe {
             None => {
                 probe = record(&*pair.after, sample, outputs, floor);

@@ -3,9 +3,12 @@
 use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{GraphProto, NodeProto, TensorProto};
+use plimsoll_runtime::onnx::{GraphProto, NodeProto, TensorProto, mapping};
 
 use super::{attribute, is_standard, subgraphs, subgraphs_mut};
+
+/// Fewest bytes of a tensor whose pages are given back once it was read.
+const RELEASED_BYTES_MIN: usize = 8 << 20;
 
 /// How a node uses a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -254,6 +257,10 @@ pub fn sparsity(graph: &GraphProto) -> f64 {
                 zeros += usize::from(value == 0.0);
                 all += 1;
             }
+        }
+        // Of a large model no more than a tensor is to lie in memory.
+        if data.len() >= RELEASED_BYTES_MIN {
+            mapping::release(data);
         }
     }
     if all == 0 { 0.0 } else { zeros as f64 / all as f64 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use plimsoll_package::recipe::{Granularity, Rounding};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, weights};
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, mapping, weights};
 use rayon::prelude::*;
 
 use super::gptq::{self, Hessian};
@@ -162,12 +162,15 @@ fn parts<'a>(graph: &GraphProto, products: &'a [Product]) -> Vec<Vec<&'a Product
     parts
 }
 
-/// A matrix in blocks, as `MatMulNBits` takes it.
+/// A matrix in blocks, as `MatMulNBits` takes it; its tensors have no names yet. Large ones lie on the disk, so that memory holds one matrix.
 struct Stored {
     name: String,
     inputs: usize,
     outputs: usize,
-    quantized: Quantized,
+    values: TensorProto,
+    scales: TensorProto,
+    /// Where any is not the middle of the range.
+    zero_points: Option<TensorProto>,
 }
 
 /// A matrix quantised in blocks along its rows.
@@ -320,6 +323,7 @@ impl Blocks {
     fn quantize(&self, graph: &GraphProto, product: &Product, hessian: Option<&Hessian>) -> Result<Stored, Failure> {
         let original = &graph.initializer[product.initializer];
         let values = weights::floats(original).map_err(|error| unreadable(original.name(), &error.to_string()))?;
+        mapping::release(original.raw_data());
         if values.iter().any(|value| !value.is_finite()) {
             return Err(unreadable(original.name(), "it holds NaN or infinity"));
         }
@@ -327,7 +331,9 @@ impl Blocks {
         let (inputs, rows) = if product.rows {
             (second, values)
         } else {
-            (first, transposed(&values, first, second))
+            let rows = transposed(&values, first, second);
+            drop(values);
+            (first, rows)
         };
         let nearest = |asymmetric| {
             let quantized = round_to_nearest(&rows, inputs, self.bits, self.block_size, asymmetric);
@@ -345,11 +351,31 @@ impl Blocks {
             None if helps => asymmetric.1,
             None => symmetric.1,
         };
+        let Quantized {
+            values,
+            scales,
+            zero_points,
+        } = quantized;
+        let (blocks, outputs) = (inputs.div_ceil(self.block_size), rows.len() / inputs);
+        drop(rows);
+        let middle = 1_u8 << (self.bits - 1);
+        let zero_points = zero_points.iter().any(|zero| *zero != middle).then_some(zero_points);
+        let bytes = self.block_size * self.bits as usize / 8;
         Ok(Stored {
             name: original.name().to_owned(),
             inputs,
-            outputs: rows.len() / inputs,
-            quantized,
+            outputs,
+            values: tensor(
+                "",
+                DataType::Uint8,
+                &[outputs, blocks, bytes],
+                packed(values, blocks * self.block_size, self.bits),
+            ),
+            scales: float_tensor("", &[outputs * blocks], &scales),
+            zero_points: zero_points.map(|zero_points| {
+                let packed = packed(zero_points, blocks, self.bits);
+                tensor("", DataType::Uint8, &[packed.len()], packed)
+            }),
         })
     }
 
@@ -373,32 +399,19 @@ impl Blocks {
 
     /// `MatMulNBits` in the place of a product (ONNX Runtime, `docs/ContribOperators.md`).
     fn product(&self, original: &NodeProto, stored: Stored, names: &mut Names) -> (Vec<TensorProto>, Vec<NodeProto>) {
-        let Stored {
-            name,
-            inputs,
-            outputs,
-            quantized,
-        } = stored;
-        let blocks = inputs.div_ceil(self.block_size);
-        let mut fresh = |suffix: &str| names.fresh(&format!("{name}_{suffix}"));
-        let (values, scales, zeros) = (fresh("blocks"), fresh("scale"), fresh("zero"));
-        let bytes = self.block_size * self.bits as usize / 8;
-        let mut tensors = vec![
-            tensor(
-                &values,
-                DataType::Uint8,
-                &[outputs, blocks, bytes],
-                packed(quantized.values, blocks * self.block_size, self.bits),
-            ),
-            float_tensor(&scales, &[outputs * blocks], &quantized.scales),
-        ];
-        let mut operands = vec![original.input[0].as_str(), &values, &scales];
-        let middle = 1_u8 << (self.bits - 1);
-        if quantized.zero_points.iter().any(|zero| *zero != middle) {
-            let packed = packed(quantized.zero_points, blocks, self.bits);
-            tensors.push(tensor(&zeros, DataType::Uint8, &[packed.len()], packed));
-            operands.push(&zeros);
-        }
+        let Stored { name, inputs, outputs, .. } = stored;
+        let mut tensors = vec![(stored.values, "blocks"), (stored.scales, "scale")];
+        tensors.extend(stored.zero_points.map(|zero_points| (zero_points, "zero")));
+        let mut operands = vec![original.input[0].clone()];
+        let named = |(tensor, suffix): (TensorProto, &str)| {
+            operands.push(names.fresh(&format!("{name}_{suffix}")));
+            TensorProto {
+                name: operands.last().cloned(),
+                ..tensor
+            }
+        };
+        let tensors: Vec<TensorProto> = tensors.into_iter().map(named).collect();
+        let operands: Vec<&str> = operands.iter().map(String::as_str).collect();
         let output = original.output[0].as_str();
         let bias = original.input.get(2).filter(|name| !name.is_empty());
         let result = if bias.is_some() {

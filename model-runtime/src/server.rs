@@ -2,12 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{Semaphore, SetOnce, oneshot, watch};
 
 use crate::engine::EngineKind;
 
@@ -91,7 +91,7 @@ pub enum ServeError {
 pub(crate) struct State {
     config: Config,
     metrics: Metrics,
-    model: OnceLock<Model>,
+    model: SetOnce<Model>,
     draining: AtomicBool,
     admission: Arc<Semaphore>,
 }
@@ -106,11 +106,21 @@ impl State {
         self.draining.load(Ordering::Relaxed)
     }
 
+    /// Waits until the model is proven, for at most [`READINESS_WAIT`].
+    async fn settle(&self) {
+        let _ = tokio::time::timeout(READINESS_WAIT, self.model.wait()).await;
+    }
+
     /// Whether new traffic should come.
     fn is_ready(&self) -> bool {
         self.model().is_some() && !self.is_draining()
     }
 }
+
+/// Longest wait of a readiness probe for a model that is still loading. The kubelet probes as soon as the container runs, and then once a
+/// second: a probe that waits is answered when the model is proven, one that is refused costs that second. It ends before the probe's own
+/// timeout of two seconds.
+const READINESS_WAIT: Duration = Duration::from_millis(1500);
 
 /// Serves until SIGTERM or SIGINT, then drains: readiness fails at once, requests are served for `drain_delay` more, then the listener
 /// closes and requests in flight finish within `grace`.
@@ -134,7 +144,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let admission = Arc::new(Semaphore::new(config.limits.concurrency_max));
     let state = Arc::new(State {
         metrics: Metrics::default(),
-        model: OnceLock::new(),
+        model: SetOnce::new(),
         draining: AtomicBool::new(false),
         admission,
         config,
@@ -165,10 +175,12 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         model = loaded => {
             let model = model.map_err(|_| ServeError::Loading)??;
             // Served first, announced then.
-            let model = state.model.get_or_init(|| model);
             let seconds = started.elapsed().as_secs_f64();
-            state.metrics.loaded(model, &state.config, seconds);
-            tracing::info!(model = state.config.name, engine = %model.kind(), seconds, "ready");
+            let engine = model.kind();
+            state.metrics.loaded(&model, &state.config, seconds);
+            // Loaded once, so this cannot be the second time.
+            let _ = state.model.set(model);
+            tracing::info!(model = state.config.name, %engine, seconds, "ready");
             signals.recv().await;
         }
     }

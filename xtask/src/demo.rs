@@ -13,7 +13,7 @@ use gateway::Gateway;
 use record::Record;
 use rollout::Rollout;
 use target::Target;
-use traffic::Traffic;
+use traffic::{FirstAnswer, Traffic};
 
 mod artifacts;
 mod digit;
@@ -80,9 +80,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     Rollout::clear(&target)?;
     let rollout = Rollout::new(&target, &gateway, accelerated);
+    let answered = FirstAnswer::wait(&gateway.client(), &infer_path(), &held_out);
     let first = rollout.apply("v1")?;
-    let answer = held_out.ask(&gateway.client(), &infer_path(), held_out.any())?;
-    let mut record = Record::new(&first, first.begun.elapsed(), artifacts.report(&first.artifact)?);
+    let (answered_at, answer) = answered.take()?;
+    let mut record = Record::new(&first, answered_at, artifacts.report(&first.artifact)?);
     record.seconds_by_phase = timeline::seconds_by_phase(&target, &first, &record.report)?;
     record.nodes = target.nodes_of_pods()?;
     println!("\n{}\n", record.table());
@@ -94,9 +95,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let counted = traffic.stop();
     let (second, undone) = moved?;
     record.moved(&second, &undone, counted);
-    let again = rollout.apply_again("v1", &record.report.summary)?;
-    held_out.ask(&gateway.client(), &infer_path(), held_out.any())?;
-    record.applied_again(&again, again.begun.elapsed());
+    Rollout::clear(&target)?;
+    let answered = FirstAnswer::wait(&gateway.client(), &infer_path(), &held_out);
+    let again = rollout.apply_pinned("v1", &record.report.summary)?;
+    record.applied_again(&again, answered.take()?.0);
     println!("\n{}\n", record.story());
 
     let path = record.write()?;

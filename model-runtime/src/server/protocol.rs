@@ -106,6 +106,7 @@ async fn live() -> impl IntoResponse {
 }
 
 async fn ready(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
+    state.settle().await;
     (readiness(&state), Json(json!({"ready": state.is_ready()})))
 }
 
@@ -119,6 +120,7 @@ fn readiness(state: &State) -> StatusCode {
 
 async fn model_ready(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) -> Result<impl IntoResponse, Refusal> {
     target.check(&state)?;
+    state.settle().await;
     Ok((
         readiness(&state),
         Json(json!({"name": state.config.name, "ready": state.is_ready()})),

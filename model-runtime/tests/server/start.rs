@@ -93,6 +93,13 @@ fn a_bare_model_is_served_under_its_file_name() {
 }
 
 #[test]
+fn a_readiness_probe_that_comes_while_the_model_loads_waits_for_it() {
+    let mut command = command(&model("slow"), &[]);
+    let server = Server::listening(command.env("ORT_DYLIB_PATH", library()));
+    assert_eq!(get(server.http, "/v2/models/slow/ready").status, 200);
+}
+
+#[test]
 fn a_registry_that_is_not_there_fails_the_pull_with_the_reason() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let dir = tempfile::tempdir().unwrap();

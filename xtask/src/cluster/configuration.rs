@@ -87,7 +87,8 @@ fn cni(run: &Path, network: &Network) -> Value {
                 "type": "bridge",
                 "bridge": POD_BRIDGE,
                 "isGateway": true,
-                "ipMasq": true,
+                // One rule for all of them is set when the cluster starts; a chain for each would be most of a pod's network.
+                "ipMasq": false,
                 "hairpinMode": true,
                 "ipam": {
                     "type": "host-local",

@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::removal::CNI_NETWORK;
 use crate::progress::{phase, run_logged};
 
 /// capabilities(7)
@@ -279,6 +280,33 @@ pub(super) fn enable_routing() -> Result<()> {
         Some(_) => write_sysctl(bridge, "1"),
         None => bail!("the kernel module br_netfilter is missing: Services would not reach pods"),
     }
+}
+
+/// Gives what pods send to the world the machine's address. The comment is a CNI network's own, by which the rule is removed with it.
+///
+/// # Errors
+/// Where iptables refuses the rule.
+pub(super) fn masquerade(pods: &str) -> Result<()> {
+    let program = find_program("iptables").context("iptables is missing")?;
+    let comment = format!("name: \"{CNI_NETWORK}\"");
+    let rule = |verb: &str| {
+        let mut command = Command::new(&program);
+        command.args(["--wait", "--table", "nat", verb, "POSTROUTING", "--source", pods]);
+        command.args([
+            "!",
+            "--destination",
+            pods,
+            "--match",
+            "comment",
+            "--comment",
+            &comment,
+            "--jump",
+            "MASQUERADE",
+        ]);
+        command
+    };
+    // It is there where the cluster runs already.
+    run(&mut rule("--check")).or_else(|_| run(&mut rule("--append")))
 }
 
 /// Runs a short command to its end.

@@ -162,6 +162,7 @@ impl Cluster {
         if self.kind == Kind::Node {
             configuration::write(&self.run, network)?;
             host::enable_routing()?;
+            host::masquerade(&network.pod_subnet())?;
             network::make_node_bridge(network)?;
         }
         Ok(())

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use comfy_table::Table;
@@ -53,12 +53,12 @@ struct RevisionRecord {
 }
 
 impl Record {
-    /// What the first version gave; `first_prediction` is the time from apply to its first answer.
-    pub(super) fn new(first: &Served, first_prediction: Duration, report: Report) -> Self {
+    /// What the first version gave; `answered_at` is when its first answer came.
+    pub(super) fn new(first: &Served, answered_at: Instant, report: Report) -> Self {
         let summary = &report.summary;
         Self {
             apply_to_ready_s: first.ready_s,
-            apply_to_first_prediction_s: first_prediction.as_secs_f64(),
+            apply_to_first_prediction_s: (answered_at - first.begun).as_secs_f64(),
             reapply_to_first_prediction_s: 0.0,
             artifact_reused: !first.published(),
             size_bytes_before: summary.size_before,
@@ -86,10 +86,10 @@ impl Record {
         self.first_failure = counted.first_failure;
     }
 
-    /// Adds the model that was deleted and applied again, with the time from apply to its first answer.
-    pub(super) fn applied_again(&mut self, again: &Served, first_prediction: Duration) {
+    /// Adds the model that was deleted and applied again, and when its first answer came.
+    pub(super) fn applied_again(&mut self, again: &Served, answered_at: Instant) {
         self.revisions.push(RevisionRecord::of(again));
-        self.reapply_to_first_prediction_s = first_prediction.as_secs_f64();
+        self.reapply_to_first_prediction_s = (answered_at - again.begun).as_secs_f64();
     }
 
     /// Before and after, where it serves, and where the time went.

@@ -106,12 +106,11 @@ impl<'a> Rollout<'a> {
         self.apply_manifest(version, &manifest::manifest(version, self.accelerated)?)
     }
 
-    /// Removes the model and applies it again with its contents pinned, so that no Job is needed.
+    /// Applies the model of `version` with its contents pinned, so that no Job is needed where the artifact is there.
     ///
     /// # Errors
     /// As [`apply`](Self::apply).
-    pub(super) fn apply_again(&self, version: &str, summary: &Summary) -> Result<Served> {
-        Self::clear(self.target)?;
+    pub(super) fn apply_pinned(&self, version: &str, summary: &Summary) -> Result<Served> {
         self.apply_manifest(version, &manifest::pinned(version, self.accelerated, summary)?)
     }
 

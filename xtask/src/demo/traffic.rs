@@ -1,18 +1,23 @@
-//! Clients that ask the model without a pause while its versions change, and count what fails.
+//! Clients of the model: those that ask it without a pause while its versions change and count what fails, and the one that asks until it is
+//! answered for the first time.
 
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::digit::HeldOut;
+use anyhow::{Result, anyhow};
+
+use super::digit::{HeldOut, Prediction};
 use super::gateway::Client;
 
 /// Clients at one time.
 const CLIENTS: usize = 4;
 /// What a client waits between an answer and its next request: the demo shows that none is lost, not how many fit.
 const PAUSE: Duration = Duration::from_millis(5);
+/// What the one that waits for the first answer waits between two attempts.
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Running clients.
 pub(super) struct Traffic {
@@ -82,5 +87,40 @@ impl Shared {
                 first.get_or_insert_with(|| format!("{error:#}"));
             }
         }
+    }
+}
+
+/// A client that asks from now on until the model answers for the first time.
+pub(super) struct FirstAnswer {
+    ready: Arc<AtomicBool>,
+    client: JoinHandle<Result<(Instant, Prediction)>>,
+}
+
+impl FirstAnswer {
+    /// Starts the client.
+    pub(super) fn wait(client: &Client, path: &str, held_out: &HeldOut) -> Self {
+        let ready = Arc::new(AtomicBool::new(false));
+        let (client, path, held_out, told) = (client.clone(), path.to_owned(), held_out.clone(), Arc::clone(&ready));
+        let client = std::thread::spawn(move || {
+            loop {
+                // Looked at first: an attempt that began before the model was ready may fail.
+                let last = told.load(Ordering::Relaxed);
+                match held_out.ask(&client, &path, held_out.any()) {
+                    Ok(prediction) => return Ok((Instant::now(), prediction)),
+                    Err(error) if last => return Err(error),
+                    Err(_) => std::thread::sleep(ATTEMPT_PAUSE),
+                }
+            }
+        });
+        Self { ready, client }
+    }
+
+    /// When the first answer came, and what it was. To be called when the model is ready: it is asked once more at most.
+    ///
+    /// # Errors
+    /// Where that last attempt is not answered.
+    pub(super) fn take(self) -> Result<(Instant, Prediction)> {
+        self.ready.store(true, Ordering::Relaxed);
+        self.client.join().map_err(|_| anyhow!("the client died"))?
     }
 }

@@ -7,6 +7,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+/// Bytes read at a time: they are hashed while they lie in a core's cache.
+const PIECE_BYTES: usize = 128 << 10;
+
 /// A SHA-256 content digest, `sha256:<64 lower-case hex digits>` (OCI image specification, "Digests").
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -26,13 +29,13 @@ impl Digest {
         Self::from_hash(Sha256::digest(bytes).as_slice())
     }
 
-    /// The digest of all that `reader` yields, read in pieces of 1 MiB.
+    /// The digest of all that `reader` yields.
     ///
     /// # Errors
     /// Whatever the reader fails with.
     pub fn of_reader(mut reader: impl Read) -> io::Result<Self> {
         let mut hasher = Hasher::default();
-        let mut piece = vec![0; 1 << 20];
+        let mut piece = vec![0; PIECE_BYTES];
         loop {
             match reader.read(&mut piece)? {
                 0 => return Ok(hasher.finish()),

@@ -4,6 +4,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_package::manifest::{Datatype, TensorSpec};
@@ -35,6 +36,16 @@ pub trait Engine: Send + Sync {
     /// [`EngineError::Run`] with the engine's own words.
     fn infer(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError>;
 
+    /// As [`infer`](Self::infer), but given up where it takes longer than `limit`, which is looked at between two nodes of the graph and
+    /// does not count what the engine prepares once for new shapes. An engine that cannot be broken off goes on to the end.
+    ///
+    /// # Errors
+    /// As [`infer`](Self::infer), and [`EngineError::Late`].
+    fn infer_within(&self, inputs: &[Tensor], limit: Duration) -> Result<Vec<Tensor>, EngineError> {
+        let _ = limit;
+        self.infer(inputs)
+    }
+
     /// Runs the model on one tensor for each input.
     ///
     /// # Errors
@@ -42,10 +53,22 @@ pub trait Engine: Send + Sync {
     /// [`EngineError::Panicked`] where it panics; the engine can be used again after each.
     fn run(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
         check(self.inputs(), inputs)?;
-        let outputs =
-            catch_unwind(AssertUnwindSafe(|| self.infer(inputs))).map_err(|panic| EngineError::Panicked(panic_text(&*panic)))??;
-        Ok(outputs)
+        contained(|| self.infer(inputs))
     }
+
+    /// As [`run`](Self::run), but given up as [`infer_within`](Self::infer_within) is.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), and [`EngineError::Late`].
+    fn run_within(&self, inputs: &[Tensor], limit: Duration) -> Result<Vec<Tensor>, EngineError> {
+        check(self.inputs(), inputs)?;
+        contained(|| self.infer_within(inputs, limit))
+    }
+}
+
+/// What `call` gives; its panic becomes an error.
+fn contained<T>(call: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))))
 }
 
 /// How to load a model.
@@ -76,13 +99,13 @@ impl Default for LoadOptions {
 /// [`EngineError::Library`] where ONNX Runtime's library is missing, [`EngineError::Model`] where the file is no model that can be
 /// served, [`EngineError::Load`] where the engine refuses it.
 pub fn load(kind: EngineKind, path: &Path, options: &LoadOptions) -> Result<Box<dyn Engine>, EngineError> {
-    let engine = catch_unwind(AssertUnwindSafe(|| -> Result<Box<dyn Engine>, EngineError> {
-        Ok(match kind {
+    contained(|| {
+        let engine: Box<dyn Engine> = match kind {
             EngineKind::Tract => Box::new(tract::Tract::load(path, options)?),
             EngineKind::OnnxRuntime => Box::new(onnxruntime::OnnxRuntime::load(path, options)?),
-        })
-    }));
-    engine.unwrap_or_else(|panic| Err(EngineError::Panicked(panic_text(&*panic))))
+        };
+        Ok(engine)
+    })
 }
 
 /// Why a model cannot be loaded or run.
@@ -114,6 +137,14 @@ pub enum EngineError {
         engine: EngineKind,
         /// Its words.
         reason: String,
+    },
+    /// The inference was given up.
+    #[error("{engine} was not done after {} ms", limit.as_millis())]
+    Late {
+        /// The engine.
+        engine: EngineKind,
+        /// What it was given.
+        limit: Duration,
     },
     /// The engine panicked; only this call is lost.
     #[error("the engine panicked: {0}")]

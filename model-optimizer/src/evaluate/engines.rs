@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use plimsoll_package::manifest::{Engine as EngineKind, Probe, TensorSpec};
 use plimsoll_package::report::{EngineReport, MemoryChange};
-use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor, probe};
+use plimsoll_runtime::engine::{self, Engine, EngineError, LoadOptions, Tensor, probe};
 use plimsoll_runtime::onnx::ModelProto;
 
 use super::dataset::Dataset;
@@ -23,9 +23,9 @@ const TOLERANCE_DYNAMIC: f64 = 1e-2;
 /// Difference of two engines, relative to the largest output, beyond which they do not agree.
 const DISAGREEMENT: f64 = 0.05;
 
-/// An engine whose first inference takes longer than this and so many times another engine's will not serve, and is not measured further.
+/// An engine whose first inference takes longer than this and so many times another engine's will not serve: it is given up there.
 const HOPELESS: Duration = Duration::from_millis(100);
-const HOPELESS_RATIO: f64 = 10.0;
+const HOPELESS_RATIO: u32 = 10;
 
 /// The model before and after on one engine.
 pub struct Pair {
@@ -35,8 +35,6 @@ pub struct Pair {
     pub after: Box<dyn Engine>,
     /// What the compressed model gave for the first sample.
     first: Result<Vec<Tensor>, String>,
-    /// How long that took.
-    first_took: Duration,
     memory: Option<MemoryChange>,
 }
 
@@ -57,8 +55,9 @@ pub struct Candidates {
 pub fn load(context: &Context, fold_dequantize: bool, data: &mut Vec<Dataset>) -> Result<Candidates, Failure> {
     let options = options(context, fold_dequantize);
     let mut candidates = Candidates::default();
+    let mut patience = Patience::default();
     for kind in kinds() {
-        let pair = load_pair(context, kind, &options, data)?;
+        let pair = load_pair(context, kind, &options, data, &mut patience)?;
         candidates.add(context, kind, pair);
     }
     candidates.or_refuse("runs the model both before and after compression")
@@ -73,9 +72,9 @@ pub fn load_original(context: &Context, data: &mut Vec<Dataset>) -> Result<Vec<A
     let (mut engines, mut refused) = (Vec::new(), Vec::new());
     for kind in kinds() {
         match engine::load(kind, &context.converted(), &options) {
-            Ok(engine) => match run_first(&*engine, data)? {
+            Ok(engine) => match run_first(&*engine, data, &mut Patience::default())? {
                 Ok(_) => engines.push(Arc::from(engine)),
-                Err(why) => refused.push(refusal(kind, why)),
+                Err(Unrun::Failed(why) | Unrun::Late(why)) => refused.push(refusal(kind, why)),
             },
             Err(error) => refused.push(refusal(kind, chain(&error))),
         }
@@ -99,21 +98,19 @@ pub fn load_beside(
 ) -> Result<Candidates, Failure> {
     let options = options(context, fold_dequantize);
     let mut candidates = Candidates::default();
+    let mut patience = Patience::default();
     for before in original {
-        let pair = match engine::load(before.kind(), path, &options) {
-            Ok(after) => {
-                let begun = Instant::now();
-                let first = after.run(&data.first()?).map_err(|error| chain(&error));
-                Ok(Pair {
-                    before: before.clone(),
-                    first,
-                    first_took: begun.elapsed(),
-                    after,
-                    memory: None,
-                })
-            }
-            Err(error) => Err(chain(&error)),
-        };
+        let sample = data.first()?;
+        let loaded = engine::load(before.kind(), path, &options).map_err(|error| chain(&error));
+        let pair = loaded.and_then(|after| match patience.run(&*after, &sample) {
+            Err(EngineError::Late { limit, .. }) => Err(patience.late(limit)),
+            first => Ok(Pair {
+                before: before.clone(),
+                first: first.map_err(|error| chain(&error)),
+                after,
+                memory: None,
+            }),
+        });
         candidates.add(context, before.kind(), pair);
     }
     candidates.or_refuse("runs the compressed model")
@@ -162,16 +159,52 @@ fn refused_by_all(what: &str, refused: &[EngineReport]) -> Failure {
     failure(FailureReason::UnsupportedOperator, format!("no engine {what}: {words}"))
 }
 
-fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &mut Vec<Dataset>) -> Result<Result<Pair, String>, Failure> {
+/// How long an engine's first inference may take, by those of the engines before it.
+#[derive(Default)]
+struct Patience {
+    fastest: Option<Duration>,
+}
+
+impl Patience {
+    fn run(&mut self, engine: &dyn Engine, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        let begun = Instant::now();
+        let outputs = match self.fastest {
+            None => engine.run(inputs)?,
+            Some(fastest) => engine.run_within(inputs, HOPELESS.max(fastest * HOPELESS_RATIO))?,
+        };
+        let took = begun.elapsed();
+        self.fastest = Some(self.fastest.map_or(took, |fastest| fastest.min(took)));
+        Ok(outputs)
+    }
+
+    fn late(&self, limit: Duration) -> String {
+        let fastest = self.fastest.unwrap_or_default();
+        format!(
+            "its first inference was given up after {} ms; another engine's took {} ms",
+            limit.as_millis(),
+            fastest.as_millis().max(1)
+        )
+    }
+}
+
+fn load_pair(
+    context: &Context,
+    kind: EngineKind,
+    options: &LoadOptions,
+    data: &mut Vec<Dataset>,
+    patience: &mut Patience,
+) -> Result<Result<Pair, String>, Failure> {
     let empty = memory::held(&context.work);
     // The compressed model first: what loading frees may serve the second, so that no model looks smaller than it is but the original.
     let after = match engine::load(kind, &context.compressed(), options) {
         Ok(after) => after,
         Err(error) => return Ok(Err(chain(&error))),
     };
-    let begun = Instant::now();
-    let first = run_first(&*after, data)?;
-    let first_took = begun.elapsed();
+    let first = match run_first(&*after, data, patience)? {
+        Err(Unrun::Late(why)) => return Ok(Err(why)),
+        Err(Unrun::Failed(why)) => Err(why),
+        Ok(outputs) => Ok(outputs),
+    };
     let with_after = memory::held(&context.work);
     let before = match engine::load(kind, &context.converted(), options) {
         Ok(before) => before,
@@ -184,26 +217,33 @@ fn load_pair(context: &Context, kind: EngineKind, options: &LoadOptions, data: &
         before: Arc::from(before),
         after,
         first,
-        first_took,
         memory,
     }))
 }
 
+/// Why an engine did not run a sample.
+enum Unrun {
+    Failed(String),
+    /// It was given up.
+    Late(String),
+}
+
 /// The outputs for the first sample of the first dataset that the model runs on; the others are dropped then.
-fn run_first(engine: &dyn Engine, data: &mut Vec<Dataset>) -> Result<Result<Vec<Tensor>, String>, Failure> {
+fn run_first(engine: &dyn Engine, data: &mut Vec<Dataset>, patience: &mut Patience) -> Result<Result<Vec<Tensor>, Unrun>, Failure> {
     let mut refusal = "there is no sample".to_owned();
     for index in 0..data.len() {
-        match engine.run(&data[index].first()?) {
+        match patience.run(engine, &data[index].first()?) {
             Ok(outputs) => {
                 data.drain(..index);
                 data.truncate(1);
                 return Ok(Ok(outputs));
             }
+            Err(EngineError::Late { limit, .. }) => return Ok(Err(Unrun::Late(patience.late(limit)))),
             Err(error) if index == 0 => refusal = chain(&error),
             Err(_) => {}
         }
     }
-    Ok(Err(refusal))
+    Ok(Err(Unrun::Failed(refusal)))
 }
 
 fn refusal(engine: EngineKind, why: String) -> EngineReport {
@@ -257,23 +297,6 @@ pub fn compare<'a>(
                 continue;
             }
         };
-        let fastest = measured
-            .iter()
-            .filter_map(|measured: &MeasuredEngine| measured.report.latency)
-            .map(|latency| latency.after_us)
-            .reduce(f64::min);
-        let first_us = pair.first_took.as_secs_f64() * 1e6;
-        if let Some(fastest) = fastest
-            && pair.first_took > HOPELESS
-            && first_us > HOPELESS_RATIO * fastest
-        {
-            let times = first_us / fastest;
-            measured.push(refuse(format!(
-                "its first inference took {:.0} ms, {times:.0} times as long as another engine",
-                first_us / 1e3
-            )));
-            continue;
-        }
         match &mut probe {
             None => {
                 probe = record(&*pair.after, sample, outputs, floor);

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{GraphProto, NodeProto, TensorProto, mapping};
+use rayon::prelude::*;
 
 use super::{attribute, is_standard, subgraphs, subgraphs_mut};
 
@@ -240,29 +241,26 @@ fn collect_used<'a>(graph: &'a mut GraphProto, uses: &Uses, found: &mut Vec<(usi
 /// The share of zeros among the values of a graph's weights, in floats or in 8-bit integers; `0.0..=1.0`.
 #[must_use]
 pub fn sparsity(graph: &GraphProto) -> f64 {
-    let (mut zeros, mut all) = (0_usize, 0_usize);
-    for tensor in graph.initializer.iter().filter(|tensor| tensor.dims.len() >= 2) {
+    let counted = graph.initializer.par_iter().filter(|tensor| tensor.dims.len() >= 2).map(|tensor| {
         let data = tensor.raw_data();
-        if tensor.data_type() == DataType::Int8 as i32 {
-            zeros += data.iter().filter(|byte| **byte == 0).count();
-            all += data.len();
-        } else if tensor.data_type() == DataType::Float as i32 {
-            let floats = data
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|bytes| f32::from_le_bytes(*bytes))
-                .chain(tensor.float_data.iter().copied());
-            for value in floats {
-                zeros += usize::from(value == 0.0);
-                all += 1;
+        let counts = match DataType::try_from(tensor.data_type()) {
+            Ok(DataType::Int8) => (data.iter().filter(|byte| **byte == 0).count(), data.len()),
+            Ok(DataType::Float) => {
+                let raw = data.as_chunks::<4>().0;
+                let is_zero = |value: f32| value == 0.0;
+                let zeros = raw.iter().filter(|bytes| is_zero(f32::from_le_bytes(**bytes))).count();
+                let listed = tensor.float_data.iter().filter(|value| is_zero(**value)).count();
+                (zeros + listed, raw.len() + tensor.float_data.len())
             }
-        }
+            _ => (0, 0),
+        };
         // Of a large model no more than a tensor is to lie in memory.
         if data.len() >= RELEASED_BYTES_MIN {
             mapping::release(data);
         }
-    }
+        counts
+    });
+    let (zeros, all) = counted.reduce(|| (0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
     if all == 0 { 0.0 } else { zeros as f64 / all as f64 }
 }
 

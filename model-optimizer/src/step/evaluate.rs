@@ -160,8 +160,11 @@ pub(crate) fn measure(
 fn summary(context: &Context, fetched: &Fetched, path: &Path, model: &ModelProto, engine: EngineKind) -> Result<Summary, Failure> {
     let size = |path: &PathBuf| Ok(fs::metadata(path).map_err(disk("read", path))?.len());
     let layer = |path: &PathBuf| layer_size(path).map_err(disk("read", path));
+    let layers = |paths: &[PathBuf]| paths.iter().map(layer).sum::<Result<u64, Failure>>();
     let source = fetch::files(&context.source("model")).map_err(disk("read", &context.work))?;
     let compressed = serialize::files(path);
+    let sparsity = || model.graph.as_ref().map_or(0.0, graph::weight::sparsity);
+    let (layers_before, (layers_after, sparsity)) = rayon::join(|| layers(&source), || rayon::join(|| layers(&compressed), sparsity));
     Ok(Summary {
         artifact: None,
         reused: false,
@@ -169,9 +172,9 @@ fn summary(context: &Context, fetched: &Fetched, path: &Path, model: &ModelProto
         evaluation_digest: fetched.evaluation.as_ref().map(|content| content.digest.clone()),
         size_before: fetched.source.size,
         size_after: compressed.iter().map(size).sum::<Result<_, _>>()?,
-        size_layer_before: Some(source.iter().map(layer).sum::<Result<_, _>>()?),
-        size_layer_after: Some(compressed.iter().map(layer).sum::<Result<_, _>>()?),
-        sparsity: model.graph.as_ref().map_or(0.0, graph::weight::sparsity),
+        size_layer_before: Some(layers_before?),
+        size_layer_after: Some(layers_after?),
+        sparsity,
         metric: None,
         fidelity: None,
         latency: None,

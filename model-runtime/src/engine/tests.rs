@@ -54,6 +54,15 @@ fn matrix(rows: usize, columns: usize) -> Tensor {
 }
 
 #[test]
+fn tract_gives_an_inference_up_that_takes_too_long_and_runs_the_next() {
+    let engine = engine(EngineKind::Tract, "mlp");
+    let inputs = [matrix(2, 4)];
+    let late = engine.run_within(&inputs, Duration::ZERO).unwrap_err();
+    assert_eq!(late.to_string(), "Tract was not done after 0 ms");
+    assert_eq!(engine.run_within(&inputs, Duration::MAX).unwrap(), engine.run(&inputs).unwrap());
+}
+
+#[test]
 fn every_engine_gives_the_outputs_of_the_reference() {
     for kind in ENGINES {
         for name in ["mlp", "convolution", "weight-only", "two-inputs", "every-type"] {

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use plimsoll_package::manifest::{Datatype, TensorSpec};
 use prost::Message as _;
 use tract_onnx::prelude::*;
+use tract_onnx::tract_core::plan;
 use tract_onnx::tract_core::tract_linalg::multithread::Executor;
 
 use super::{Data, Engine, EngineError, EngineKind, LoadOptions, Tensor};
@@ -98,9 +100,21 @@ impl Tract {
         model.into_optimized()?.into_runnable_with_options(&self.options)
     }
 
-    fn try_infer(&self, inputs: &[Tensor]) -> TractResult<Vec<Tensor>> {
-        let plan = self.plan(inputs.iter().map(|input| input.shape().to_vec()).collect())?;
-        let outputs = plan.run(inputs.iter().map(to_tract).collect::<TractResult<_>>()?)?;
+    fn try_infer(&self, inputs: &[Tensor], limit: Option<Duration>) -> TractResult<Vec<Tensor>> {
+        let runnable = self.plan(inputs.iter().map(|input| input.shape().to_vec()).collect())?;
+        let inputs = inputs.iter().map(to_tract).collect::<TractResult<_>>()?;
+        let outputs = match limit {
+            None => runnable.run(inputs)?,
+            Some(limit) => {
+                let begun = Instant::now();
+                runnable
+                    .spawn()?
+                    .run_plan_with_eval(inputs, |context, state, node, inputs| match begun.elapsed() > limit {
+                        true => Err(TractError::new(TooLate)),
+                        false => plan::eval(context, state, node, inputs),
+                    })?
+            }
+        };
         self.outputs
             .iter()
             .zip(outputs)
@@ -123,10 +137,29 @@ impl Engine for Tract {
     }
 
     fn infer(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
-        self.try_infer(inputs).map_err(|error| EngineError::Run {
-            engine: EngineKind::Tract,
-            reason: words(&error),
+        self.try_infer(inputs, None).map_err(|error| failed(&error))
+    }
+
+    fn infer_within(&self, inputs: &[Tensor], limit: Duration) -> Result<Vec<Tensor>, EngineError> {
+        self.try_infer(inputs, Some(limit)).map_err(|error| match error.is::<TooLate>() {
+            true => EngineError::Late {
+                engine: EngineKind::Tract,
+                limit,
+            },
+            false => failed(&error),
         })
+    }
+}
+
+/// An inference took longer than it was given.
+#[derive(Debug, thiserror::Error)]
+#[error("too late")]
+struct TooLate;
+
+fn failed(error: &TractError) -> EngineError {
+    EngineError::Run {
+        engine: EngineKind::Tract,
+        reason: words(error),
     }
 }
 

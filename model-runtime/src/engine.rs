@@ -11,6 +11,7 @@ use plimsoll_package::manifest::{Datatype, TensorSpec};
 
 use crate::onnx::OnnxError;
 
+pub mod independence;
 mod onnxruntime;
 pub mod probe;
 pub mod tensor;

@@ -1,13 +1,12 @@
 //! The command line as it is written, and what it resolves to.
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_package::units;
 use plimsoll_runtime::engine::EngineKind;
-use plimsoll_runtime::server::{Config, Limits, log, quota};
+use plimsoll_runtime::server::{Address, Batching, Config, Limits, log, quota};
 
 /// Serves an optimised model over the Open Inference Protocol V2.
 #[derive(Parser)]
@@ -55,13 +54,13 @@ pub(crate) struct Serve {
     #[arg(long, value_enum, default_value = "auto")]
     engine: Engine,
 
-    /// Address of the protocol.
+    /// Address of the protocol over HTTP/1.1 and HTTP/2: IP:PORT, or unix:PATH for a socket in the file system.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
-    http: SocketAddr,
+    http: Address,
 
     /// Address of the metrics; without it they are at /metrics of the protocol's.
     #[arg(long, value_name = "ADDRESS")]
-    metrics: Option<SocketAddr>,
+    metrics: Option<Address>,
 
     /// Threads of one inference; by default the CPU quota of the control group, divided by the instances.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -71,6 +70,19 @@ pub(crate) struct Serve {
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256), default_value_t = 1)]
     instances: u16,
 
+    /// Most rows that run together, of all requests of one batch; 1 runs each request by itself. Requests are only joined where they wait
+    /// anyway, where the model's rows are independent of each other, and where batches have measured faster.
+    #[arg(long, value_name = "ROWS", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    max_batch: u16,
+
+    /// Most bytes of inputs that run together.
+    #[arg(long, value_name = "SIZE", default_value = "64Mi", value_parser = size)]
+    max_batch_bytes: u64,
+
+    /// How many milliseconds a request may wait for others to join it while an engine is free; 0 waits for none.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=60_000))]
+    max_delay_ms: u32,
+
     /// Largest body of a request; a larger one is answered with 413.
     #[arg(long, value_name = "SIZE", default_value = "64Mi", value_parser = size)]
     max_body: u64,
@@ -78,6 +90,10 @@ pub(crate) struct Serve {
     /// Most inference requests taken on at one time, waiting ones included; more are answered with 429.
     #[arg(long, value_name = "REQUESTS", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     max_concurrency: u16,
+
+    /// Most bytes of request bodies that are here at one time; what comes beyond is answered with 429.
+    #[arg(long, value_name = "SIZE", default_value = "256Mi", value_parser = size)]
+    max_memory: u64,
 
     /// Most open connections; more wait to be accepted.
     #[arg(long, value_name = "CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(1..))]
@@ -90,6 +106,10 @@ pub(crate) struct Serve {
     /// Longest time for a request's headers to arrive, and for a kept-alive connection to idle.
     #[arg(long, value_name = "DURATION", default_value = "75s", value_parser = duration)]
     header_timeout: Duration,
+
+    /// Longest time of one batch in the engine, after which liveness fails so that Kubernetes restarts the container.
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = duration)]
+    stuck_after: Duration,
 
     /// How long requests are served after SIGTERM, while readiness fails already.
     #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
@@ -129,6 +149,10 @@ fn size(written: &str) -> Result<u64, units::UnitError> {
     written.parse::<units::Size>()?.value()
 }
 
+fn bytes(size: u64) -> usize {
+    usize::try_from(size).unwrap_or(usize::MAX)
+}
+
 fn duration(written: &str) -> Result<Duration, units::UnitError> {
     // `0` needs no unit.
     if written == "0" {
@@ -160,8 +184,15 @@ impl Serve {
             metrics: self.metrics,
             threads: self.threads.map_or_else(|| (quota::processors() / instances).max(1), usize::from),
             instances,
+            batching: Batching {
+                rows_max: usize::from(self.max_batch),
+                bytes_max: bytes(self.max_batch_bytes),
+                delay: Duration::from_millis(self.max_delay_ms.into()),
+            },
+            stuck_after: self.stuck_after,
             limits: Limits {
-                body_bytes_max: usize::try_from(self.max_body).unwrap_or(usize::MAX),
+                memory_bytes_max: bytes(self.max_memory),
+                body_bytes_max: bytes(self.max_body),
                 concurrency_max: usize::from(self.max_concurrency),
                 connections_max: usize::from(self.max_connections),
                 request_timeout: self.request_timeout,

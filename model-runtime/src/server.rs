@@ -1,27 +1,47 @@
-//! The server: loads a model, proves it, and answers the Open Inference Protocol V2 over HTTP until it is told to stop.
+//! The server: loads a model, proves it, and answers the Open Inference Protocol V2 until it is told to stop.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, SetOnce, oneshot, watch};
 
 use crate::engine::EngineKind;
 
+mod classification;
+mod http;
+mod inference;
 mod listener;
 pub mod log;
 mod metrics;
 mod model;
-mod protocol;
 pub mod pull;
 pub mod quota;
-mod workers;
+mod refusal;
+mod scheduler;
+mod signature;
+mod statistics;
 
+pub use listener::Address;
+use listener::Listener;
 use metrics::Metrics;
 use model::Model;
+pub use scheduler::Batching;
+use statistics::Statistics;
+
+/// The server's name in the protocol.
+const NAME: &str = env!("CARGO_PKG_NAME");
+/// The server's version in the protocol.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// The protocol's extensions that are there.
+const EXTENSIONS: [&str; 5] = [
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "statistics",
+];
 
 /// What to serve, where, and within which bounds.
 #[derive(Debug, Clone)]
@@ -34,16 +54,20 @@ pub struct Config {
     pub version: String,
     /// The engine; `None` takes the one that the manifest names, and the other where that one fails.
     pub engine: Option<EngineKind>,
-    /// Address of the protocol.
-    pub http: SocketAddr,
+    /// Address of the protocol over HTTP.
+    pub http: Address,
     /// Address of the metrics; `None` serves them at `/metrics` of the protocol's.
-    pub metrics: Option<SocketAddr>,
+    pub metrics: Option<Address>,
     /// Threads of one inference, 1 or more.
     pub threads: usize,
     /// Inferences at one time, each with an engine of its own, 1 or more.
     pub instances: usize,
+    /// Which requests run together.
+    pub batching: Batching,
     /// The bounds.
     pub limits: Limits,
+    /// For how long an engine may be at one batch before the server counts as stuck and liveness fails.
+    pub stuck_after: Duration,
     /// How long requests are served after SIGTERM while readiness fails, so that endpoints can go first.
     pub drain_delay: Duration,
     /// Longest wait for requests in flight after that.
@@ -55,8 +79,10 @@ pub struct Config {
 pub struct Limits {
     /// Largest body of a request, in bytes.
     pub body_bytes_max: usize,
-    /// Most inference requests taken on at one time, waiting ones included.
+    /// Most inference requests taken on at one time, waiting ones included: the bound of the queue.
     pub concurrency_max: usize,
+    /// Most bytes of bodies that are here at one time.
+    pub memory_bytes_max: usize,
     /// Most open connections.
     pub connections_max: usize,
     /// Longest time of a request, from its headers to its answer.
@@ -72,7 +98,7 @@ pub enum ServeError {
     #[error("cannot listen on {address}: {source}")]
     Listen {
         /// The address.
-        address: SocketAddr,
+        address: Address,
         /// Why.
         source: std::io::Error,
     },
@@ -93,7 +119,11 @@ pub(crate) struct State {
     metrics: Metrics,
     model: SetOnce<Model>,
     draining: AtomicBool,
-    admission: Arc<Semaphore>,
+    statistics: Statistics,
+    /// One permit for each request that may be here.
+    slots: Arc<Semaphore>,
+    /// Permits for the bodies' memory, in units of [`inference::memory_units`].
+    memory: Arc<Semaphore>,
 }
 
 impl State {
@@ -109,6 +139,11 @@ impl State {
     /// Waits until the model is proven, for at most [`READINESS_WAIT`].
     async fn settle(&self) {
         let _ = tokio::time::timeout(READINESS_WAIT, self.model.wait()).await;
+    }
+
+    /// Whether the engines come back from what they do.
+    fn is_live(&self) -> bool {
+        self.model().is_none_or(|model| model.scheduler.busy_for() < self.config.stuck_after)
     }
 
     /// Whether new traffic should come.
@@ -132,26 +167,28 @@ const READINESS_WAIT: Duration = Duration::from_millis(1500);
 pub async fn serve(config: Config) -> Result<(), ServeError> {
     let started = Instant::now();
     let mut signals = signals().map_err(ServeError::Signals)?;
-    let http = bind(config.http).await?;
-    let scrape = match config.metrics {
-        Some(address) => Some(bind(address).await?),
+    let http = Listener::bind(&config.http).await?;
+    let scrape = match &config.metrics {
+        Some(address) => Some(Listener::bind(address).await?),
         None => None,
     };
-    let address = |listener: &TcpListener| listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
-    tracing::info!(http = address(&http), metrics = scrape.as_ref().map(address), "listening");
+    tracing::info!(http = http.address(), metrics = scrape.as_ref().map(Listener::address), "listening");
 
     let (stop, stopped) = watch::channel(false);
-    let admission = Arc::new(Semaphore::new(config.limits.concurrency_max));
+    let slots = Arc::new(Semaphore::new(config.limits.concurrency_max));
+    let memory = inference::memory_units(config.limits.memory_bytes_max.max(config.limits.body_bytes_max));
     let state = Arc::new(State {
         metrics: Metrics::default(),
         model: SetOnce::new(),
         draining: AtomicBool::new(false),
-        admission,
+        statistics: Statistics::default(),
+        slots,
+        memory: Arc::new(Semaphore::new(memory as usize)),
         config,
     });
     let separate = scrape.is_some();
     if let Some(scrape) = scrape {
-        let router = protocol::metrics_router(Arc::clone(&state));
+        let router = http::metrics_router(Arc::clone(&state));
         tokio::spawn(listener::serve(
             scrape,
             router,
@@ -160,7 +197,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             stopped.clone(),
         ));
     }
-    let router = protocol::router(Arc::clone(&state), !separate);
+    let router = http::router(Arc::clone(&state), !separate);
     let serving = tokio::spawn(listener::serve(
         http,
         router,
@@ -197,12 +234,6 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         Err(error) => tracing::error!(%error, "the listener failed"),
     }
     Ok(())
-}
-
-async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| ServeError::Listen { address, source })
 }
 
 fn load(config: &Config) -> oneshot::Receiver<Result<Model, model::ModelError>> {

@@ -31,12 +31,7 @@ pub enum ProbeError {
 /// # Errors
 /// [`ProbeError`], for the first output that differs.
 pub fn check(engine: &dyn Engine, probe: &Probe) -> Result<(), ProbeError> {
-    let inputs = engine
-        .inputs()
-        .iter()
-        .map(|spec| tensor(find(&probe.inputs, spec)?))
-        .collect::<Result<Vec<_>, _>>()?;
-    let outputs = engine.run(&inputs)?;
+    let outputs = engine.run(&inputs(engine, probe)?)?;
     for (spec, output) in engine.outputs().iter().zip(outputs) {
         let recorded = find(&probe.outputs, spec)?;
         let difference = if output.shape() == recorded.shape {
@@ -57,6 +52,14 @@ pub fn check(engine: &dyn Engine, probe: &Probe) -> Result<(), ProbeError> {
     Ok(())
 }
 
+/// The probe's inputs, in the engine's order.
+///
+/// # Errors
+/// [`ProbeError::Mismatch`] where one is missing or cannot be held.
+pub fn inputs(engine: &dyn Engine, probe: &Probe) -> Result<Vec<Tensor>, ProbeError> {
+    engine.inputs().iter().map(|spec| tensor(find(&probe.inputs, spec)?)).collect()
+}
+
 /// Most values of an input of zeros.
 const ZEROS_MAX: usize = 1 << 28;
 
@@ -65,6 +68,14 @@ const ZEROS_MAX: usize = 1 << 28;
 /// # Errors
 /// Whatever the engine fails with; [`EngineError::Input`] where an input has more than 2^28 values.
 pub fn check_zeros(engine: &dyn Engine) -> Result<(), EngineError> {
+    engine.run(&zeros(engine)?).map(drop)
+}
+
+/// Zeros of the smallest shape that the model takes, one tensor for each input.
+///
+/// # Errors
+/// [`InputError::Shape`] where an input has more than 2^28 values.
+pub fn zeros(engine: &dyn Engine) -> Result<Vec<Tensor>, InputError> {
     let zeros = |spec: &TensorSpec| {
         let shape: Vec<usize> = spec.shape.iter().map(|&size| usize::try_from(size).unwrap_or(1)).collect();
         let zeros = element_count(&shape)
@@ -76,9 +87,24 @@ pub fn check_zeros(engine: &dyn Engine) -> Result<(), EngineError> {
             given: shape,
         })
     };
-    engine
-        .run(&engine.inputs().iter().map(zeros).collect::<Result<Vec<_>, _>>()?)
-        .map(drop)
+    engine.inputs().iter().map(zeros).collect()
+}
+
+/// Values that tell rows apart, of the smallest shape that the model takes: between 0 and 1 for floats, zeros (which are an index into
+/// anything) for all else.
+///
+/// # Errors
+/// As [`zeros`].
+pub fn ramp(engine: &dyn Engine) -> Result<Vec<Tensor>, InputError> {
+    let ramp = |zeros: Tensor| {
+        if !matches!(zeros.datatype(), Datatype::Fp16 | Datatype::Bf16 | Datatype::Fp32 | Datatype::Fp64) {
+            return zeros;
+        }
+        let values: Vec<f64> = (0..zeros.data().len()).map(|index| (index % 7 + 1) as f64 / 8.0).collect();
+        let data = Data::from_f64(zeros.datatype(), &values);
+        Tensor::new(zeros.shape().to_vec(), data).unwrap_or(zeros)
+    };
+    Ok(zeros(engine)?.into_iter().map(ramp).collect())
 }
 
 /// A tensor as a probe records it; `None` for strings of bytes, which a probe cannot hold.
@@ -109,7 +135,9 @@ fn tensor(recorded: &ProbeTensor) -> Result<Tensor, ProbeError> {
     Tensor::new(recorded.shape.clone(), Data::from_f64(recorded.datatype, &recorded.data)).map_err(mismatch)
 }
 
-fn difference(output: &Tensor, recorded: &[f64]) -> f64 {
+/// Largest difference of values, relative to the largest absolute value of `recorded`; infinite where there are more or fewer, where one is
+/// not finite, or for strings.
+pub(super) fn difference(output: &Tensor, recorded: &[f64]) -> f64 {
     let Some(values) = output.data().to_f64().filter(|values| values.len() == recorded.len()) else {
         return f64::INFINITY;
     };

@@ -3,6 +3,11 @@
 use half::{bf16, f16};
 use plimsoll_package::manifest::Datatype;
 
+mod bytes;
+mod rows;
+
+pub use bytes::BytesError;
+
 /// A tensor whose values fill its shape.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tensor {

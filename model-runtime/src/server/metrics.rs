@@ -1,6 +1,7 @@
 //! Metrics in the OpenMetrics text form, `plimsoll_runtime_<name>_<unit>`.
 
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -11,13 +12,15 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::Config;
 use super::model::Model;
+use super::refusal::Reason;
+use super::scheduler::Answer;
 
 /// Content type of the text form.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(super) struct Code {
-    pub(super) code: u16,
+struct FailureLabels {
+    reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -37,10 +40,12 @@ struct ModelLabels {
 #[derive(Debug)]
 pub(super) struct Metrics {
     registry: Registry,
-    pub(super) requests: Family<Code, Counter>,
-    pub(super) request_duration: Histogram,
-    pub(super) inference_duration: Histogram,
-    pub(super) queue_duration: Histogram,
+    requests: Counter,
+    failures: Family<FailureLabels, Counter>,
+    request_duration: Histogram,
+    inference_duration: Histogram,
+    queue_duration: Histogram,
+    batch_size: Histogram,
     pub(super) in_flight: Gauge,
     pub(super) ready: Gauge,
     load_duration: Gauge<f64, AtomicU64>,
@@ -50,11 +55,13 @@ pub(super) struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        // 0.1 ms to 26 s.
-        let durations = || Histogram::new(exponential_buckets(1e-4, 2.0, 19));
+        // 10 µs to 42 s.
+        let durations = || Histogram::new(exponential_buckets(1e-5, 2.0, 23));
         let mut registry = Registry::with_prefix("plimsoll_runtime");
         let metrics = Self {
-            requests: Family::default(),
+            requests: Counter::default(),
+            failures: Family::default(),
+            batch_size: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
             request_duration: durations(),
             inference_duration: durations(),
             queue_duration: durations(),
@@ -65,7 +72,9 @@ impl Default for Metrics {
             model: Family::default(),
             registry: Registry::default(),
         };
-        registry.register("requests", "Inference requests answered, by HTTP status", metrics.requests.clone());
+        registry.register("requests", "Inference requests answered, failed ones included", metrics.requests.clone());
+        registry.register("request_failures", "Inference requests that failed, by reason", metrics.failures.clone());
+        registry.register("batch_size", "Rows of the batches that the engine computed", metrics.batch_size.clone());
         let seconds = || Unit::Seconds;
         let duration = metrics.request_duration.clone();
         registry.register_with_unit(
@@ -75,9 +84,9 @@ impl Default for Metrics {
             duration,
         );
         let duration = metrics.inference_duration.clone();
-        registry.register_with_unit("inference_duration", "What the engine took for an inference", seconds(), duration);
+        registry.register_with_unit("inference_duration", "What the engine took for a batch", seconds(), duration);
         let duration = metrics.queue_duration.clone();
-        registry.register_with_unit("queue_duration", "How long an inference waited for a thread", seconds(), duration);
+        registry.register_with_unit("queue_duration", "How long a request waited for an engine", seconds(), duration);
         registry.register(
             "requests_in_flight",
             "Inference requests taken on and not yet answered",
@@ -97,6 +106,24 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Counts a request that is answered.
+    pub(super) fn answered(&self, took: Duration, failure: Option<Reason>) {
+        self.requests.inc();
+        self.request_duration.observe(took.as_secs_f64());
+        if let Some(reason) = failure {
+            self.failures.get_or_create(&FailureLabels { reason: reason.into() }).inc();
+        }
+    }
+
+    /// Counts what the engine did for a request.
+    pub(super) fn computed(&self, answer: &Answer) {
+        self.queue_duration.observe(answer.queued.as_secs_f64());
+        if answer.first {
+            self.inference_duration.observe(answer.computed.as_secs_f64());
+            self.batch_size.observe(answer.rows as f64);
+        }
+    }
+
     pub(super) fn loaded(&self, model: &Model, config: &Config, seconds: f64) {
         let engine = EngineLabels {
             engine: model.kind().to_string(),

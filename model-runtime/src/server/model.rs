@@ -7,8 +7,8 @@ use std::thread;
 use plimsoll_package::manifest::{MODEL_FILE, Manifest, PackageError, Probe, TensorSpec};
 
 use super::Config;
-use super::workers::Workers;
-use crate::engine::{self, Engine, EngineError, EngineKind, LoadOptions, probe};
+use super::scheduler::{Batching, Scheduler};
+use crate::engine::{self, Engine, EngineError, EngineKind, LoadOptions, Tensor, independence, probe};
 
 /// Why no engine serves the model.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +28,9 @@ pub enum ModelError {
 
 /// A model that answered its probe.
 pub(super) struct Model {
-    pub(super) workers: Workers,
+    pub(super) scheduler: Scheduler,
+    /// Names of classes, by their index; none where the package has none.
+    pub(super) labels: Vec<String>,
     /// Whether another engine than the preferred one serves.
     pub(super) fell_back: bool,
     pub(super) manifest: Option<Manifest>,
@@ -58,9 +60,10 @@ impl Model {
         let (engines, fell_back) = loaded?;
         let first = &engines[0];
         let (kind, inputs, outputs) = (first.kind(), first.inputs().to_vec(), first.outputs().to_vec());
-        let workers = Workers::start(engines, config.limits.concurrency_max);
+        let batching = batching(config, &**first, recorded.as_ref());
         Ok(Self {
-            workers,
+            scheduler: Scheduler::start(engines, batching),
+            labels: vec![],
             fell_back,
             manifest,
             kind,
@@ -80,6 +83,23 @@ impl Model {
     pub(super) fn outputs(&self) -> &[TensorSpec] {
         &self.outputs
     }
+}
+
+/// The bounds of batches as they are configured, or none of more than a row where the rows of the model depend on each other.
+fn batching(config: &Config, engine: &dyn Engine, recorded: Option<&Probe>) -> Batching {
+    let mut batching = config.batching.clone();
+    if batching.rows_max > 1 {
+        let inputs: Option<Vec<Tensor>> = match recorded {
+            Some(recorded) => probe::inputs(engine, recorded).ok(),
+            None => probe::ramp(engine).ok(),
+        };
+        let tolerance = recorded.map_or(independence::TOLERANCE, |recorded| recorded.tolerance.max(independence::TOLERANCE));
+        if let Err(reason) = independence::check(engine, &inputs.unwrap_or_default(), tolerance) {
+            tracing::info!(%reason, "requests are run one by one");
+            batching.rows_max = 1;
+        }
+    }
+    batching
 }
 
 type Engines = Vec<Arc<dyn Engine>>;

@@ -110,7 +110,7 @@ impl Server {
             metrics: None,
         };
         let line = server.line("listening");
-        let address = |name: &str| line[name].as_str().map(|address| address.parse().unwrap());
+        let address = |name: &str| line[name].as_str().and_then(|address| address.parse().ok());
         server.http = address("http").unwrap();
         server.metrics = address("metrics");
         server

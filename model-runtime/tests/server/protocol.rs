@@ -142,9 +142,14 @@ fn a_refusal_names_what_is_wrong_and_what_would_be_right() {
     assert_eq!((code, text.as_str()), (404, "there is no model `other`; this server has `mlp`"));
     let (code, text) = status("POST", "/v2/models/mlp/versions/9/infer", "", "{}");
     assert_eq!((code, text.as_str()), (404, "model `mlp` has no version `9`; it has `1`"));
-    let (code, text) = status("POST", infer, "inference-header-content-length: 2\r\n", "{}");
-    assert!(code == 415 && text.starts_with("binary tensors"), "{code} {text}");
-    assert_eq!(status("POST", infer, "content-encoding: gzip\r\n", "{}").0, 415);
+    let (code, text) = status("POST", infer, "inference-header-content-length: 9\r\n", "{}");
+    assert_eq!(
+        (code, text.as_str()),
+        (400, "Inference-Header-Content-Length is 9, the body has 2 bytes")
+    );
+    assert_eq!(status("POST", infer, "content-encoding: gzip\r\n", "{}").0, 400);
+    let (code, text) = status("POST", infer, "content-encoding: br\r\n", "{}");
+    assert!(code == 415 && text.contains("send gzip, deflate or identity"), "{code} {text}");
 
     let answer = post(server.http, infer, &mlp_body());
     assert_eq!(answer.status, 200, "after all refusals the server serves on: {}", answer.text);
@@ -170,7 +175,7 @@ fn a_failure_inside_of_the_engine_costs_one_request_and_is_logged_with_its_trace
 }
 
 #[test]
-fn metrics_count_requests_by_code_and_name_the_engine() {
+fn metrics_count_requests_and_failures_by_reason_and_name_the_engine() {
     let package = package("mlp", Engine::Tract);
     let server = Server::ready(package.path(), &["--metrics", "127.0.0.1:0"]);
     post(server.http, "/v2/models/model/infer", &mlp_body());
@@ -179,8 +184,9 @@ fn metrics_count_requests_by_code_and_name_the_engine() {
     let metrics = get(server.metrics.unwrap(), "/metrics");
     assert!(metrics.header("content-type").unwrap().starts_with("application/openmetrics-text"));
     for line in [
-        "plimsoll_runtime_requests_total{code=\"200\"} 1",
-        "plimsoll_runtime_requests_total{code=\"400\"} 1",
+        "plimsoll_runtime_requests_total 2",
+        "plimsoll_runtime_request_failures_total{reason=\"InvalidArgument\"} 1",
+        "plimsoll_runtime_batch_size_count 1",
         "plimsoll_runtime_request_duration_seconds_count 2",
         "plimsoll_runtime_inference_duration_seconds_count 1",
         "plimsoll_runtime_queue_duration_seconds_count 1",
@@ -195,4 +201,80 @@ fn metrics_count_requests_by_code_and_name_the_engine() {
         );
     }
     assert!(metrics.text.contains("toolchain=\"0.0.0-test\""));
+}
+
+#[test]
+fn a_batch_of_many_clients_gives_each_its_own_answer() {
+    let package = package("mlp", Engine::Tract);
+    let server = Server::ready(package.path(), &["--max-delay-ms", "20"]);
+    let address = server.http;
+    let body = |value: f64| {
+        let data = [value, 2.0, 3.0, 4.0];
+        json!({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": data}]})
+    };
+    let alone: Vec<Value> = (0..16)
+        .map(|value| post(address, "/v2/models/model/infer", &body(f64::from(value))).json()["outputs"][0]["data"].clone())
+        .collect();
+    let together: Vec<_> = (0..16)
+        .map(|value| std::thread::spawn(move || (value, post(address, "/v2/models/model/infer", &body(f64::from(value))))))
+        .collect();
+    for request in together {
+        let (value, answer) = request.join().unwrap();
+        let given = answer.json()["outputs"][0]["data"].clone();
+        for (given, alone) in given.as_array().unwrap().iter().zip(alone[value as usize].as_array().unwrap()) {
+            assert!((given.as_f64().unwrap() - alone.as_f64().unwrap()).abs() < 1e-5, "{given} {alone}");
+        }
+    }
+    let statistics = get(address, "/v2/models/model/stats").json();
+    let statistics = &statistics["model_stats"][0];
+    assert_eq!((&statistics["name"], &statistics["inference_count"]), (&json!("model"), &json!(32)));
+    let executions = statistics["execution_count"].as_u64().unwrap();
+    assert!(executions < 32, "some ran together: {statistics}");
+    assert_eq!(statistics["inference_stats"]["success"]["count"], 32);
+    let batches: u64 = statistics["batch_stats"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|batch| batch["compute_infer"]["count"].as_u64().unwrap())
+        .sum();
+    assert_eq!(batches, executions);
+}
+
+#[test]
+fn the_configuration_tells_how_requests_are_batched() {
+    let package = package("mlp", Engine::Tract);
+    let server = Server::ready(package.path(), &["--max-batch", "8", "--max-delay-ms", "2"]);
+    let configuration = get(server.http, "/v2/models/model/config").json();
+    assert_eq!(configuration["max_batch_size"], 8);
+    assert_eq!(configuration["input"], json!([{"name": "x", "data_type": "TYPE_FP32", "dims": [4]}]));
+    assert_eq!(configuration["dynamic_batching"]["max_queue_delay_microseconds"], 2000);
+    let server = Server::ready(package.path(), &["--max-batch", "1"]);
+    let configuration = get(server.http, "/v2/models/model/versions/1/config").json();
+    assert_eq!((&configuration["max_batch_size"], &configuration["input"][0]["dims"]), (&json!(0), &json!([-1, 4])));
+    let index = Connection::open(server.http)
+        .unwrap()
+        .send("POST", "/v2/repository/index", "", "{}")
+        .unwrap();
+    assert_eq!(index.json()[0]["state"], "READY");
+}
+
+#[test]
+fn a_unix_socket_is_served_and_taken_away() {
+    use std::io::{Read as _, Write as _};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.sock");
+    let address = format!("unix:{}", path.display());
+    // What a crash leaves behind is in nobody's way.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let mut server = Server::ready(&model("mlp"), &["--engine", "tract", "--metrics", &address, "--drain-delay", "0"]);
+    let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n")
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("plimsoll_runtime_ready 1"), "{answer}");
+    server.terminate();
+    assert!(server.wait().success());
+    assert!(!path.exists());
 }

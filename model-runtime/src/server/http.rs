@@ -1,6 +1,7 @@
 //! The Open Inference Protocol V2 over HTTP (KServe, "Open Inference Protocol", `inference_rest.md`).
 //!
-//! JSON tensors of every datatype. The binary tensor extension is refused by name.
+//! JSON tensors of every datatype, and Triton's extensions for binary tensors, classification, statistics, model configuration and the
+//! model repository's index.
 
 use std::sync::Arc;
 
@@ -13,14 +14,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Value, json};
 
-use super::{State, metrics};
+use super::refusal::{Reason, Refusal};
+use super::{State, metrics, signature};
 
+mod encoding;
 mod error;
 mod infer;
 mod request;
 mod response;
-
-use error::Refusal;
 
 /// Routes of the protocol, and `/metrics` where `with_metrics`.
 pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
@@ -29,9 +30,16 @@ pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
         .route("/v2/", get(server))
         .route("/v2/health/live", get(live))
         .route("/v2/health/ready", get(ready))
+        .route("/v2/repository/index", post(index))
+        .route("/v2/models", get(models))
+        .route("/v2/models/stats", get(statistics_of_all))
         .route("/v2/models/{name}", get(model))
+        .route("/v2/models/{name}/config", get(configuration))
+        .route("/v2/models/{name}/stats", get(statistics))
         .route("/v2/models/{name}/ready", get(model_ready))
         .route("/v2/models/{name}/infer", post(infer::infer))
+        .route("/v2/models/{name}/versions/{version}/config", get(configuration))
+        .route("/v2/models/{name}/versions/{version}/stats", get(statistics))
         .route("/v2/models/{name}/versions/{version}", get(model))
         .route("/v2/models/{name}/versions/{version}/ready", get(model_ready))
         .route("/v2/models/{name}/versions/{version}/infer", post(infer::infer));
@@ -49,8 +57,8 @@ pub(super) fn metrics_router(state: Arc<State>) -> Router {
 fn finish(router: Router<Arc<State>>, state: Arc<State>) -> Router {
     let closing = middleware::from_fn_with_state(Arc::clone(&state), close_while_draining);
     router
-        .fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "there is nothing at this path; see /v2") })
-        .method_not_allowed_fallback(|| async { Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "this path takes another method") })
+        .fallback(|| async { Refusal::new(Reason::NotFound, "there is nothing at this path; see /v2") })
+        .method_not_allowed_fallback(|| async { Refusal::new(Reason::MethodNotAllowed, "this path takes another method") })
         .layer(closing)
         .with_state(state)
 }
@@ -82,27 +90,26 @@ struct Target {
 
 impl Target {
     fn check(&self, state: &State) -> Result<(), Refusal> {
-        let config = &state.config;
-        if self.name != config.name {
-            let text = format!("there is no model `{}`; this server has `{}`", self.name, config.name);
-            return Err(Refusal::new(StatusCode::NOT_FOUND, text));
-        }
-        match &self.version {
-            Some(version) if *version != config.version => {
-                let text = format!("model `{}` has no version `{version}`; it has `{}`", config.name, config.version);
-                Err(Refusal::new(StatusCode::NOT_FOUND, text))
-            }
-            _ => Ok(()),
-        }
+        state.config.check_target(&self.name, self.version.as_deref())
     }
 }
 
-async fn server() -> impl IntoResponse {
-    Json(json!({"name": env!("CARGO_PKG_NAME"), "version": env!("CARGO_PKG_VERSION"), "extensions": []}))
+fn too_large(body_bytes_max: usize) -> Refusal {
+    Refusal::new(
+        Reason::TooLarge,
+        format!("the body is larger than the {body_bytes_max} bytes that this server takes"),
+    )
 }
 
-async fn live() -> impl IntoResponse {
-    Json(json!({"live": true}))
+async fn server() -> impl IntoResponse {
+    Json(json!({"name": super::NAME, "version": super::VERSION, "extensions": super::EXTENSIONS}))
+}
+
+/// Live as long as no engine is stuck: a restart helps against nothing else.
+async fn live(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
+    let live = state.is_live();
+    let status = if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({"live": live})))
 }
 
 async fn ready(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
@@ -130,12 +137,52 @@ async fn model_ready(Shared(state): Shared<Arc<State>>, Path(target): Path<Targe
 async fn model(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) -> Result<impl IntoResponse, Refusal> {
     target.check(&state)?;
     let model = state.model().ok_or_else(Refusal::loading)?;
-    let platform = format!("{}_onnx", model.kind().to_string().to_lowercase());
+    let platform = signature::platform(model.kind());
     let config = &state.config;
     let (inputs, outputs) = (model.inputs(), model.outputs());
     Ok(Json(
         json!({"name": config.name, "versions": [config.version], "platform": platform, "inputs": inputs, "outputs": outputs}),
     ))
+}
+
+async fn models(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
+    Json(json!({"models": [state.config.name]}))
+}
+
+async fn index(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
+    let (ready, reason) = match state.model() {
+        Some(_) => ("READY", ""),
+        None => ("LOADING", "the model is loading"),
+    };
+    Json(json!([{"name": state.config.name, "version": state.config.version, "state": ready, "reason": reason}]))
+}
+
+async fn configuration(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) -> Result<impl IntoResponse, Refusal> {
+    target.check(&state)?;
+    let model = state.model().ok_or_else(Refusal::loading)?;
+    Ok(Json(signature::configuration(&state.config, model)))
+}
+
+async fn statistics(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) -> Result<impl IntoResponse, Refusal> {
+    target.check(&state)?;
+    Ok(statistics_of_all(Shared(state)).await)
+}
+
+async fn statistics_of_all(Shared(state): Shared<Arc<State>>) -> Json {
+    #[derive(serde::Serialize)]
+    struct OfModel<'a> {
+        name: &'a str,
+        version: &'a str,
+        #[serde(flatten)]
+        statistics: super::statistics::Snapshot,
+    }
+    let config = &state.config;
+    let of_model = OfModel {
+        name: &config.name,
+        version: &config.version,
+        statistics: state.statistics.snapshot(),
+    };
+    Json(json!({"model_stats": [of_model]}))
 }
 
 async fn scrape(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {

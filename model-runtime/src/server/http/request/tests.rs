@@ -5,7 +5,7 @@ use super::*;
 
 fn tensor(input: &Value) -> Result<Tensor, String> {
     let body = json!({"inputs": [input]}).to_string();
-    parse(body.as_bytes()).map(|request| request.inputs.into_iter().next().unwrap().1)
+    parse(body.as_bytes(), None).map(|(request, _)| request.inputs.into_iter().next().unwrap().1)
 }
 
 fn refusal(datatype: &str, shape: &Value, data: &Value) -> String {
@@ -20,7 +20,7 @@ fn flat_and_nested_data_are_the_same_tensor_in_any_order_of_keys() {
         r#"{"inputs":[{"name":"x","shape":[2,2],"datatype":"FP32","data":[[1,2],[3.5,-4]]}]}"#,
         r#"{"inputs":[{"data":[[1,2],[3.5,-4]],"datatype":"FP32","shape":[2,2],"name":"x"}]}"#,
     ] {
-        assert_eq!(parse(body.as_bytes()).unwrap().inputs, [("x".to_owned(), expected.clone())]);
+        assert_eq!(parse(body.as_bytes(), None).unwrap().0.inputs, [("x".to_owned(), expected.clone())]);
     }
 }
 
@@ -30,8 +30,14 @@ fn id_and_outputs_are_taken_and_unknown_parameters_pass() {
         "id": "7", "parameters": {"priority": 1}, "outputs": [{"name": "y", "parameters": {"binary_data": false}}],
         "inputs": [{"name": "t", "datatype": "BYTES", "shape": [2], "data": ["a", "grüß"], "parameters": {"content_type": "str"}}],
     });
-    let request = parse(body.to_string().as_bytes()).unwrap();
-    assert_eq!((request.id.as_deref(), request.outputs), (Some("7"), Some(vec!["y".to_owned()])));
+    let (request, binary) = parse(body.to_string().as_bytes(), None).unwrap();
+    let y = RequestedOutput {
+        name: "y".to_owned(),
+        classes: 0,
+        binary: Some(false),
+    };
+    assert_eq!((request.id.as_deref(), request.outputs, binary), (Some("7"), vec![y], false));
+    assert_eq!(request.options.priority, Some(1));
     assert_eq!(
         request.inputs[0].1.data(),
         &Data::Bytes(vec![b"a".to_vec(), "grüß".as_bytes().to_vec()])
@@ -82,13 +88,13 @@ fn what_does_not_fit_is_refused_by_name() {
         tensor(&json!({"name": "x", "shape": [1], "datatype": "FP32"})).unwrap_err(),
         "input `x` has no data",
     );
-    contains(parse(b"{").unwrap_err(), "the body is not an inference request");
-    contains(parse(b"{}").unwrap_err(), "missing field `inputs`");
+    contains(parse(b"{", None).unwrap_err(), "the body is not an inference request");
+    contains(parse(b"{}", None).unwrap_err(), "missing field `inputs`");
     let deep = format!(
         "{{\"inputs\":[{{\"name\":\"x\",\"datatype\":\"FP32\",\"shape\":[1],\"data\":{}",
         "[".repeat(100_000)
     );
-    assert!(parse(deep.as_bytes()).is_err());
+    assert!(parse(deep.as_bytes(), None).is_err());
 }
 
 #[test]
@@ -99,8 +105,54 @@ fn extensions_that_are_not_there_are_refused_by_name() {
         text.contains("input `x`: the extension for shared memory is not supported"),
         "{text}"
     );
-    let body = json!({"inputs": [], "outputs": [{"name": "y", "parameters": {"binary_data": true}}]});
-    assert!(parse(body.to_string().as_bytes()).unwrap_err().contains("binary tensors"));
+    let body = json!({"inputs": [], "parameters": {"sequence_id": 7}});
+    assert!(parse(body.to_string().as_bytes(), None).unwrap_err().contains("sequences"));
+    let body = json!({"inputs": [], "parameters": {"sequence_id": 0}});
+    assert!(parse(body.to_string().as_bytes(), None).is_ok());
+}
+
+fn binary(json: &Value, bytes: &[u8]) -> Result<(InferRequest, bool), String> {
+    let json = json.to_string();
+    parse(&[json.as_bytes(), bytes].concat(), Some(json.len()))
+}
+
+#[test]
+fn tensors_behind_the_json_are_taken_in_its_order() {
+    let input = |name: &str, datatype: &str, size: usize| json!({"name": name, "datatype": datatype, "shape": [1], "parameters": {"binary_data_size": size}});
+    let here = json!({"name": "b", "datatype": "FP32", "shape": [1], "data": [2]});
+    let body = json!({
+        "inputs": [input("a", "UINT16", 2), here, input("c", "BYTES", 6)], "parameters": {"binary_data_output": true},
+        "outputs": [{"name": "y", "parameters": {"binary_data": false, "classification": 3}}],
+    });
+    let (request, by_default) = binary(&body, &[1, 2, 2, 0, 0, 0, b'h', b'i']).unwrap();
+    assert!(by_default);
+    let given: Vec<&Data> = request.inputs.iter().map(|(_, tensor)| tensor.data()).collect();
+    assert_eq!(
+        given,
+        [&Data::Uint16(vec![513]), &Data::Fp32(vec![2.0]), &Data::Bytes(vec![b"hi".to_vec()])]
+    );
+    assert_eq!((request.outputs[0].classes, request.outputs[0].binary), (3, Some(false)));
+}
+
+#[test]
+fn bytes_that_are_too_few_or_too_many_are_refused_by_name() {
+    let input = |size: usize| json!({"name": "a", "datatype": "FP32", "shape": [2], "parameters": {"binary_data_size": size}});
+    let refuse = |size, bytes: &[u8]| binary(&json!({"inputs": [input(size)]}), bytes).unwrap_err();
+    assert_eq!(refuse(4, &[0; 4]), "input `a`: FP32 of shape [2] takes 8 bytes, 4 were given");
+    assert_eq!(refuse(8, &[0; 4]), "input `a` has binary_data_size 8, 4 bytes are left in the body");
+    assert_eq!(refuse(8, &[0; 9]), "1 bytes are left behind the last binary tensor");
+    let text = parse(b"{}", Some(3)).unwrap_err();
+    assert_eq!(text, "Inference-Header-Content-Length is 3, the body has 2 bytes");
+    let both = json!({"name": "a", "datatype": "FP32", "shape": [1], "data": [1], "parameters": {"binary_data_size": 4}});
+    assert!(binary(&json!({"inputs": [both]}), &[0; 4]).unwrap_err().contains("both data and binary_data_size"));
+}
+
+#[test]
+fn a_million_dimensions_are_refused_before_they_are_read() {
+    let shape = format!("[{}1]", "1,".repeat(1_000_000));
+    let body = format!("{{\"inputs\":[{{\"name\":\"x\",\"datatype\":\"FP32\",\"shape\":{shape},\"data\":[1]}}]}}");
+    let text = parse(body.as_bytes(), None).unwrap_err();
+    assert!(text.contains("more than 1024 dimensions"), "{text}");
 }
 
 #[test]
@@ -146,8 +198,9 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_it_panic(body in prop::collection::vec(any::<u8>(), 0..200)) {
-        let _ = parse(&body);
+    fn no_bytes_make_it_panic(body in prop::collection::vec(any::<u8>(), 0..200), length in 0_usize..300) {
+        let _ = parse(&body, None);
+        let _ = parse(&body, Some(length));
     }
 
     #[test]
@@ -159,6 +212,6 @@ proptest! {
     ) {
         let (one, two) = (format!("\"shape\":{shape},\"datatype\":\"{datatype}\""), format!("\"data\":{data}"));
         let fields = if first { format!("{one},{two}") } else { format!("{two},{one}") };
-        let _ = parse(format!("{{\"inputs\":[{{\"name\":\"x\",{fields}}}]}}").as_bytes());
+        let _ = parse(format!("{{\"inputs\":[{{\"name\":\"x\",{fields}}}]}}").as_bytes(), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Inference requests: JSON read straight into typed tensors.
+//! Inference requests: JSON read straight into typed tensors, and tensors as bytes behind it (Triton, "Binary Tensor Data Extension").
 
 use std::fmt;
 
@@ -10,25 +10,15 @@ use serde_json::value::RawValue;
 
 use crate::engine::tensor::element_count;
 use crate::engine::{Data, Tensor};
+use crate::server::inference::{InferRequest, LENGTH_MAX, Options, RequestedOutput};
 
-/// Most tensors of a request, and most dimensions of a tensor.
-const LENGTH_MAX: usize = 1024;
-
-/// A request, its tensors in the client's order.
-#[derive(Debug, PartialEq)]
-pub(super) struct InferRequest {
-    pub(super) id: Option<String>,
-    pub(super) inputs: Vec<(String, Tensor)>,
-    /// The outputs asked for; `None` is all of them.
-    pub(super) outputs: Option<Vec<String>>,
-}
-
-/// Reads the body of a request.
+/// Reads the body of a request: JSON of `json_length` bytes and tensors as bytes behind it, or JSON alone. Gives the request, and whether
+/// outputs of which it says nothing come as bytes.
 ///
 /// # Errors
 /// In words for the client: not JSON, a field of the wrong kind, values that do not fill the shape or fit the datatype, an extension
 /// that is not there.
-pub(super) fn parse(body: &[u8]) -> Result<InferRequest, String> {
+pub(super) fn parse(body: &[u8], json_length: Option<usize>) -> Result<(InferRequest, bool), String> {
     #[derive(Deserialize)]
     struct Raw {
         #[serde(default)]
@@ -45,63 +35,108 @@ pub(super) fn parse(body: &[u8]) -> Result<InferRequest, String> {
         #[serde(default)]
         parameters: Parameters,
     }
-    let raw: Raw = serde_json::from_slice(body).map_err(|error| format!("the body is not an inference request: {error}"))?;
-    let parameters = raw
-        .outputs
-        .iter()
-        .flatten()
-        .map(|wanted| &wanted.parameters)
-        .chain([&raw.parameters]);
-    for parameters in parameters {
-        parameters.check()?;
-    }
+    let json_length = json_length.unwrap_or(body.len());
+    let (json, mut bytes) = body.split_at_checked(json_length).ok_or_else(|| {
+        format!(
+            "Inference-Header-Content-Length is {json_length}, the body has {} bytes",
+            body.len()
+        )
+    })?;
+    let raw: Raw = serde_json::from_slice(json).map_err(|error| format!("the body is not an inference request: {error}"))?;
+    raw.parameters.check()?;
     if raw.inputs.len() > LENGTH_MAX {
         return Err(format!("{} inputs are more than the {LENGTH_MAX} of any model", raw.inputs.len()));
     }
+    let inputs = raw.inputs.into_iter().map(|input| input.fill(&mut bytes)).collect::<Result<Vec<_>, _>>()?;
+    if !bytes.is_empty() {
+        return Err(format!("{} bytes are left behind the last binary tensor", bytes.len()));
+    }
     // An empty list is what some clients send for "all".
-    let outputs = raw.outputs.filter(|outputs| !outputs.is_empty());
-    Ok(InferRequest {
+    let outputs = raw.outputs.unwrap_or_default().into_iter().map(|wanted| {
+        wanted.parameters.check().map_err(|text| format!("output `{}`: {text}", wanted.name))?;
+        Ok(RequestedOutput {
+            classes: wanted.parameters.classification,
+            binary: wanted.parameters.binary_data,
+            name: wanted.name,
+        })
+    });
+    let request = InferRequest {
         id: raw.id,
-        inputs: raw.inputs.into_iter().map(|input| (input.name, input.tensor)).collect(),
-        outputs: outputs.map(|outputs| outputs.into_iter().map(|wanted| wanted.name).collect()),
-    })
+        inputs,
+        outputs: outputs.collect::<Result<_, String>>()?,
+        options: Options {
+            priority: raw.parameters.priority,
+            timeout: raw.parameters.timeout,
+        },
+    };
+    Ok((request, raw.parameters.binary_data_output.unwrap_or(false)))
 }
 
-/// Parameters that ask for an extension; all others are for servers that know them.
+/// The parameters that are understood; all others are for servers that know them.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Parameters {
-    binary_data: bool,
-    binary_data_output: bool,
-    binary_data_size: Option<IgnoredAny>,
+    binary_data: Option<bool>,
+    binary_data_output: Option<bool>,
+    binary_data_size: Option<usize>,
+    classification: usize,
+    priority: Option<u64>,
+    timeout: Option<u64>,
     shared_memory_region: Option<IgnoredAny>,
-    classification: Option<IgnoredAny>,
-    sequence_id: Option<IgnoredAny>,
+    #[serde(deserialize_with = "sequence")]
+    sequence_id: bool,
+}
+
+/// Whether a sequence is named: clients send 0 or nothing for none.
+fn sequence<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    let id = serde_json::Value::deserialize(deserializer)?;
+    Ok(!id.is_null() && id != 0 && id != "")
 }
 
 impl Parameters {
+    /// Refuses what changes the meaning of a request and is not there.
     fn check(&self) -> Result<(), String> {
         let asked = [
-            (
-                self.binary_data || self.binary_data_output || self.binary_data_size.is_some(),
-                "binary tensors",
-            ),
-            (self.shared_memory_region.is_some(), "shared memory"),
-            (self.classification.is_some(), "classification"),
-            (self.sequence_id.is_some(), "sequences"),
+            (self.shared_memory_region.is_some(), "shared memory", "send the tensors in the request"),
+            (self.sequence_id, "sequences", "the model keeps no state between requests"),
         ];
-        let asked = asked.into_iter().find_map(|(asked, extension)| asked.then_some(extension));
-        asked.map_or(Ok(()), |extension| {
-            Err(format!(
-                "the extension for {extension} is not supported; send and take JSON tensors"
-            ))
+        let asked = asked.into_iter().find(|(asked, _, _)| *asked);
+        asked.map_or(Ok(()), |(_, extension, instead)| {
+            Err(format!("the extension for {extension} is not supported; {instead}"))
         })
     }
 }
 
 struct Input {
     name: String,
-    tensor: Tensor,
+    datatype: Datatype,
+    shape: Vec<usize>,
+    values: Given,
+}
+
+enum Given {
+    Here(Data),
+    /// So many of the bytes behind the JSON.
+    Behind(usize),
+}
+
+impl Input {
+    /// The tensor, its bytes taken from those behind the JSON.
+    fn fill(self, bytes: &mut &[u8]) -> Result<(String, Tensor), String> {
+        let Self { name, datatype, shape, values } = self;
+        let data = match values {
+            Given::Here(data) => data,
+            Given::Behind(size) => {
+                let (own, rest) = bytes
+                    .split_at_checked(size)
+                    .ok_or_else(|| format!("input `{name}` has binary_data_size {size}, {} bytes are left in the body", bytes.len()))?;
+                *bytes = rest;
+                Data::from_bytes(datatype, &shape, own).map_err(|error| format!("input `{name}`: {error}"))?
+            }
+        };
+        let tensor = Tensor::new(shape, data).map_err(|error| format!("input `{name}`: {error}"))?;
+        Ok((name, tensor))
+    }
 }
 
 impl<'de> Deserialize<'de> for Input {
@@ -122,6 +157,7 @@ impl<'de> Visitor<'de> for InputVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Input, A::Error> {
         let (mut name, mut datatype, mut shape): (Option<String>, Option<Datatype>, Option<Vec<usize>>) = (None, None, None);
         let (mut data, mut unread): (Option<Data>, Option<&RawValue>) = (None, None);
+        let mut behind = None;
         let named = |name: &Option<String>, text: String| match name {
             Some(name) => A::Error::custom(format!("input `{name}`: {text}")),
             None => A::Error::custom(text),
@@ -130,7 +166,7 @@ impl<'de> Visitor<'de> for InputVisitor {
             match &*key {
                 "name" => name = Some(map.next_value()?),
                 "datatype" => datatype = Some(map.next_value()?),
-                "shape" => shape = Some(map.next_value()?),
+                "shape" => shape = Some(map.next_value_seed(Shape)?),
                 "data" => match (datatype, &shape) {
                     (Some(datatype), Some(shape)) => {
                         data = Some(map.next_value_seed(Values {
@@ -142,7 +178,11 @@ impl<'de> Visitor<'de> for InputVisitor {
                     // Its type is told only after it.
                     _ => unread = Some(map.next_value()?),
                 },
-                "parameters" => map.next_value::<Parameters>()?.check().map_err(|text| named(&name, text))?,
+                "parameters" => {
+                    let parameters: Parameters = map.next_value()?;
+                    parameters.check().map_err(|text| named(&name, text))?;
+                    behind = parameters.binary_data_size;
+                }
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                 }
@@ -152,21 +192,52 @@ impl<'de> Visitor<'de> for InputVisitor {
         let missing = |field: &str| A::Error::custom(format!("input `{name}` has no {field}"));
         let datatype = datatype.ok_or_else(|| missing("datatype"))?;
         let shape = shape.ok_or_else(|| missing("shape"))?;
-        let data = match (data, unread) {
-            (Some(data), _) => data,
-            (None, Some(unread)) => {
+        let values = match (data, unread, behind) {
+            (None, None, Some(size)) => Given::Behind(size),
+            (None, None, None) => return Err(missing("data")),
+            (_, _, Some(_)) => return Err(A::Error::custom(format!("input `{name}` has both data and binary_data_size"))),
+            (Some(data), _, None) => Given::Here(data),
+            (None, Some(unread), None) => {
                 let mut deserializer = serde_json::Deserializer::from_str(unread.get());
                 let values = Values {
                     datatype,
                     shape: &shape,
                     name: Some(&name),
                 };
-                values.deserialize(&mut deserializer).map_err(A::Error::custom)?
+                Given::Here(values.deserialize(&mut deserializer).map_err(A::Error::custom)?)
             }
-            (None, None) => return Err(missing("data")),
         };
-        let tensor = Tensor::new(shape, data).map_err(|error| A::Error::custom(format!("input `{name}`: {error}")))?;
-        Ok(Input { name, tensor })
+        Ok(Input { name, datatype, shape, values })
+    }
+}
+
+/// The dimensions of a tensor, no more of them than any model has.
+struct Shape;
+
+impl<'de> DeserializeSeed<'de> for Shape {
+    type Value = Vec<usize>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<usize>, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Shape {
+    type Value = Vec<usize>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of dimensions")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<usize>, A::Error> {
+        let mut shape = vec![];
+        while let Some(size) = list.next_element()? {
+            if shape.len() == LENGTH_MAX {
+                return Err(A::Error::custom(format!("a shape has more than {LENGTH_MAX} dimensions")));
+            }
+            shape.push(size);
+        }
+        Ok(shape)
     }
 }
 
@@ -199,8 +270,7 @@ impl Values<'_> {
             Some(name) => D::Error::custom(format!("input `{name}`: {text}")),
             None => D::Error::custom(text),
         };
-        let count = element_count(self.shape).filter(|_| self.shape.len() <= LENGTH_MAX);
-        let count = count.ok_or_else(|| context(format!("shape {:?} is more than memory holds", self.shape)))?;
+        let count = element_count(self.shape).ok_or_else(|| context(format!("shape {:?} is more than memory holds", self.shape)))?;
         // A shape is a few bytes of a body: it may not make us take memory that the values do not fill.
         let mut out = Vec::with_capacity(count.min(4096));
         let mut leaf_depth = None;

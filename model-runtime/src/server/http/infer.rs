@@ -1,0 +1,182 @@
+//! `POST /v2/models/NAME/infer`: admitted, read, run, answered.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Extension;
+use axum::body::{Body, Bytes};
+use bytes::BytesMut;
+use axum::extract::{Path, State as Shared};
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, VARY};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::response::{IntoResponse, Response};
+use http_body_util::BodyExt as _;
+use tokio::time::{Instant, timeout_at};
+
+use super::encoding::Encoding;
+use super::{Target, request, response, too_large};
+use crate::server::inference::Admission;
+use crate::server::refusal::{Reason, Refusal};
+use crate::server::scheduler::Client;
+use crate::server::{State, log};
+
+/// Length of the JSON before the binary tensors (Triton, "Binary Tensor Data Extension").
+const JSON_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
+
+/// Bodies and answers of more bytes than this are parsed and written off the threads that serve connections.
+const INLINE_BYTES_MAX: usize = 64 << 10;
+
+pub(super) async fn infer(
+    Shared(state): Shared<Arc<State>>,
+    Path(target): Path<Target>,
+    Extension(client): Extension<Client>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let started = Instant::now();
+    let answer = answer(&state, &target, client, &headers, body, started).await;
+    state.answered(started.elapsed(), answer.as_ref().err(), || trace(&headers));
+    answer.unwrap_or_else(IntoResponse::into_response)
+}
+
+fn trace(headers: &HeaderMap) -> Option<&str> {
+    headers.get("traceparent")?.to_str().ok().and_then(log::trace_id)
+}
+
+async fn answer(
+    state: &Arc<State>,
+    target: &Target,
+    client: Client,
+    headers: &HeaderMap,
+    body: Body,
+    started: Instant,
+) -> Result<Response, Refusal> {
+    target.check(state)?;
+    let limits = &state.config.limits;
+    let encoding = Encoding::of_request(headers)?;
+    let json_length = json_length(headers)?;
+    let declared = declared_length(headers, limits.body_bytes_max)?;
+    // Before the body is read, so that a flood takes no memory.
+    let mut admission = Admission::new(state, started)?;
+    admission.hold(declared)?;
+    let deadline = admission.deadline;
+    let body = timeout_at(deadline, read(body, limits.body_bytes_max, &mut admission)).await;
+    let late = |_| {
+        let seconds = limits.request_timeout.as_secs_f64();
+        Refusal::new(Reason::BodyTimeout, format!("the body did not arrive within {seconds} s"))
+    };
+    let mut body = body.map_err(late)??;
+    if let Some(encoding) = encoding {
+        let bytes_max = limits.body_bytes_max;
+        let decompress = move || {
+            let body = encoding.decompress(&body, bytes_max, |bytes| admission.hold(bytes));
+            body.map(|body| (body, admission))
+        };
+        let decompressed;
+        (decompressed, admission) = off_thread(usize::MAX, decompress).await??;
+        body = Bytes::from(decompressed);
+    }
+    let parsed = off_thread(body.len(), move || request::parse(&body, json_length)).await?;
+    let (request, binary) = parsed.map_err(Refusal::invalid)?;
+    let id = request.id.clone();
+    let outputs = admission.infer(request, client).await?;
+
+    let bytes: usize = outputs.iter().map(|output| output.tensor.data().byte_count()).sum();
+    let writer = Arc::clone(state);
+    let written = off_thread(bytes, move || {
+        let config = &writer.config;
+        response::write(&config.name, &config.version, id.as_deref(), &outputs, binary)
+    });
+    let written = written.await?.map_err(|error| Refusal::new(Reason::Internal, error.to_string()))?;
+    let mut answer = HeaderMap::new();
+    let kind = match written.json_length {
+        Some(length) => {
+            answer.insert(JSON_LENGTH, length.into());
+            "application/octet-stream"
+        }
+        None => "application/json",
+    };
+    answer.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    let body = match Encoding::of_answer(headers, written.body.len()) {
+        None => written.body,
+        Some(encoding) => {
+            answer.insert(CONTENT_ENCODING, encoding.name());
+            answer.insert(VARY, HeaderValue::from_static("accept-encoding"));
+            let compressed = off_thread(usize::MAX, move || encoding.compress(&written.body)).await?;
+            compressed.map_err(|error| Refusal::new(Reason::Internal, format!("the answer cannot be compressed: {error}")))?
+        }
+    };
+    Ok((answer, body).into_response())
+}
+
+fn json_length(headers: &HeaderMap) -> Result<Option<usize>, Refusal> {
+    let Some(value) = headers.get(JSON_LENGTH) else { return Ok(None) };
+    let length = value.to_str().ok().and_then(|length| length.parse().ok());
+    let invalid = || Refusal::invalid(format!("Inference-Header-Content-Length is {value:?}, which is no number of bytes"));
+    length.map(Some).ok_or_else(invalid)
+}
+
+/// The length of the body as the client states it, 0 where it does not.
+fn declared_length(headers: &HeaderMap, body_bytes_max: usize) -> Result<usize, Refusal> {
+    let length = headers
+        .get(CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    match length {
+        None => Ok(0),
+        Some(length) if length > body_bytes_max as u64 => Err(too_large(body_bytes_max)),
+        Some(length) => Ok(usize::try_from(length).unwrap_or(usize::MAX)),
+    }
+}
+
+/// Reads the body; its memory is taken as it comes.
+async fn read(mut body: Body, bytes_max: usize, admission: &mut Admission) -> Result<Bytes, Refusal> {
+    let mut whole = Bytes::new();
+    let mut parts = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Refusal::invalid(format!("the body broke off: {error}")))?;
+        let Ok(part) = frame.into_data() else { continue };
+        let length = whole.len() + parts.len() + part.len();
+        if length > bytes_max {
+            return Err(too_large(bytes_max));
+        }
+        admission.hold(length)?;
+        if length == part.len() {
+            // Most bodies come in one part, which needs no copy.
+            whole = part;
+            continue;
+        }
+        parts.extend_from_slice(&std::mem::take(&mut whole));
+        parts.extend_from_slice(&part);
+    }
+    Ok(if parts.is_empty() { whole } else { parts.freeze() })
+}
+
+async fn off_thread<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+    if bytes <= INLINE_BYTES_MAX {
+        return Ok(work());
+    }
+    let failed = |_| Refusal::new(Reason::Internal, "the request could not be processed");
+    tokio::task::spawn_blocking(work).await.map_err(failed)
+}
+
+impl State {
+    /// Counts and logs a request that is answered.
+    fn answered<'a>(&self, took: Duration, refusal: Option<&Refusal>, trace: impl FnOnce() -> Option<&'a str>) {
+        self.metrics.answered(took, refusal.map(|refusal| refusal.reason));
+        self.statistics.answered(refusal.is_none(), took);
+        let milliseconds = took.as_secs_f64() * 1e3;
+        match refusal {
+            None if tracing::enabled!(tracing::Level::DEBUG) => tracing::debug!(milliseconds, trace = trace(), "inference"),
+            None => {}
+            Some(Refusal { reason, text }) => {
+                let code = reason.status().as_u16();
+                let reason: &str = reason.into();
+                if code < 500 {
+                    tracing::info!(code, reason, milliseconds, trace = trace(), error = %text, "inference refused");
+                } else {
+                    tracing::warn!(code, reason, milliseconds, trace = trace(), error = %text, "inference failed");
+                }
+            }
+        }
+    }
+}

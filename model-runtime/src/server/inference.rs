@@ -1,0 +1,238 @@
+//! An inference, whichever protocol asks for it: admitted, bound to the model's signature, run, and counted.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use plimsoll_package::manifest::TensorSpec;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
+
+use super::State;
+use super::classification::classify;
+use super::refusal::{Reason, Refusal};
+use super::scheduler::{Client, Failure, Work};
+use super::statistics::Compute;
+use crate::engine::{self, Tensor};
+
+/// Most tensors of a request, and most dimensions of a tensor.
+pub(super) const LENGTH_MAX: usize = 1024;
+
+/// Priority of a request that names none: the middle, so that others can go before it and after it.
+const PRIORITY: u32 = 1 << 16;
+
+/// A request, its tensors in the client's order.
+#[derive(Debug, PartialEq, Default)]
+pub(super) struct InferRequest {
+    pub(super) id: Option<String>,
+    pub(super) inputs: Vec<(String, Tensor)>,
+    /// The outputs asked for; none is all of them.
+    pub(super) outputs: Vec<RequestedOutput>,
+    pub(super) options: Options,
+}
+
+/// What the request's parameters say of how it is served.
+#[derive(Debug, PartialEq, Eq, Clone, Copy, Default)]
+pub(super) struct Options {
+    /// Lower numbers go first, as in Triton, from 1; absent or 0 is the middle.
+    pub(super) priority: Option<u64>,
+    /// How long the client waits, in microseconds, as in Triton; the server's own bound holds besides.
+    pub(super) timeout: Option<u64>,
+}
+
+/// An output that is asked for.
+#[derive(Debug, PartialEq, Eq, Clone, Default)]
+pub(super) struct RequestedOutput {
+    pub(super) name: String,
+    /// Where above 0, so many classes of the largest values are given instead of the tensor (Triton's "Classification Extension").
+    pub(super) classes: usize,
+    /// Whether its values come as bytes; `None` is as the protocol has it by default.
+    pub(super) binary: Option<bool>,
+}
+
+/// An output of an answer.
+#[derive(Debug, PartialEq)]
+pub(super) struct Output {
+    pub(super) name: String,
+    pub(super) tensor: Tensor,
+    pub(super) binary: Option<bool>,
+}
+
+/// Leave to take in a request: held from before its body is read until its answer is written.
+pub(super) struct Admission {
+    state: Arc<State>,
+    _slot: OwnedSemaphorePermit,
+    memory: Option<OwnedSemaphorePermit>,
+    started: Instant,
+    /// When it is given up.
+    pub(super) deadline: Instant,
+}
+
+/// Memory is counted in units of so many bytes.
+const MEMORY_UNIT: usize = 1 << 10;
+
+/// Units of memory, of which a semaphore takes 2^29 at most.
+pub(super) fn memory_units(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(MEMORY_UNIT)).unwrap_or(u32::MAX).min(1 << 28)
+}
+
+impl Admission {
+    /// Takes on a request.
+    ///
+    /// # Errors
+    /// [`Reason::Unavailable`] while the model loads, [`Reason::Overloaded`] where as many requests are here as may be.
+    pub(super) fn new(state: &Arc<State>, started: Instant) -> Result<Self, Refusal> {
+        if state.model().is_none() {
+            return Err(Refusal::loading());
+        }
+        let slot = Arc::clone(&state.slots).try_acquire_owned();
+        let slot = slot.map_err(|_| Refusal::overloaded("many requests"))?;
+        state.metrics.in_flight.inc();
+        Ok(Self {
+            state: Arc::clone(state),
+            _slot: slot,
+            memory: None,
+            started,
+            deadline: started + state.config.limits.request_timeout,
+        })
+    }
+
+    /// Takes the memory of a body of so many bytes, or of as much more as it turned out to be.
+    ///
+    /// # Errors
+    /// [`Reason::Overloaded`] where the bodies that are here already leave no room.
+    pub(super) fn hold(&mut self, bytes: usize) -> Result<(), Refusal> {
+        let held = self.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let more = (memory_units(bytes) as usize).saturating_sub(held);
+        if more == 0 {
+            return Ok(());
+        }
+        let permit = Arc::clone(&self.state.memory).try_acquire_many_owned(more as u32);
+        let permit = permit.map_err(|_| Refusal::overloaded("many bytes of requests"))?;
+        match &mut self.memory {
+            Some(held) => held.merge(permit),
+            none => *none = Some(permit),
+        }
+        Ok(())
+    }
+
+    /// Runs the request and counts it.
+    ///
+    /// # Errors
+    /// [`Refusal`] in words for the client.
+    pub(super) async fn infer(&self, request: InferRequest, client: Client) -> Result<Vec<Output>, Refusal> {
+        let model = self.state.model().ok_or_else(Refusal::loading)?;
+        let inputs = bind(model.inputs(), request.inputs)?;
+        let outputs = select(model.outputs(), request.outputs)?;
+        let timeout = request.options.timeout.filter(|&micros| micros > 0).map(Duration::from_micros);
+        let deadline = timeout.map_or(self.deadline, |timeout| self.deadline.min(self.started + timeout));
+        let priority = request.options.priority.filter(|&priority| priority > 0);
+        let work = Work {
+            inputs,
+            client,
+            priority: priority.map_or(PRIORITY, |priority| u32::try_from(priority).unwrap_or(u32::MAX)),
+            deadline: deadline.into_std(),
+        };
+        let bound = self.started.elapsed();
+        let too_late = || {
+            let seconds = (deadline - self.started).as_secs_f64();
+            Refusal::new(Reason::DeadlineExceeded, format!("there was no answer within {seconds} s"))
+        };
+        let answer = tokio::time::timeout_at(deadline, model.scheduler.submit(work)).await;
+        let answer = answer.map_err(|_| too_late())?;
+        let answer = answer.map_err(|_| Refusal::new(Reason::Internal, "the inference thread died"))?;
+        let mut answer = answer.map_err(|failure| match failure {
+            Failure::Engine(error) => error.into(),
+            Failure::Late => too_late(),
+        })?;
+        let computed = self.started.elapsed();
+        let given = give(&model.labels, std::mem::take(&mut answer.outputs), outputs)?;
+        self.state.metrics.computed(&answer);
+        self.state.statistics.computed(&Compute {
+            rows: answer.rows,
+            first: answer.first,
+            input: bound,
+            queue: answer.queued,
+            infer: answer.computed,
+            output: self.started.elapsed().saturating_sub(computed),
+        });
+        Ok(given)
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.state.metrics.in_flight.dec();
+    }
+}
+
+/// Puts the tensors into the model's order; each refusal names what is wrong.
+fn bind(specs: &[TensorSpec], mut given: Vec<(String, Tensor)>) -> Result<Vec<Tensor>, Refusal> {
+    let mut inputs = Vec::with_capacity(given.len());
+    for spec in specs {
+        let Some(index) = given.iter().position(|(name, _)| *name == spec.name) else {
+            return Err(Refusal::invalid(format!(
+                "input `{}` ({}, shape {:?}) is missing",
+                spec.name, spec.datatype, spec.shape
+            )));
+        };
+        let (_, tensor) = given.swap_remove(index);
+        engine::check_one(spec, tensor.datatype(), tensor.shape()).map_err(|error| Refusal::invalid(error.to_string()))?;
+        inputs.push(tensor);
+    }
+    if let Some((name, _)) = given.first() {
+        let what = if specs.iter().any(|spec| spec.name == *name) {
+            "is given twice"
+        } else {
+            "is not the model's"
+        };
+        return Err(Refusal::invalid(format!("input `{name}` {what}; it takes {}", names(specs))));
+    }
+    Ok(inputs)
+}
+
+/// Which of the model's outputs are given, and how.
+fn select(specs: &[TensorSpec], requested: Vec<RequestedOutput>) -> Result<Vec<(usize, RequestedOutput)>, Refusal> {
+    if requested.is_empty() {
+        let all = specs.iter().map(|spec| RequestedOutput {
+            name: spec.name.clone(),
+            ..RequestedOutput::default()
+        });
+        return Ok(all.enumerate().collect());
+    }
+    let find = |output: RequestedOutput| match specs.iter().position(|spec| spec.name == output.name) {
+        Some(index) => Ok((index, output)),
+        None => {
+            let known = names(specs);
+            Err(Refusal::invalid(format!(
+                "output `{}` is not the model's; it gives {known}",
+                output.name
+            )))
+        }
+    };
+    requested.into_iter().map(find).collect()
+}
+
+fn names(specs: &[TensorSpec]) -> String {
+    specs.iter().map(|spec| spec.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+/// The outputs as they were asked for; one that is asked for twice is copied.
+fn give(labels: &[String], computed: Vec<Tensor>, selected: Vec<(usize, RequestedOutput)>) -> Result<Vec<Output>, Refusal> {
+    let last_use = |index: usize| selected.iter().rposition(|(other, _)| *other == index);
+    let last: Vec<bool> = (0..selected.len()).map(|at| last_use(selected[at].0) == Some(at)).collect();
+    let mut computed: Vec<Option<Tensor>> = computed.into_iter().map(Some).collect();
+    let give = |((index, output), last): ((usize, RequestedOutput), bool)| {
+        let tensor = if last { computed[index].take() } else { computed[index].clone() };
+        let tensor = tensor.ok_or_else(|| Refusal::new(Reason::Internal, format!("output `{}` was not computed", output.name)))?;
+        let tensor = match output.classes {
+            0 => tensor,
+            count => classify(&tensor, count, labels).map_err(|text| Refusal::invalid(format!("output `{}`: {text}", output.name)))?,
+        };
+        Ok(Output {
+            name: output.name,
+            tensor,
+            binary: output.binary,
+        })
+    };
+    selected.into_iter().zip(last).map(give).collect()
+}

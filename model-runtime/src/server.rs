@@ -143,7 +143,8 @@ impl State {
 
     /// Whether the engines come back from what they do.
     fn is_live(&self) -> bool {
-        self.model().is_none_or(|model| model.scheduler.busy_for() < self.config.stuck_after)
+        self.model()
+            .is_none_or(|model| model.scheduler.busy_for() < self.config.stuck_after)
     }
 
     /// Whether new traffic should come.

@@ -52,7 +52,9 @@ mod tests {
         let labels: Vec<String> = labels.iter().map(|&label| label.to_owned()).collect();
         let tensor = classify(&Tensor::new(shape.to_vec(), data).unwrap(), count, &labels).unwrap();
         let shape = tensor.shape().to_vec();
-        let Data::Bytes(texts) = tensor.into_data() else { panic!("strings") };
+        let Data::Bytes(texts) = tensor.into_data() else {
+            panic!("strings")
+        };
         (shape, texts.into_iter().map(|text| String::from_utf8(text).unwrap()).collect())
     }
 
@@ -66,7 +68,10 @@ mod tests {
     #[test]
     fn more_classes_than_there_are_gives_all_and_what_is_no_number_comes_last() {
         let (shape, texts) = classes(&[3], vec![f64::NAN, 1.0, -2.0], 10, &[]);
-        assert_eq!((shape, texts), (vec![3], vec!["1:1".to_owned(), "-2:2".to_owned(), "NaN:0".to_owned()]));
+        assert_eq!(
+            (shape, texts),
+            (vec![3], vec!["1:1".to_owned(), "-2:2".to_owned(), "NaN:0".to_owned()])
+        );
     }
 
     #[test]

@@ -72,9 +72,21 @@ impl Default for Metrics {
             model: Family::default(),
             registry: Registry::default(),
         };
-        registry.register("requests", "Inference requests answered, failed ones included", metrics.requests.clone());
-        registry.register("request_failures", "Inference requests that failed, by reason", metrics.failures.clone());
-        registry.register("batch_size", "Rows of the batches that the engine computed", metrics.batch_size.clone());
+        registry.register(
+            "requests",
+            "Inference requests answered, failed ones included",
+            metrics.requests.clone(),
+        );
+        registry.register(
+            "request_failures",
+            "Inference requests that failed, by reason",
+            metrics.failures.clone(),
+        );
+        registry.register(
+            "batch_size",
+            "Rows of the batches that the engine computed",
+            metrics.batch_size.clone(),
+        );
         let seconds = || Unit::Seconds;
         let duration = metrics.request_duration.clone();
         registry.register_with_unit(

@@ -17,10 +17,6 @@ pub(crate) enum Reason {
     TooLarge,
     /// The body is encoded in a way that is not understood.
     UnsupportedEncoding,
-    /// What this server does not do.
-    Unimplemented,
-    /// No credentials, or wrong ones.
-    Unauthenticated,
     /// The body did not arrive in time.
     BodyTimeout,
     /// More requests than the server takes on.

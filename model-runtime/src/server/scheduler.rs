@@ -194,12 +194,11 @@ impl Shared {
 
     fn admit(&self, job: Job) {
         let mut state = self.lock();
-        if state.line.is_empty() && self.batching.delay.is_zero() && state.is_quick(&job.form, job.count()) {
-            if let Some(engine) = state.free.pop() {
-                drop(state);
-                self.run(engine, vec![job], INLINE_RUNS_MAX);
-                return;
-            }
+        let quick = state.line.is_empty() && self.batching.delay.is_zero() && state.is_quick(&job.form, job.count());
+        if quick && let Some(engine) = state.free.pop() {
+            drop(state);
+            self.run(engine, vec![job], INLINE_RUNS_MAX);
+            return;
         }
         state.line.push(job.work.priority, job.work.client, job);
         if !state.free.is_empty() {
@@ -257,40 +256,37 @@ impl Shared {
         let begun = Instant::now();
         self.running[engine].store((begun - self.epoch).as_micros() as u64 + 1, Ordering::Relaxed);
         let model = &*self.engines[engine];
-        let outputs = match &batch[..] {
-            [job] => model.run(&job.work.inputs).map(|outputs| vec![outputs]),
-            jobs => run_together(model, jobs),
-        };
-        let computed = begun.elapsed();
-        let rows = batch.iter().map(Job::count).sum();
-        let result = match outputs {
-            Ok(outputs) => {
-                for (index, (job, outputs)) in batch.into_iter().zip(outputs).enumerate() {
-                    job.answer(Ok(outputs), begun, computed, rows, index == 0);
+        let took = match <[Job; 1]>::try_from(batch) {
+            Ok([job]) => run_alone(model, job),
+            Err(batch) => match run_together(model, &batch) {
+                Ok(outputs) => {
+                    let computed = begun.elapsed();
+                    let rows = batch.iter().map(Job::count).sum();
+                    for (index, (job, outputs)) in batch.into_iter().zip(outputs).enumerate() {
+                        job.answer(Ok(outputs), begun, computed, rows, index == 0);
+                    }
+                    Some(computed)
                 }
-                Some(computed)
-            }
-            Err(error) if batch.len() == 1 => {
-                for job in batch {
-                    let _ = job.reply.send(Err(Failure::Engine(error)));
-                    break;
+                // One of them may be what fails: it alone is told so.
+                Err(_) => {
+                    for job in batch {
+                        run_alone(model, job);
+                    }
+                    None
                 }
-                None
-            }
-            // One of them may be what fails: it alone is told so.
-            Err(_) => {
-                for job in batch {
-                    let begun = Instant::now();
-                    let outputs = model.run(&job.work.inputs);
-                    let rows = job.count();
-                    job.answer(outputs, begun, begun.elapsed(), rows, true);
-                }
-                None
-            }
+            },
         };
         self.running[engine].store(0, Ordering::Relaxed);
-        result
+        took
     }
+}
+
+fn run_alone(model: &dyn Engine, job: Job) -> Option<Duration> {
+    let begun = Instant::now();
+    let outputs = model.run(&job.work.inputs);
+    let (computed, rows, succeeded) = (begun.elapsed(), job.count(), outputs.is_ok());
+    job.answer(outputs, begun, computed, rows, true);
+    succeeded.then_some(computed)
 }
 
 /// The outputs of each of the jobs, computed in one inference.
@@ -359,7 +355,11 @@ impl State {
         if waiting == 0 {
             return batch;
         }
-        let worth = self.costs.entry(form.clone()).or_default().rows_worth(rows, rows + waiting, batching.rows_max);
+        let worth = self
+            .costs
+            .entry(form.clone())
+            .or_default()
+            .rows_worth(rows, rows + waiting, batching.rows_max);
         let mut bytes = batch[0].bytes;
         while rows < worth {
             let (rows_left, bytes_left) = (worth - rows, batching.bytes_max.saturating_sub(bytes));

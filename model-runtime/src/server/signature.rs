@@ -37,9 +37,8 @@ pub(super) fn platform(engine: Engine) -> String {
 pub(super) fn configuration(config: &Config, model: &Model) -> Value {
     let rows_max = model.scheduler.rows_max();
     let batched = rows_max > 1;
-    let tensor = |spec: &TensorSpec| {
-        json!({"name": spec.name, "data_type": data_type(spec.datatype), "dims": &spec.shape[usize::from(batched)..]})
-    };
+    let tensor =
+        |spec: &TensorSpec| json!({"name": spec.name, "data_type": data_type(spec.datatype), "dims": &spec.shape[usize::from(batched)..]});
     let mut value = json!({
         "name": config.name, "platform": platform(model.kind()), "backend": model.kind().to_string().to_lowercase(),
         "version_policy": {"latest": {"num_versions": 1}}, "max_batch_size": if batched { rows_max } else { 0 },

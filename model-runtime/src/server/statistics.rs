@@ -95,7 +95,11 @@ impl Statistics {
             state.snapshot.execution_count += 1;
             state.snapshot.inference_count += compute.rows as u64;
             let known = state.batches.len() < SIZES_MAX || state.batches.contains_key(&compute.rows);
-            let size = if known { Some(compute.rows) } else { state.batches.keys().next_back().copied() };
+            let size = if known {
+                Some(compute.rows)
+            } else {
+                state.batches.keys().next_back().copied()
+            };
             let batch = state.batches.entry(size.unwrap_or(compute.rows)).or_default();
             batch.compute_input.add(compute.input);
             batch.compute_infer.add(compute.infer);

@@ -246,11 +246,17 @@ fn the_configuration_tells_how_requests_are_batched() {
     let server = Server::ready(package.path(), &["--max-batch", "8", "--max-delay-ms", "2"]);
     let configuration = get(server.http, "/v2/models/model/config").json();
     assert_eq!(configuration["max_batch_size"], 8);
-    assert_eq!(configuration["input"], json!([{"name": "x", "data_type": "TYPE_FP32", "dims": [4]}]));
+    assert_eq!(
+        configuration["input"],
+        json!([{"name": "x", "data_type": "TYPE_FP32", "dims": [4]}])
+    );
     assert_eq!(configuration["dynamic_batching"]["max_queue_delay_microseconds"], 2000);
     let server = Server::ready(package.path(), &["--max-batch", "1"]);
     let configuration = get(server.http, "/v2/models/model/versions/1/config").json();
-    assert_eq!((&configuration["max_batch_size"], &configuration["input"][0]["dims"]), (&json!(0), &json!([-1, 4])));
+    assert_eq!(
+        (&configuration["max_batch_size"], &configuration["input"][0]["dims"]),
+        (&json!(0), &json!([-1, 4]))
+    );
     let index = Connection::open(server.http)
         .unwrap()
         .send("POST", "/v2/repository/index", "", "{}")
@@ -273,7 +279,10 @@ fn a_unix_socket_is_served_and_taken_away() {
         .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("plimsoll_runtime_ready 1"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 200") && answer.contains("plimsoll_runtime_ready 1"),
+        "{answer}"
+    );
     server.terminate();
     assert!(server.wait().success());
     assert!(!path.exists());

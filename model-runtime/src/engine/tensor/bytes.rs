@@ -37,8 +37,7 @@ pub enum BytesError {
 }
 
 /// Bytes of one value of that type; `None` for strings, which have a length each.
-#[must_use]
-pub fn width(datatype: Datatype) -> Option<usize> {
+fn width(datatype: Datatype) -> Option<usize> {
     Some(match datatype {
         Datatype::Bool | Datatype::Uint8 | Datatype::Int8 => 1,
         Datatype::Uint16 | Datatype::Int16 | Datatype::Fp16 | Datatype::Bf16 => 2,
@@ -106,9 +105,7 @@ impl Data {
                 }
             };
         }
-        write!(
-            Uint8, Uint16, Uint32, Uint64, Int8, Int16, Int32, Int64, Fp16, Bf16, Fp32, Fp64
-        );
+        write!(Uint8, Uint16, Uint32, Uint64, Int8, Int16, Int32, Int64, Fp16, Bf16, Fp32, Fp64);
     }
 }
 

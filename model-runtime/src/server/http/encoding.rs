@@ -28,7 +28,9 @@ impl Encoding {
     /// # Errors
     /// Where it is in another way.
     pub(super) fn of_request(headers: &HeaderMap) -> Result<Option<Self>, Refusal> {
-        let Some(name) = headers.get(CONTENT_ENCODING) else { return Ok(None) };
+        let Some(name) = headers.get(CONTENT_ENCODING) else {
+            return Ok(None);
+        };
         match name.to_str().map(str::trim) {
             Ok("identity") => Ok(None),
             Ok("gzip" | "x-gzip") => Ok(Some(Self::Gzip)),
@@ -123,9 +125,14 @@ mod tests {
             assert_eq!(encoding.decompress(&small, 100_000, |_| Ok(())).unwrap(), body);
             let refusal = encoding.decompress(&small, 99_999, |_| Ok(())).unwrap_err();
             assert_eq!(refusal.reason, Reason::TooLarge);
-            let refusal = encoding.decompress(&small, 100_000, |_| Err(Refusal::overloaded("much"))).unwrap_err();
+            let refusal = encoding
+                .decompress(&small, 100_000, |_| Err(Refusal::overloaded("much")))
+                .unwrap_err();
             assert_eq!(refusal.reason, Reason::Overloaded);
-            assert_eq!(encoding.decompress(b"plain", 10, |_| Ok(())).unwrap_err().reason, Reason::InvalidArgument);
+            assert_eq!(
+                encoding.decompress(b"plain", 10, |_| Ok(())).unwrap_err().reason,
+                Reason::InvalidArgument
+            );
         }
     }
 

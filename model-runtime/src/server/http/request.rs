@@ -47,13 +47,20 @@ pub(super) fn parse(body: &[u8], json_length: Option<usize>) -> Result<(InferReq
     if raw.inputs.len() > LENGTH_MAX {
         return Err(format!("{} inputs are more than the {LENGTH_MAX} of any model", raw.inputs.len()));
     }
-    let inputs = raw.inputs.into_iter().map(|input| input.fill(&mut bytes)).collect::<Result<Vec<_>, _>>()?;
+    let inputs = raw
+        .inputs
+        .into_iter()
+        .map(|input| input.fill(&mut bytes))
+        .collect::<Result<Vec<_>, _>>()?;
     if !bytes.is_empty() {
         return Err(format!("{} bytes are left behind the last binary tensor", bytes.len()));
     }
     // An empty list is what some clients send for "all".
     let outputs = raw.outputs.unwrap_or_default().into_iter().map(|wanted| {
-        wanted.parameters.check().map_err(|text| format!("output `{}`: {text}", wanted.name))?;
+        wanted
+            .parameters
+            .check()
+            .map_err(|text| format!("output `{}`: {text}", wanted.name))?;
         Ok(RequestedOutput {
             classes: wanted.parameters.classification,
             binary: wanted.parameters.binary_data,
@@ -97,7 +104,11 @@ impl Parameters {
     /// Refuses what changes the meaning of a request and is not there.
     fn check(&self) -> Result<(), String> {
         let asked = [
-            (self.shared_memory_region.is_some(), "shared memory", "send the tensors in the request"),
+            (
+                self.shared_memory_region.is_some(),
+                "shared memory",
+                "send the tensors in the request",
+            ),
             (self.sequence_id, "sequences", "the model keeps no state between requests"),
         ];
         let asked = asked.into_iter().find(|(asked, _, _)| *asked);
@@ -123,13 +134,21 @@ enum Given {
 impl Input {
     /// The tensor, its bytes taken from those behind the JSON.
     fn fill(self, bytes: &mut &[u8]) -> Result<(String, Tensor), String> {
-        let Self { name, datatype, shape, values } = self;
+        let Self {
+            name,
+            datatype,
+            shape,
+            values,
+        } = self;
         let data = match values {
             Given::Here(data) => data,
             Given::Behind(size) => {
-                let (own, rest) = bytes
-                    .split_at_checked(size)
-                    .ok_or_else(|| format!("input `{name}` has binary_data_size {size}, {} bytes are left in the body", bytes.len()))?;
+                let (own, rest) = bytes.split_at_checked(size).ok_or_else(|| {
+                    format!(
+                        "input `{name}` has binary_data_size {size}, {} bytes are left in the body",
+                        bytes.len()
+                    )
+                })?;
                 *bytes = rest;
                 Data::from_bytes(datatype, &shape, own).map_err(|error| format!("input `{name}`: {error}"))?
             }
@@ -207,7 +226,12 @@ impl<'de> Visitor<'de> for InputVisitor {
                 Given::Here(values.deserialize(&mut deserializer).map_err(A::Error::custom)?)
             }
         };
-        Ok(Input { name, datatype, shape, values })
+        Ok(Input {
+            name,
+            datatype,
+            shape,
+            values,
+        })
     }
 }
 

@@ -50,8 +50,8 @@ impl Cost {
         self.decisions = self.decisions.wrapping_add(1);
         let most = available.min(max).max(first);
         let Some(alone) = self.row(first) else { return first };
-        if self.decisions % RETRIAL == 0 {
-            return if self.decisions % (2 * RETRIAL) == 0 { most } else { first };
+        if self.decisions.is_multiple_of(RETRIAL) {
+            return if self.decisions.is_multiple_of(2 * RETRIAL) { most } else { first };
         }
         let mut rows = most;
         while rows > first {

@@ -151,7 +151,10 @@ fn one_that_the_engine_cannot_bear_fails_alone() {
     assert_eq!(outputs(first).0, [2.0]);
     assert_eq!(outputs(good), (vec![4.0], 1));
     let error = bad.blocking_recv().unwrap().unwrap_err();
-    assert!(matches!(&error, Failure::Engine(EngineError::Panicked(text)) if text.contains("cannot bear")), "{error:?}");
+    assert!(
+        matches!(&error, Failure::Engine(EngineError::Panicked(text)) if text.contains("cannot bear")),
+        "{error:?}"
+    );
 }
 
 #[test]

@@ -144,7 +144,11 @@ fn bytes_that_are_too_few_or_too_many_are_refused_by_name() {
     let text = parse(b"{}", Some(3)).unwrap_err();
     assert_eq!(text, "Inference-Header-Content-Length is 3, the body has 2 bytes");
     let both = json!({"name": "a", "datatype": "FP32", "shape": [1], "data": [1], "parameters": {"binary_data_size": 4}});
-    assert!(binary(&json!({"inputs": [both]}), &[0; 4]).unwrap_err().contains("both data and binary_data_size"));
+    assert!(
+        binary(&json!({"inputs": [both]}), &[0; 4])
+            .unwrap_err()
+            .contains("both data and binary_data_size")
+    );
 }
 
 #[test]

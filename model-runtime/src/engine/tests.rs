@@ -243,8 +243,18 @@ fn zeros_run_through_every_model() {
 #[test]
 fn the_engines_know_neither_tokio_nor_http() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let files = std::fs::read_dir(folder.join("engine")).unwrap().map(|entry| entry.unwrap().path());
-    for file in files.chain([folder.join("engine.rs"), folder.join("onnx.rs")]) {
+    let mut files = vec![folder.join("engine.rs"), folder.join("onnx.rs")];
+    let mut folders = vec![folder.join("engine"), folder.join("onnx")];
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    for file in files {
         let text = std::fs::read_to_string(&file).unwrap();
         for line in text
             .lines()

@@ -232,61 +232,73 @@ impl Shared {
     fn run(&self, engine: usize, mut batch: Vec<Job>, mut more: usize) {
         loop {
             let (form, rows) = (batch[0].form.clone(), batch.iter().map(Job::count).sum());
-            let took = self.execute(engine, batch);
+            let done = self.execute(engine, batch);
             let mut state = self.lock();
-            if let Some(took) = took {
+            if let Some(took) = done.took {
                 state.learn(form, rows, took);
             }
             batch = if more > 0 { state.next_quick(&self.batching) } else { vec![] };
             if batch.is_empty() {
                 state.free.push(engine);
-                let waiting = !state.line.is_empty();
-                drop(state);
-                if waiting {
-                    self.work.notify_one();
-                }
+            }
+            let waiting = batch.is_empty() && !state.line.is_empty();
+            drop(state);
+            // Whoever hears of it and asks again finds the engine as it is now.
+            done.replies.into_iter().for_each(|(reply, answer)| drop(reply.send(answer)));
+            if waiting {
+                self.work.notify_one();
+            }
+            if batch.is_empty() {
                 return;
             }
             more -= 1;
         }
     }
 
-    /// Runs a batch and answers its jobs. Gives what the engine took, where it succeeded.
-    fn execute(&self, engine: usize, batch: Vec<Job>) -> Option<Duration> {
+    fn execute(&self, engine: usize, batch: Vec<Job>) -> Done {
         let begun = Instant::now();
         self.running[engine].store((begun - self.epoch).as_micros() as u64 + 1, Ordering::Relaxed);
         let model = &*self.engines[engine];
-        let took = match <[Job; 1]>::try_from(batch) {
+        let done = match <[Job; 1]>::try_from(batch) {
             Ok([job]) => run_alone(model, job),
             Err(batch) => match run_together(model, &batch) {
                 Ok(outputs) => {
                     let computed = begun.elapsed();
                     let rows = batch.iter().map(Job::count).sum();
-                    for (index, (job, outputs)) in batch.into_iter().zip(outputs).enumerate() {
-                        job.answer(Ok(outputs), begun, computed, rows, index == 0);
+                    let jobs = batch.into_iter().zip(outputs).enumerate();
+                    let replies = jobs.map(|(index, (job, outputs))| job.answer(Ok(outputs), begun, computed, rows, index == 0));
+                    Done {
+                        took: Some(computed),
+                        replies: replies.collect(),
                     }
-                    Some(computed)
                 }
                 // One of them may be what fails: it alone is told so.
-                Err(_) => {
-                    for job in batch {
-                        run_alone(model, job);
-                    }
-                    None
-                }
+                Err(_) => Done {
+                    took: None,
+                    replies: batch.into_iter().flat_map(|job| run_alone(model, job).replies).collect(),
+                },
             },
         };
         self.running[engine].store(0, Ordering::Relaxed);
-        took
+        done
     }
 }
 
-fn run_alone(model: &dyn Engine, job: Job) -> Option<Duration> {
+/// What came of a batch.
+struct Done {
+    /// What the engine took, where it succeeded.
+    took: Option<Duration>,
+    replies: Vec<(Reply, Result<Answer, Failure>)>,
+}
+
+fn run_alone(model: &dyn Engine, job: Job) -> Done {
     let begun = Instant::now();
     let outputs = model.run(&job.work.inputs);
-    let (computed, rows, succeeded) = (begun.elapsed(), job.count(), outputs.is_ok());
-    job.answer(outputs, begun, computed, rows, true);
-    succeeded.then_some(computed)
+    let (computed, rows) = (begun.elapsed(), job.count());
+    Done {
+        took: outputs.is_ok().then_some(computed),
+        replies: vec![job.answer(outputs, begun, computed, rows, true)],
+    }
 }
 
 /// The outputs of each of the jobs, computed in one inference.
@@ -309,7 +321,14 @@ fn run_together(model: &dyn Engine, jobs: &[Job]) -> Result<Vec<Vec<Tensor>>, En
 }
 
 impl Job {
-    fn answer(self, outputs: Result<Vec<Tensor>, EngineError>, begun: Instant, computed: Duration, rows: usize, first: bool) {
+    fn answer(
+        self,
+        outputs: Result<Vec<Tensor>, EngineError>,
+        begun: Instant,
+        computed: Duration,
+        rows: usize,
+        first: bool,
+    ) -> (Reply, Result<Answer, Failure>) {
         let queued = begun.saturating_duration_since(self.queued);
         let answer = outputs.map_err(Failure::Engine).map(|outputs| Answer {
             outputs,
@@ -318,8 +337,7 @@ impl Job {
             rows,
             first,
         });
-        // Where the client has gone meanwhile, nobody takes the answer.
-        let _ = self.reply.send(answer);
+        (self.reply, answer)
     }
 }
 

@@ -45,11 +45,14 @@ impl Cost {
     }
 
     /// The most rows worth joining, of at most `available` and `max`, where the request at the head of the line has `first`: the largest
-    /// size at which a row costs no more than at `first`. What never ran alone runs alone, and a size that never ran is tried.
+    /// size at which a row costs no more than at `first`. A size that never ran is tried,
+    /// and then what it is compared with.
     pub(super) fn rows_worth(&mut self, first: usize, available: usize, max: usize) -> usize {
         self.decisions = self.decisions.wrapping_add(1);
         let most = available.min(max).max(first);
-        let Some(alone) = self.row(first) else { return first };
+        let Some(alone) = self.row(first) else {
+            return if self.row(most).is_none() { most } else { first };
+        };
         if self.decisions.is_multiple_of(RETRIAL) {
             return if self.decisions.is_multiple_of(2 * RETRIAL) { most } else { first };
         }
@@ -77,7 +80,10 @@ mod tests {
     #[test]
     fn what_never_ran_is_tried_and_what_was_slower_is_not() {
         let mut cost = Cost::default();
+        assert_eq!(cost.rows_worth(1, 16, 32), 16);
+        cost.learn(16, 2000 * MICROSECOND);
         assert_eq!(cost.rows_worth(1, 16, 32), 1);
+        let mut cost = Cost::default();
         cost.learn(1, 100 * MICROSECOND);
         assert_eq!(cost.rows_worth(1, 16, 32), 16);
         // Sixteen together take as long as twenty alone; so do eight; four are worth it.
@@ -92,12 +98,12 @@ mod tests {
     #[test]
     fn a_batch_is_never_larger_than_allowed_nor_smaller_than_its_first() {
         let mut cost = Cost::default();
-        cost.learn(1, MICROSECOND);
         assert_eq!(cost.rows_worth(1, 100, 8), 8);
         assert_eq!(cost.rows_worth(50, 100, 8), 50);
         cost.learn(50, 50 * MICROSECOND);
         cost.learn(100, 5000 * MICROSECOND);
-        assert_eq!(cost.rows_worth(50, 100, 200), 50);
+        // Up to 64 are of the class of 50.
+        assert_eq!(cost.rows_worth(50, 100, 200), 64);
     }
 
     #[test]

@@ -186,7 +186,7 @@ fn batches_that_serve_nobody_sooner_are_not_made() {
         answers.into_iter().for_each(|answer| drop(outputs(answer)));
     }
     let rows = engine.rows();
-    // Each size was tried once: of up to 4 and of 2 rows.
+    // Each class of sizes was tried once: 3 or 4 rows, and 2.
     assert!(rows.iter().filter(|&&rows| rows > 1).count() <= 2, "{rows:?}");
 }
 
@@ -201,7 +201,7 @@ fn a_quick_model_runs_where_the_request_was_read_and_a_slow_one_elsewhere() {
         }
         let runs = engine.runs.lock().unwrap();
         assert_ne!(runs[0].1, here, "nothing is known of the first");
-        assert_eq!(runs[2..].iter().any(|(_, thread)| *thread == here), inline);
+        assert!(runs[1..].iter().all(|(_, thread)| (*thread == here) == inline));
     }
 }
 

@@ -3,8 +3,10 @@
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
+mod load;
 mod optimizer;
 mod process;
+mod runtime;
 
 #[derive(Args)]
 pub(crate) struct Arguments {
@@ -16,6 +18,8 @@ pub(crate) struct Arguments {
 enum Bench {
     /// Pruning and quantisation beside torch and onnxruntime; writes target/bench/optimizer.json.
     Optimizer(optimizer::Arguments),
+    /// Serving beside Triton, MLServer and ONNX Runtime in process; writes target/bench/runtime/runtime.json.
+    Runtime(runtime::Arguments),
 }
 
 /// Runs a benchmark.
@@ -25,5 +29,6 @@ enum Bench {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.bench {
         Bench::Optimizer(arguments) => optimizer::run(arguments),
+        Bench::Runtime(arguments) => runtime::run(arguments),
     }
 }

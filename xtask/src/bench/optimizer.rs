@@ -68,7 +68,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         progress::run_logged(&mut command, &folder.join("magnitude.log"), bar)
     })?;
     let mut bench = Bench {
-        peers: Peers::install(&folder.join("peers.log"))?,
+        peers: Peers::install("bench", &folder.join("peers.log"))?,
         optimizer: programs.into_iter().next().context("one program was asked for")?,
         library: onnxruntime::library()?,
         models: folder.join("minilm"),

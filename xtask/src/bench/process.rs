@@ -56,12 +56,13 @@ pub(super) struct Peers {
 }
 
 impl Peers {
-    /// Installs the peers of `tests/bench/requirements.txt` into a virtual environment of the user's cache, unless they are there. What
+    /// Installs the peers of `tests/FOLDER/requirements.txt` into a virtual environment of the user's cache, unless they are there. What
     /// programs say goes to the file `log`.
-    pub(super) fn install(log: &Path) -> Result<Self> {
-        let folder = workspace::root().join("tests/bench");
+    pub(super) fn install(folder: &str, log: &Path) -> Result<Self> {
+        let name = folder.replace('/', "-");
+        let folder = workspace::root().join("tests").join(folder);
         let requirements = fs::read(folder.join("requirements.txt"))?;
-        let environment = workspace::cache().join("venvs").join("bench");
+        let environment = workspace::cache().join("venvs").join(name);
         let mark = environment.join("requirements.txt");
         if fs::read(&mark).ok().as_ref() != Some(&requirements) {
             progress::phase("installing the peers", |bar| {
@@ -82,6 +83,11 @@ impl Peers {
             folder,
             log: log.to_owned(),
         })
+    }
+
+    /// The environment's interpreter.
+    pub(super) fn python(&self) -> &Path {
+        &self.python
     }
 
     /// `peer.py TASK`.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_package::units;
 use plimsoll_runtime::engine::EngineKind;
-use plimsoll_runtime::server::{Address, Batching, Config, Limits, log, quota};
+use plimsoll_runtime::server::{Address, Batching, Config, Limits, Tls, log, quota};
 
 /// Serves an optimised model over the Open Inference Protocol V2.
 #[derive(Parser)]
@@ -31,7 +31,7 @@ pub(crate) struct Flags {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Serves a package's folder or an ONNX file until SIGTERM.
-    Serve(Serve),
+    Serve(Box<Serve>),
     /// Pulls a package from an OCI registry into a folder.
     Pull(Pull),
 }
@@ -111,6 +111,23 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = duration)]
     stuck_after: Duration,
 
+    /// File of the server's certificate and those that lead to its root, in PEM; the protocol is then spoken over TLS. It is read anew when
+    /// it changes. Metrics and an address of their own stay plain.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_certificate: Option<PathBuf>,
+
+    /// File of the certificate's private key, in PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    tls_key: Option<PathBuf>,
+
+    /// File of roots, in PEM, that clients' certificates must lead to (mutual TLS).
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    tls_client_roots: Option<PathBuf>,
+
+    /// File of bearer tokens, one a line; who sends none of them gets 401 for all but health and readiness. It is read anew when it changes.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+
     /// How long requests are served after SIGTERM, while readiness fails already.
     #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
     drain_delay: Duration,
@@ -184,6 +201,12 @@ impl Serve {
             metrics: self.metrics,
             threads: self.threads.map_or_else(|| (quota::processors() / instances).max(1), usize::from),
             instances,
+            tls: self.tls_certificate.zip(self.tls_key).map(|(certificate, key)| Tls {
+                certificate,
+                key,
+                client_roots: self.tls_client_roots,
+            }),
+            tokens: self.token_file,
             batching: Batching {
                 rows_max: usize::from(self.max_batch),
                 bytes_max: bytes(self.max_batch_bytes),

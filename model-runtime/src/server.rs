@@ -9,6 +9,7 @@ use tokio::sync::{Semaphore, SetOnce, oneshot, watch};
 
 use crate::engine::EngineKind;
 
+mod authentication;
 mod classification;
 mod http;
 mod inference;
@@ -22,13 +23,18 @@ mod refusal;
 mod scheduler;
 mod signature;
 mod statistics;
+mod tls;
+mod watched;
 
+use authentication::Tokens;
 pub use listener::Address;
 use listener::Listener;
 use metrics::Metrics;
 use model::Model;
 pub use scheduler::Batching;
 use statistics::Statistics;
+use tls::Acceptor;
+pub use tls::Tls;
 
 /// The server's name in the protocol.
 const NAME: &str = env!("CARGO_PKG_NAME");
@@ -66,6 +72,10 @@ pub struct Config {
     pub batching: Batching,
     /// The bounds.
     pub limits: Limits,
+    /// The server's identity, where the protocol is spoken over TLS. Metrics are not.
+    pub tls: Option<Tls>,
+    /// File of the tokens that are let in; `None` lets in everybody.
+    pub tokens: Option<PathBuf>,
     /// For how long an engine may be at one batch before the server counts as stuck and liveness fails.
     pub stuck_after: Duration,
     /// How long requests are served after SIGTERM while readiness fails, so that endpoints can go first.
@@ -102,6 +112,9 @@ pub enum ServeError {
         /// Why.
         source: std::io::Error,
     },
+    /// A certificate, key or token cannot be read.
+    #[error("{0}")]
+    Secret(String),
     /// The signal handler cannot be installed.
     #[error("cannot wait for signals: {0}")]
     Signals(std::io::Error),
@@ -120,6 +133,7 @@ pub(crate) struct State {
     model: SetOnce<Model>,
     draining: AtomicBool,
     statistics: Statistics,
+    tokens: Option<Tokens>,
     /// One permit for each request that may be here.
     slots: Arc<Semaphore>,
     /// Permits for the bodies' memory, in units of [`inference::memory_units`].
@@ -168,6 +182,8 @@ const READINESS_WAIT: Duration = Duration::from_millis(1500);
 pub async fn serve(config: Config) -> Result<(), ServeError> {
     let started = Instant::now();
     let mut signals = signals().map_err(ServeError::Signals)?;
+    let tokens = config.tokens.clone().map(Tokens::new).transpose().map_err(ServeError::Secret)?;
+    let tls = config.tls.clone().map(Acceptor::new).transpose().map_err(ServeError::Secret)?;
     let http = Listener::bind(&config.http).await?;
     let scrape = match &config.metrics {
         Some(address) => Some(Listener::bind(address).await?),
@@ -183,6 +199,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         model: SetOnce::new(),
         draining: AtomicBool::new(false),
         statistics: Statistics::default(),
+        tokens,
         slots,
         memory: Arc::new(Semaphore::new(memory as usize)),
         config,
@@ -192,6 +209,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         let router = http::metrics_router(Arc::clone(&state));
         tokio::spawn(listener::serve(
             scrape,
+            None,
             router,
             state.config.limits.clone(),
             Duration::ZERO,
@@ -201,6 +219,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let router = http::router(Arc::clone(&state), !separate);
     let serving = tokio::spawn(listener::serve(
         http,
+        tls.map(Arc::new),
         router,
         state.config.limits.clone(),
         state.config.grace,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Path, Request, State as Shared};
-use axum::http::header::{CONNECTION, CONTENT_TYPE};
+use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -46,21 +46,34 @@ pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
     if with_metrics {
         router = router.route("/metrics", get(scrape));
     }
-    finish(router, state)
+    finish(router, state, true)
 }
 
 /// `/metrics` alone, for an address of its own.
 pub(super) fn metrics_router(state: Arc<State>) -> Router {
-    finish(Router::new().route("/metrics", get(scrape)), state)
+    finish(Router::new().route("/metrics", get(scrape)), state, false)
 }
 
-fn finish(router: Router<Arc<State>>, state: Arc<State>) -> Router {
+fn finish(router: Router<Arc<State>>, state: Arc<State>, guarded: bool) -> Router {
+    let guarded = guarded && state.tokens.is_some();
+    let guard = middleware::from_fn_with_state(Arc::clone(&state), authenticate);
+    let router = if guarded { router.layer(guard) } else { router };
     let closing = middleware::from_fn_with_state(Arc::clone(&state), close_while_draining);
     router
         .fallback(|| async { Refusal::new(Reason::NotFound, "there is nothing at this path; see /v2") })
         .method_not_allowed_fallback(|| async { Refusal::new(Reason::MethodNotAllowed, "this path takes another method") })
         .layer(closing)
         .with_state(state)
+}
+
+/// Asks for a token, but of probes: the kubelet has none.
+async fn authenticate(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Result<Response, Refusal> {
+    let path = request.uri().path();
+    let is_probe = path.starts_with("/v2/health/") || (path.starts_with("/v2/models/") && path.ends_with("/ready"));
+    if let Some(tokens) = state.tokens.as_ref().filter(|_| !is_probe) {
+        tokens.check(request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes))?;
+    }
+    Ok(next.run(request).await)
 }
 
 /// Clients that keep connections open move on with their next request instead of meeting a closed one.

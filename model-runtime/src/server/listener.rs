@@ -1,5 +1,6 @@
 //! Connections: accepted within a bound, with a limit on slow headers, and finished before the server stops.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -10,18 +11,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::response::Response;
 use hyper::Request;
 use hyper::body::Incoming;
-use hyper::service::{Service as _, service_fn};
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 
 use super::scheduler::Client;
+use super::tls::Acceptor;
 use super::{Limits, ServeError};
 
 /// Longest pause after a failure to accept, for example for want of file descriptors.
@@ -135,6 +138,7 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
 /// Serves connections until `stopped`; returns how many were still open after `grace`.
 pub(super) async fn serve(
     listener: Listener,
+    tls: Option<Arc<Acceptor>>,
     router: Router,
     limits: Limits,
     grace: Duration,
@@ -142,6 +146,7 @@ pub(super) async fn serve(
 ) -> usize {
     let connections = Arc::new(Semaphore::new(limits.connections_max));
     let graceful = GracefulShutdown::new();
+    let header_timeout = limits.header_timeout;
     let mut http = auto::Builder::new(TokioExecutor::new());
     http.http1()
         .timer(TokioTimer::new())
@@ -167,10 +172,18 @@ pub(super) async fn serve(
             request.extensions_mut().insert(client);
             router.call(request)
         });
-        let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
-        let connection = graceful.watch(connection);
+        let (http, watcher) = (http.clone(), graceful.watcher());
+        let acceptor = tls.as_ref().map(|tls| tls.current());
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            let served = match acceptor {
+                None => serve_connection(&http, watcher, stream, service).await,
+                Some(acceptor) => match tokio::time::timeout(header_timeout, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => serve_connection(&http, watcher, Box::new(stream), service).await,
+                    Ok(Err(error)) => Err(error.into()),
+                    Err(late) => Err(late.into()),
+                },
+            };
+            if let Err(error) = served {
                 tracing::debug!(%error, "a connection failed");
             }
             drop(permit);
@@ -204,6 +217,21 @@ pub(super) async fn serve(
         Ok(()) => 0,
         Err(_) => open,
     }
+}
+
+/// Serves a connection to its end.
+async fn serve_connection<S>(
+    http: &auto::Builder<TokioExecutor>,
+    watcher: Watcher,
+    stream: Box<dyn Stream>,
+    service: S,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
+where
+    S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Send + 'static,
+    S::Future: Send,
+{
+    let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
+    watcher.watch(connection).await
 }
 
 #[cfg(test)]

@@ -17,6 +17,8 @@ pub(crate) enum Reason {
     TooLarge,
     /// The body is encoded in a way that is not understood.
     UnsupportedEncoding,
+    /// No token, or one that is not known.
+    Unauthenticated,
     /// The body did not arrive in time.
     BodyTimeout,
     /// More requests than the server takes on.

@@ -5,4 +5,5 @@ mod drain;
 mod limits;
 mod process;
 mod protocol;
+mod security;
 mod start;

@@ -11,12 +11,14 @@ use plimsoll_package::manifest::{Datatype, TensorSpec};
 
 use crate::onnx::OnnxError;
 
+mod device;
 pub mod independence;
 mod onnxruntime;
 pub mod probe;
 pub mod tensor;
 mod tract;
 
+pub use device::{Device, DeviceError};
 pub use onnxruntime::{LIBRARY_VARIABLE, default_library};
 pub use tensor::{Data, Tensor};
 
@@ -82,6 +84,8 @@ pub struct LoadOptions {
     pub fold_dequantize: bool,
     /// ONNX Runtime's shared library; by default what [`LIBRARY_VARIABLE`] names. The first one that loads is used by the whole process.
     pub library: Option<PathBuf>,
+    /// What the model is computed on; tract knows the processor alone.
+    pub device: Device,
 }
 
 impl Default for LoadOptions {
@@ -90,6 +94,7 @@ impl Default for LoadOptions {
             threads: 1,
             fold_dequantize: true,
             library: None,
+            device: Device::Cpu,
         }
     }
 }

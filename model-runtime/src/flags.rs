@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_package::units;
-use plimsoll_runtime::engine::EngineKind;
+use plimsoll_runtime::engine::{Device, EngineKind};
 use plimsoll_runtime::server::{Address, Batching, Config, Limits, Tls, log, quota};
 
 /// Serves an optimised model over the Open Inference Protocol V2.
@@ -53,6 +53,11 @@ pub(crate) struct Serve {
     /// from the library that ORT_DYLIB_PATH names.
     #[arg(long, value_enum, default_value = "auto")]
     engine: Engine,
+
+    /// What the model is computed on: cpu, cuda:NUMBER, tensorrt:NUMBER or openvino. All but cpu need ONNX Runtime's library with that
+    /// provider, and are never replaced by another.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: Device,
 
     /// Address of the protocol over HTTP/1.1 and HTTP/2: IP:PORT, or unix:PATH for a socket in the file system.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
@@ -197,6 +202,7 @@ impl Serve {
                 Engine::Tract => Some(EngineKind::Tract),
                 Engine::OnnxRuntime => Some(EngineKind::OnnxRuntime),
             },
+            device: self.device,
             http: self.http,
             metrics: self.metrics,
             threads: self.threads.map_or_else(|| (quota::processors() / instances).max(1), usize::from),

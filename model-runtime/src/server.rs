@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, SetOnce, oneshot, watch};
 
-use crate::engine::EngineKind;
+use crate::engine::{Device, EngineKind};
 
 mod authentication;
 mod classification;
@@ -60,6 +60,8 @@ pub struct Config {
     pub version: String,
     /// The engine; `None` takes the one that the manifest names, and the other where that one fails.
     pub engine: Option<EngineKind>,
+    /// What the model is computed on.
+    pub device: Device,
     /// Address of the protocol over HTTP.
     pub http: Address,
     /// Address of the metrics; `None` serves them at `/metrics` of the protocol's.

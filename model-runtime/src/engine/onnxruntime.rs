@@ -11,7 +11,7 @@ use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, TensorRef, Value};
 use plimsoll_package::manifest::{Datatype, TensorSpec};
 
-use super::{Data, Engine, EngineError, EngineKind, LoadOptions, Tensor};
+use super::{Data, Device, Engine, EngineError, EngineKind, LoadOptions, Tensor};
 use crate::onnx;
 
 /// The environment variable that names ONNX Runtime's shared library.
@@ -30,7 +30,7 @@ pub(super) struct OnnxRuntime {
 impl OnnxRuntime {
     pub(super) fn load(path: &Path, options: &LoadOptions) -> Result<Self, EngineError> {
         // The library first: where it is missing, that is the reason to give.
-        let environment = environment(options.library.as_deref())?;
+        let environment = environment(options)?;
         let (inputs, outputs) = onnx::signature(&onnx::read(path)?)?;
         let session = session(environment, path, options);
         let session = session.map_err(|error| EngineError::Load {
@@ -87,18 +87,23 @@ pub fn default_library() -> Option<PathBuf> {
     env::var_os(LIBRARY_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
-fn environment(library: Option<&Path>) -> Result<&'static Environment, EngineError> {
+fn environment(options: &LoadOptions) -> Result<&'static Environment, EngineError> {
     // ONNX Runtime allows one environment a process.
     static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
     static LOADING: Mutex<()> = Mutex::new(());
     let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(environment) = ENVIRONMENT.get() {
+    let loaded = ENVIRONMENT.get();
+    if let (Some(environment), Device::Cpu) = (loaded, options.device) {
         return Ok(environment);
     }
-    let library = library.map(Path::to_path_buf).or_else(default_library);
+    let library = options.library.clone().or_else(default_library);
     let library = library.ok_or_else(|| EngineError::Library(format!("{LIBRARY_VARIABLE} names none")))?;
     if !library.is_file() {
         return Err(EngineError::Library(format!("{} is not a file", library.display())));
+    }
+    options.device.check(&library).map_err(EngineError::Library)?;
+    if let Some(environment) = loaded {
+        return Ok(environment);
     }
     let builder = ort::init_from(&library).map_err(|error| EngineError::Library(one_line(&error)))?;
     let environment = builder.with_name("plimsoll").with_telemetry(false).build();
@@ -117,8 +122,24 @@ fn session(environment: &Environment, path: &Path, options: &LoadOptions) -> ort
         // Spinning threads burn the CPU quota of a container that waits for requests.
         .with_intra_op_spinning(false)?
         .with_config_entry("session.disable_quant_qdq", if options.fold_dequantize { "1" } else { "0" })?
-        .with_execution_providers([ep::CPU::default().with_arena_allocator(true).build()])?
+        .with_execution_providers(providers(options.device))?
         .commit_from_file(path)
+}
+
+/// ONNX Runtime's providers for the device, the preferred one first. One that cannot be used is an error: nobody asks for a GPU to be
+/// served by the processor.
+fn providers(device: Device) -> Vec<ep::ExecutionProviderDispatch> {
+    let cuda = |number: u16| ep::CUDA::default().with_device_id(number.into()).build().error_on_failure();
+    let cpu = ep::CPU::default().with_arena_allocator(true).build();
+    match device {
+        Device::Cpu => vec![cpu],
+        Device::Cuda(number) => vec![cuda(number), cpu],
+        Device::TensorRt(number) => {
+            let tensorrt = ep::TensorRT::default().with_device_id(number.into()).build().error_on_failure();
+            vec![tensorrt, cuda(number), cpu]
+        }
+        Device::OpenVino => vec![ep::OpenVINO::default().build().error_on_failure(), cpu],
+    }
 }
 
 fn one_line(error: &dyn std::error::Error) -> String {

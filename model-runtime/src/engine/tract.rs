@@ -10,11 +10,11 @@ use tract_onnx::prelude::*;
 use tract_onnx::tract_core::plan;
 use tract_onnx::tract_core::tract_linalg::multithread::Executor;
 
-use super::{Data, Engine, EngineError, EngineKind, LoadOptions, Tensor};
+use super::{Data, Device, Engine, EngineError, EngineKind, LoadOptions, Tensor};
 use crate::onnx;
 
 /// Most plans kept, one for each combination of input shapes in use; each holds weights packed for its own shapes.
-const PLANS_MAX: usize = 4;
+const PLANS_MAX: usize = 8;
 
 /// A model in tract.
 pub(super) struct Tract {
@@ -36,6 +36,9 @@ impl Tract {
             path: path.to_owned(),
             reason,
         };
+        if options.device != Device::Cpu {
+            return Err(refuse(format!("tract computes on the CPU, not on {}", options.device)));
+        }
         let mut proto = onnx::read(path)?;
         let (inputs, outputs) = onnx::signature(&proto)?;
         if let Some(spec) = inputs

@@ -8,7 +8,7 @@ use plimsoll_package::manifest::{MODEL_FILE, Manifest, PackageError, Probe, Tens
 
 use super::Config;
 use super::scheduler::{Batching, Scheduler};
-use crate::engine::{self, Engine, EngineError, EngineKind, LoadOptions, Tensor, independence, probe};
+use crate::engine::{self, Device, Engine, EngineError, EngineKind, LoadOptions, Tensor, independence, probe};
 
 /// Why no engine serves the model.
 #[derive(Debug, thiserror::Error)]
@@ -113,6 +113,8 @@ fn load_any(config: &Config, manifest: Option<&Manifest>, probe: Option<&Probe>,
     };
     let candidates = match config.engine {
         Some(only) => vec![only],
+        // Whoever asks for a device is not served by an engine that does not know it.
+        None if config.device != Device::Cpu => vec![EngineKind::OnnxRuntime],
         None => vec![preferred, other],
     };
     let fold_dequantize = manifest.is_none_or(|manifest| manifest.fold_dequantize);
@@ -120,6 +122,7 @@ fn load_any(config: &Config, manifest: Option<&Manifest>, probe: Option<&Probe>,
         threads: config.threads,
         fold_dequantize,
         library: None,
+        device: config.device,
     };
     let mut reasons: Vec<String> = vec![];
     for (index, kind) in candidates.into_iter().enumerate() {

@@ -78,6 +78,17 @@ fn what_cannot_be_served_is_refused_at_once_with_the_reason() {
 }
 
 #[test]
+fn a_device_that_is_not_there_is_refused_with_what_it_needs() {
+    let reason = |arguments: &[&str]| failure(command(&model("mlp"), arguments).env("ORT_DYLIB_PATH", library())).1;
+    for (device, provider) in [("cuda:0", "cuda"), ("tensorrt", "tensorrt"), ("openvino", "openvino")] {
+        let reason = reason(&["--device", device]);
+        let text = format!("needs libonnxruntime_providers_{provider}.so beside");
+        assert!(reason.contains(&text) && !reason.contains("Tract"), "{reason}");
+    }
+    assert!(reason(&["--engine", "tract", "--device", "cuda:0"]).contains("tract computes on the CPU, not on cuda:0"));
+}
+
+#[test]
 fn a_taken_address_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();

@@ -178,16 +178,16 @@ fn nothing_is_computed_for_a_client_that_has_gone_or_a_deadline_that_has_passed(
 
 #[test]
 fn batches_that_serve_nobody_sooner_are_not_made() {
-    // Two rows take four times as long as one.
-    let engine = Doubling::new(|rows| 0.001 * (rows * rows) as f64);
+    // Two rows take eight times as long as one.
+    let engine = Doubling::new(|rows| 0.002 * (rows * rows * rows) as f64);
     let scheduler = Scheduler::start(vec![engine.clone()], batching(8));
-    for _ in 0..8 {
+    for _ in 0..20 {
         let answers: Vec<_> = (0..4).map(|_| scheduler.submit(work(&[1.0], 1))).collect();
         answers.into_iter().for_each(|answer| drop(outputs(answer)));
     }
     let rows = engine.rows();
-    // Each class of sizes was tried once: 3 or 4 rows, and 2.
-    assert!(rows.iter().filter(|&&rows| rows > 1).count() <= 2, "{rows:?}");
+    // Each class of sizes was tried three times: 2 rows, and 3 or 4.
+    assert!(rows.iter().filter(|&&rows| rows > 1).count() <= 6, "{rows:?}");
 }
 
 #[test]

@@ -166,7 +166,7 @@ mod tests {
                 chosen += usize::from(rows == best);
                 seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 // Every third run is held up by others, up to fifty times as long.
-                let held_up = if seed % 3 == 0 { (seed >> 16) % 50 + 1 } else { 1 };
+                let held_up = if seed.is_multiple_of(3) { (seed >> 16) % 50 + 1 } else { 1 };
                 cost.learn(rows, micros(rows as u32) * held_up * MICROSECOND);
             }
             assert!(chosen > 950, "{chosen} of 1000 for {best}");

@@ -207,7 +207,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         config,
     });
     let separate = scrape.is_some();
-    if let Some(scrape) = scrape {
+    let scraping = scrape.map(|scrape| {
         let router = http::metrics_router(Arc::clone(&state));
         tokio::spawn(listener::serve(
             scrape,
@@ -216,8 +216,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             state.config.limits.clone(),
             Duration::ZERO,
             stopped.clone(),
-        ));
-    }
+        ))
+    });
     let router = http::router(Arc::clone(&state), !separate);
     let serving = tokio::spawn(listener::serve(
         http,
@@ -254,6 +254,9 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         Ok(0) => tracing::info!("stopped"),
         Ok(open) => tracing::warn!(connections = open, "stopped with requests in flight"),
         Err(error) => tracing::error!(%error, "the listener failed"),
+    }
+    if let Some(scraping) = scraping {
+        let _ = scraping.await;
     }
     Ok(())
 }

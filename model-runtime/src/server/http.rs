@@ -20,6 +20,8 @@ use super::{State, metrics, signature};
 mod encoding;
 mod error;
 mod infer;
+mod openapi;
+mod page;
 mod request;
 mod response;
 
@@ -30,6 +32,8 @@ pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
         .route("/v2/", get(server))
         .route("/v2/health/live", get(live))
         .route("/v2/health/ready", get(ready))
+        .merge(page::routes())
+        .route("/v2/openapi.json", get(openapi::document))
         .route("/v2/repository/index", post(index))
         .route("/v2/models", get(models))
         .route("/v2/models/stats", get(statistics_of_all))

@@ -287,3 +287,38 @@ fn a_unix_socket_is_served_and_taken_away() {
     assert!(server.wait().success());
     assert!(!path.exists());
 }
+
+#[test]
+fn a_person_finds_a_page_and_the_report_of_the_package() {
+    let package = package("mlp", Engine::Tract);
+    std::fs::write(package.path().join("report.html"), "<p>what it cost</p>").unwrap();
+    let server = Server::ready(package.path(), &[]);
+    let page = get(server.http, "/");
+    assert_eq!((page.status, page.header("content-type")), (200, Some("text/html; charset=utf-8")));
+    assert!(page.header("content-security-policy").unwrap().contains("default-src 'self'"));
+    for file in ["/page.js", "/page.css"] {
+        assert_eq!(get(server.http, file).status, 200, "{file}");
+    }
+    assert!(get(server.http, "/report.html").text.contains("what it cost"));
+    let bare = Server::ready(&model("mlp"), &["--engine", "tract"]);
+    let answer = get(bare.http, "/report.json");
+    assert!(answer.status == 404 && answer.error().contains("bare file"), "{}", answer.text);
+}
+
+#[test]
+fn every_path_of_the_openapi_document_is_there() {
+    let server = Server::ready(&model("mlp"), &["--engine", "tract"]);
+    let document = get(server.http, "/v2/openapi.json").json();
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.len() > 12, "{paths:?}");
+    for (path, methods) in paths {
+        for method in methods.as_object().unwrap().keys() {
+            let answer = Connection::open(server.http)
+                .unwrap()
+                .send(&method.to_uppercase(), path, "", "{}")
+                .unwrap();
+            let known = &methods[method]["responses"][answer.status.to_string()];
+            assert!(known.is_object(), "{method} {path} answers {}: {}", answer.status, answer.text);
+        }
+    }
+}

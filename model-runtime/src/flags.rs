@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_package::units;
 use plimsoll_runtime::engine::{Device, EngineKind};
-use plimsoll_runtime::server::{Address, Batching, Config, Limits, Tls, log, quota};
+use plimsoll_runtime::server::{Address, Batching, Config, Limits, Shadow, Tls, log, quota};
 
 /// Serves an optimised model over the Open Inference Protocol V2.
 #[derive(Parser)]
@@ -133,6 +133,19 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
 
+    /// Another revision that a share of the requests is sent to as well: http(s)://HOST/v2/models/NAME. Its answers are compared with ours,
+    /// in metrics alone; the caller neither waits for them nor sees them.
+    #[arg(long, value_name = "URL", value_parser = url)]
+    shadow: Option<String>,
+
+    /// Share of the requests that is sent there, 0% to 100%.
+    #[arg(long, value_name = "PERCENT", default_value = "5%", value_parser = share, requires = "shadow")]
+    shadow_share: f64,
+
+    /// Largest difference that counts as agreement, relative to the largest absolute value of an output.
+    #[arg(long, value_name = "PERCENT", default_value = "1%", value_parser = share, requires = "shadow")]
+    shadow_tolerance: f64,
+
     /// How long requests are served after SIGTERM, while readiness fails already.
     #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
     drain_delay: Duration,
@@ -169,6 +182,18 @@ enum Engine {
 
 fn size(written: &str) -> Result<u64, units::UnitError> {
     written.parse::<units::Size>()?.value()
+}
+
+fn url(written: &str) -> Result<String, String> {
+    match written.strip_prefix("http://").or_else(|| written.strip_prefix("https://")) {
+        Some(rest) if !rest.is_empty() => Ok(written.to_owned()),
+        _ => Err("write http://HOST/v2/models/NAME or https://...".to_owned()),
+    }
+}
+
+/// A percentage of 0 to 100 as a share of 0 to 1.
+fn share(written: &str) -> Result<f64, units::UnitError> {
+    written.parse::<units::Percentage>()?.value()
 }
 
 fn bytes(size: u64) -> usize {
@@ -213,6 +238,11 @@ impl Serve {
                 client_roots: self.tls_client_roots,
             }),
             tokens: self.token_file,
+            shadow: self.shadow.map(|url| Shadow {
+                url,
+                share: self.shadow_share,
+                tolerance: self.shadow_tolerance,
+            }),
             batching: Batching {
                 rows_max: usize::from(self.max_batch),
                 bytes_max: bytes(self.max_batch_bytes),

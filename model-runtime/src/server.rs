@@ -21,6 +21,7 @@ pub mod pull;
 pub mod quota;
 mod refusal;
 mod scheduler;
+mod shadow;
 mod signature;
 mod statistics;
 mod tls;
@@ -32,6 +33,8 @@ use listener::Listener;
 use metrics::Metrics;
 use model::Model;
 pub use scheduler::Batching;
+pub use shadow::Shadow;
+use shadow::Shadowing;
 use statistics::Statistics;
 use tls::Acceptor;
 pub use tls::Tls;
@@ -76,6 +79,8 @@ pub struct Config {
     pub limits: Limits,
     /// The server's identity, where the protocol is spoken over TLS. Metrics are not.
     pub tls: Option<Tls>,
+    /// Another revision that answers are compared with.
+    pub shadow: Option<Shadow>,
     /// File of the tokens that are let in; `None` lets in everybody.
     pub tokens: Option<PathBuf>,
     /// For how long an engine may be at one batch before the server counts as stuck and liveness fails.
@@ -117,6 +122,9 @@ pub enum ServeError {
     /// A certificate, key or token cannot be read.
     #[error("{0}")]
     Secret(String),
+    /// The other revision cannot be asked.
+    #[error("cannot compare with another revision: {0}")]
+    Shadow(String),
     /// The signal handler cannot be installed.
     #[error("cannot wait for signals: {0}")]
     Signals(std::io::Error),
@@ -136,6 +144,7 @@ pub(crate) struct State {
     draining: AtomicBool,
     statistics: Statistics,
     tokens: Option<Tokens>,
+    shadowing: Option<Shadowing>,
     /// One permit for each request that may be here.
     slots: Arc<Semaphore>,
     /// Permits for the bodies' memory, in units of [`inference::memory_units`].
@@ -196,8 +205,11 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let (stop, stopped) = watch::channel(false);
     let slots = Arc::new(Semaphore::new(config.limits.concurrency_max));
     let memory = inference::memory_units(config.limits.memory_bytes_max.max(config.limits.body_bytes_max));
+    let metrics = Metrics::default();
+    let shadowing = config.shadow.as_ref().map(|shadow| Shadowing::start(shadow, &metrics)).transpose();
     let state = Arc::new(State {
-        metrics: Metrics::default(),
+        shadowing: shadowing.map_err(ServeError::Shadow)?,
+        metrics,
         model: SetOnce::new(),
         draining: AtomicBool::new(false),
         statistics: Statistics::default(),

@@ -137,7 +137,7 @@ fn tensor(recorded: &ProbeTensor) -> Result<Tensor, ProbeError> {
 
 /// Largest difference of values, relative to the largest absolute value of `recorded`; infinite where there are more or fewer, where one is
 /// not finite, or for strings.
-pub(super) fn difference(output: &Tensor, recorded: &[f64]) -> f64 {
+pub(crate) fn difference(output: &Tensor, recorded: &[f64]) -> f64 {
     let Some(values) = output.data().to_f64().filter(|values| values.len() == recorded.len()) else {
         return f64::INFINITY;
     };

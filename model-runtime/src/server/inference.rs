@@ -11,6 +11,7 @@ use super::State;
 use super::classification::classify;
 use super::refusal::{Reason, Refusal};
 use super::scheduler::{Client, Failure, Work};
+use super::shadow::Copy;
 use super::statistics::Compute;
 use crate::engine::{self, Tensor};
 
@@ -125,6 +126,8 @@ impl Admission {
         let outputs = select(model.outputs(), request.outputs)?;
         let timeout = request.options.timeout.filter(|&micros| micros > 0).map(Duration::from_micros);
         let deadline = timeout.map_or(self.deadline, |timeout| self.deadline.min(self.started + timeout));
+        let shadowing = self.state.shadowing.as_ref().filter(|shadowing| shadowing.wants());
+        let copied = shadowing.map(|_| inputs.clone());
         let priority = request.options.priority.filter(|&priority| priority > 0);
         let work = Work {
             inputs,
@@ -144,6 +147,14 @@ impl Admission {
             Failure::Engine(error) => error.into(),
             Failure::Late => too_late(),
         })?;
+        if let (Some(shadowing), Some(inputs)) = (shadowing, copied) {
+            let named = |specs: &[TensorSpec], tensors: Vec<Tensor>| specs.iter().map(|spec| spec.name.clone()).zip(tensors).collect();
+            let copy = Copy {
+                inputs: named(model.inputs(), inputs),
+                outputs: named(model.outputs(), answer.outputs.clone()),
+            };
+            shadowing.send(copy, &self.state.metrics);
+        }
         let computed = self.started.elapsed();
         let given = give(&model.labels, std::mem::take(&mut answer.outputs), outputs)?;
         self.state.metrics.computed(&answer);

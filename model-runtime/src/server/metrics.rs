@@ -14,6 +14,7 @@ use super::Config;
 use super::model::Model;
 use super::refusal::Reason;
 use super::scheduler::Answer;
+use super::shadow::Comparison;
 
 /// Content type of the text form.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -37,9 +38,34 @@ struct ModelLabels {
     toolchain: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ShadowLabels {
+    result: &'static str,
+}
+
+/// What comparisons with another revision show.
+#[derive(Debug, Clone)]
+pub(super) struct ShadowMetrics {
+    requests: Family<ShadowLabels, Counter>,
+    difference: Histogram,
+    duration: Histogram,
+}
+
+impl ShadowMetrics {
+    /// Counts a comparison, its difference where there is one, and what it took.
+    pub(super) fn compared(&self, comparison: Comparison, difference: Option<f64>, took: Duration) {
+        self.requests.get_or_create(&ShadowLabels { result: comparison.into() }).inc();
+        if let Some(difference) = difference {
+            self.difference.observe(difference);
+            self.duration.observe(took.as_secs_f64());
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Metrics {
     registry: Registry,
+    pub(super) shadow: ShadowMetrics,
     requests: Counter,
     failures: Family<FailureLabels, Counter>,
     request_duration: Histogram,
@@ -60,6 +86,12 @@ impl Default for Metrics {
         let mut registry = Registry::with_prefix("plimsoll_runtime");
         let metrics = Self {
             requests: Counter::default(),
+            shadow: ShadowMetrics {
+                requests: Family::default(),
+                // A millionth to all of the largest value.
+                difference: Histogram::new(exponential_buckets(1e-6, 10.0, 7)),
+                duration: durations(),
+            },
             failures: Family::default(),
             batch_size: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
             request_duration: durations(),
@@ -99,6 +131,23 @@ impl Default for Metrics {
         registry.register_with_unit("inference_duration", "What the engine took for a batch", seconds(), duration);
         let duration = metrics.queue_duration.clone();
         registry.register_with_unit("queue_duration", "How long a request waited for an engine", seconds(), duration);
+        let shadow = &metrics.shadow;
+        registry.register(
+            "shadow_requests",
+            "Copies of requests for another revision, by what came of them",
+            shadow.requests.clone(),
+        );
+        registry.register(
+            "shadow_difference",
+            "Largest difference of the other revision's outputs, relative to the largest absolute value of ours",
+            shadow.difference.clone(),
+        );
+        registry.register_with_unit(
+            "shadow_duration",
+            "What the other revision took to answer",
+            seconds(),
+            shadow.duration.clone(),
+        );
         registry.register(
             "requests_in_flight",
             "Inference requests taken on and not yet answered",

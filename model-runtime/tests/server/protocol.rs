@@ -322,3 +322,30 @@ fn every_path_of_the_openapi_document_is_there() {
         }
     }
 }
+
+#[test]
+fn answers_are_compared_with_another_revision_in_the_background() {
+    let other = Server::ready(&model("mlp"), &["--engine", "onnxruntime"]);
+    let url = format!("http://{}/v2/models/mlp", other.http);
+    let server = Server::ready(&model("mlp"), &["--engine", "tract", "--shadow", &url, "--shadow-share", "50%"]);
+    for _ in 0..8 {
+        assert_eq!(post(server.http, "/v2/models/mlp/infer", &mlp_body()).status, 200);
+    }
+    let agreed = "plimsoll_runtime_shadow_requests_total{result=\"Agreed\"} 4";
+    while !get(server.http, "/metrics").text.contains(agreed) {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let metrics = get(server.http, "/metrics").text;
+    assert!(metrics.contains("plimsoll_runtime_shadow_difference_count 4"), "{metrics}");
+    drop(other);
+    let answers: Vec<u16> = (0..4)
+        .map(|_| post(server.http, "/v2/models/mlp/infer", &mlp_body()).status)
+        .collect();
+    assert_eq!(answers, [200; 4], "the caller never hears of it");
+    while !get(server.http, "/metrics")
+        .text
+        .contains("plimsoll_runtime_shadow_requests_total{result=\"Failed\"} 2")
+    {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}

@@ -12,8 +12,6 @@ mod file;
 mod http;
 mod oci;
 
-pub(crate) use http::delays;
-
 /// What was fetched.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Content {

@@ -4,6 +4,7 @@
 //! they are plain but where compression pays. Layers stream in both directions: no file is ever held in memory.
 
 mod artifact;
+mod attempts;
 mod credentials;
 mod error;
 mod layer;
@@ -28,6 +29,7 @@ use crate::digest::Digest;
 use crate::report::{SUMMARY_ANNOTATION, Summary};
 
 pub use artifact::{FetchedFile, Progress};
+pub use attempts::Attempts;
 pub use credentials::Credentials;
 pub use error::{Problem, RegistryError};
 pub use layer::{LAYER_BYTES_MAX, layer_size};
@@ -59,6 +61,7 @@ pub struct Registry {
     plain_http: Option<Client>,
     plain_http_hosts: Vec<String>,
     credentials: Credentials,
+    retries: usize,
 }
 
 /// An artifact that is in a registry.
@@ -89,7 +92,14 @@ impl Registry {
             plain_http,
             plain_http_hosts: access.plain_http_hosts,
             credentials: access.credentials,
+            retries: 0,
         })
+    }
+
+    /// The same client, which takes up again what it fetches, where it broke off, until `retries` further attempts in a row got nowhere.
+    #[must_use]
+    pub fn with_retries(self, retries: usize) -> Self {
+        Self { retries, ..self }
     }
 
     /// The client for the registry of `image`.

@@ -3,9 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use backon::BackoffBuilder as _;
 use plimsoll_package::digest::Hasher;
-use plimsoll_package::registry::{Credentials, install_crypto_provider, trusted_roots};
+use plimsoll_package::registry::{Attempts, Credentials, install_crypto_provider, trusted_roots};
 use reqwest::header::{CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE, LAST_MODIFIED, RANGE};
 use reqwest::redirect::Policy;
 use reqwest::{Certificate, Client, StatusCode, Url};
@@ -20,17 +19,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest silence of a server in the middle of an answer.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 const REDIRECTS_MAX: usize = 5;
-
-/// Waits between attempts.
-pub(crate) type Delays = backon::ExponentialBackoff;
-
-/// 0.25 s, 0.5 s, 1 s ... up to 8 s, each up to twice as long by chance, so that many Jobs do not come back at once.
-pub(crate) fn delays(retries: usize) -> Delays {
-    let builder = backon::ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(250))
-        .with_max_delay(Duration::from_secs(8));
-    builder.with_factor(2.0).with_max_times(retries).with_jitter().build()
-}
 
 /// Downloads `uri`.
 pub(super) async fn download(
@@ -67,19 +55,13 @@ pub(super) async fn download(
         validator: None,
         activity,
     };
-    let mut delays = self::delays(limits.retries);
-    let mut done_before = 0;
+    let mut attempts = Attempts::new(limits.retries);
     loop {
         match download.attempt().await {
             Ok(()) => break,
             Err(Broken::For(failure)) => return Err(failure),
             Err(Broken::Off(why)) => {
-                // A connection that gets somewhere each time may break as often as it likes.
-                if download.done > done_before {
-                    delays = self::delays(limits.retries);
-                }
-                done_before = download.done;
-                let Some(delay) = delays.next() else {
+                let Some(delay) = attempts.next_delay(download.done) else {
                     return Err(failure(
                         FailureReason::SourceUnreachable,
                         format!("cannot fetch the {what} {uri}: {why}"),

@@ -4,12 +4,11 @@ use std::path::Path;
 
 use plimsoll_package::registry::{Access, Credentials, Progress, Registry};
 
-use super::http::{Delays, delays};
 use super::{Content, Limits};
 use crate::failure::{Failure, of_source};
 use crate::progress::Activity;
 
-/// Fetches the file that the artifact holds, or of several the one called `name`; an attempt that breaks off starts again.
+/// Fetches the file that the artifact holds, or of several the one called `name`; a connection that breaks off is taken up where it was.
 pub(super) async fn fetch(
     what: &str,
     reference: &str,
@@ -25,25 +24,13 @@ pub(super) async fn fetch(
         extra_ca: limits.extra_ca.clone(),
     };
     let failed = |error| of_source(what, &error);
-    let registry = Registry::new(access).map_err(failed)?;
+    let registry = Registry::new(access).map_err(failed)?.with_retries(limits.retries);
     let progress = Progress::new(move |done, total| activity.report(done, total));
-    let mut delays: Delays = delays(limits.retries);
-    loop {
-        match registry
-            .fetch_artifact(reference, name, destination, limits.size_max, &progress)
-            .await
-        {
-            Ok(fetched) => {
-                return Ok(Content {
-                    digest: fetched.digest,
-                    size: fetched.size,
-                });
-            }
-            Err(error) if error.is_transient() => match delays.next() {
-                Some(delay) => tokio::time::sleep(delay).await,
-                None => return Err(failed(error)),
-            },
-            Err(error) => return Err(failed(error)),
-        }
-    }
+    let fetched = registry
+        .fetch_artifact(reference, name, destination, limits.size_max, &progress)
+        .await;
+    fetched.map_err(failed).map(|fetched| Content {
+        digest: fetched.digest,
+        size: fetched.size,
+    })
 }

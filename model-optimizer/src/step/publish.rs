@@ -1,13 +1,12 @@
 //! `publish`: pushes the package.
 
 use plimsoll_package::manifest::REPORT_FILE;
-use plimsoll_package::registry::{Credentials, RegistryError};
+use plimsoll_package::registry::{Attempts, Credentials, RegistryError};
 use plimsoll_package::report::{Report, Summary};
 
 use super::Context;
 use super::fetch::{Fetched, registry};
 use crate::failure::{Failure, internal, of_publication};
-use crate::source::delays;
 
 /// Attempts at a registry that does not answer: a few seconds. The Job tries again after that.
 const RETRIES: usize = 4;
@@ -32,7 +31,7 @@ async fn publish(context: &Context) -> Result<Summary, Failure> {
     let registry = registry(context, credentials).map_err(failed)?;
     let tags: Vec<&str> = std::iter::once(fetched.key.as_str()).chain(inputs.run_tag.as_deref()).collect();
     let _activity = context.console.activity("publishing", "bytes");
-    let mut delays = delays(RETRIES);
+    let mut attempts = Attempts::new(RETRIES);
     loop {
         match registry
             .push(&context.package(), &inputs.repository, &tags, &inputs.annotations, &report.summary)
@@ -47,7 +46,7 @@ async fn publish(context: &Context) -> Result<Summary, Failure> {
                     ..report.summary
                 });
             }
-            Err(error) if error.is_transient() => match delays.next() {
+            Err(error) if error.is_transient() => match attempts.next_delay(0) {
                 Some(delay) => tokio::time::sleep(delay).await,
                 None => return Err(failed(error)),
             },

@@ -13,7 +13,12 @@ use plimsoll_optimizer::failure::{Failure, FailureReason};
 use plimsoll_optimizer::progress::Console;
 use plimsoll_optimizer::source::{self, Content, Limits};
 use plimsoll_package::digest::Digest;
-use plimsoll_package::registry::Credentials;
+use plimsoll_package::manifest::Engine;
+use plimsoll_package::registry::{Access, Credentials, Registry};
+use plimsoll_package::report::Summary;
+
+use super::proxy::Proxy;
+use super::server::Server;
 
 const LENGTH: usize = 1_000_000;
 
@@ -155,6 +160,64 @@ async fn a_download_that_breaks_off_goes_on_where_it_was() {
         (requests.all.load(Ordering::SeqCst), requests.ranged.load(Ordering::SeqCst)),
         (4, 3)
     );
+}
+
+#[tokio::test]
+async fn an_artifact_whose_transfer_breaks_off_goes_on_where_it_was() {
+    let server = Server::start();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("model.onnx"), noise()).unwrap();
+    let access = Access {
+        plain_http_hosts: vec![server.host()],
+        ..Access::default()
+    };
+    let summary = Summary {
+        artifact: None,
+        reused: false,
+        source_digest: Digest::of(b"source"),
+        evaluation_digest: None,
+        size_before: 1,
+        size_after: 1,
+        size_layer_before: None,
+        size_layer_after: None,
+        sparsity: 0.0,
+        metric: None,
+        fidelity: None,
+        latency: None,
+        engine: Engine::Tract,
+        toolchain: "0.1.0".into(),
+    };
+    let repository = format!("{}/models", server.host());
+    let registry = Registry::new(access).unwrap();
+    registry
+        .push(dir.path(), &repository, &["v1"], &Default::default(), &summary)
+        .await
+        .unwrap();
+
+    // More breaks than retries: each attempt gets somewhere.
+    let proxy = Proxy::start(&server.host(), &[300_000, 200_000, 100_000], true);
+    let file = dir.path().join("fetched");
+    let uri = format!("oci://{}/models:v1", proxy.host());
+    let fetched = fetch(&uri, &limits(), Credentials::Anonymous, &file).await.unwrap();
+    assert_eq!(
+        fetched,
+        Content {
+            digest: Digest::of(&noise()),
+            size: LENGTH as u64
+        }
+    );
+    assert_eq!(std::fs::read(&file).unwrap(), noise());
+    assert_eq!(proxy.ranged(), 3);
+}
+
+/// Bytes that do not compress, so that they are sent as they are (a linear congruential generator).
+fn noise() -> Vec<u8> {
+    let mut state = 1_u32;
+    let next = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    (0..LENGTH).map(next).collect()
 }
 
 #[tokio::test]

@@ -11,8 +11,9 @@ mod fetch;
 mod generator;
 mod job;
 mod laptop;
-
 mod property;
+#[path = "../../../model-package/tests/registry/proxy.rs"]
+mod proxy;
 mod refusals;
 mod report;
 mod search;

@@ -10,11 +10,12 @@ use bytes::Bytes;
 use flate2::read::GzDecoder;
 use futures::StreamExt as _;
 use oci_client::Reference;
+use oci_client::client::BlobResponse;
 use oci_client::manifest::{OciDescriptor, OciImageManifest};
 use tokio::sync::mpsc;
 
 use super::error::{Problem, RegistryError};
-use super::{Registry, invalid, layer};
+use super::{Attempts, Registry, invalid, layer};
 use crate::digest::{Digest, Hasher};
 
 /// The annotation by which ORAS names the file that a layer is.
@@ -80,9 +81,7 @@ impl Registry {
         progress: &Progress,
     ) -> Result<FetchedFile, RegistryError> {
         let image = self.authorised(reference).await?;
-        let auth = self.credentials.for_registry(image.registry());
-        let pulled = self.client(&image).pull_image_manifest(&image, &auth).await;
-        let (manifest, _) = pulled.map_err(|source| RegistryError::from_client(reference, source))?;
+        let manifest = self.image_manifest(&image, reference).await?;
         match plain_file(&manifest, name).map_err(|why| invalid(reference, &why))? {
             Some((name, layer)) => {
                 check_size(reference, layer, size_max)?;
@@ -113,7 +112,20 @@ impl Registry {
         }
     }
 
-    /// Streams a blob through `read` on a blocking thread, checks its size and digest, and returns what `read` made of it.
+    /// The manifest of the image, or of the one of an index that fits.
+    async fn image_manifest(&self, image: &Reference, reference: &str) -> Result<OciImageManifest, RegistryError> {
+        let auth = self.credentials.for_registry(image.registry());
+        let mut attempts = Attempts::new(self.retries);
+        loop {
+            match self.client(image).pull_image_manifest(image, &auth).await {
+                Ok((manifest, _)) => return Ok(manifest),
+                Err(source) => pause(&mut attempts, 0, RegistryError::from_client(reference, source)).await?,
+            }
+        }
+    }
+
+    /// Streams a blob through `read` on a blocking thread, checks its size and digest, and returns what `read` made of it. Where the
+    /// connection breaks off, the rest is asked for; `read` does not notice.
     pub(super) async fn read_blob<T: Send + 'static>(
         &self,
         image: &Reference,
@@ -122,8 +134,6 @@ impl Registry {
         progress: &Progress,
         read: impl FnOnce(&mut dyn Read) -> io::Result<T> + Send + 'static,
     ) -> Result<T, RegistryError> {
-        let blob = self.client(image).pull_blob_stream(image, layer).await;
-        let mut blob = blob.map_err(|source| RegistryError::from_client(reference, source))?.stream;
         let (sender, receiver) = mpsc::channel(8);
         let reader = tokio::task::spawn_blocking(move || {
             let mut pieces = Pieces {
@@ -134,37 +144,142 @@ impl Registry {
             // What follows an archive's end counts for the digest, too.
             io::copy(&mut pieces, &mut io::sink()).map(|_| made)
         });
-        let expected = u64::try_from(layer.size).unwrap_or_default();
-        let mut done = 0;
-        let mut broken = None;
-        while let Some(piece) = blob.next().await {
-            let piece = piece.and_then(|piece| {
-                done += piece.len() as u64;
-                if done > expected {
-                    Err(layer::invalid(format!("layer {} is longer than its manifest says", layer.digest)))
-                } else {
-                    Ok(piece)
+        let mut blob = Blob::new(reference, layer);
+        let mut attempts = Attempts::new(self.retries);
+        let passed = loop {
+            match blob.pass_on(self, image, progress, &sender).await {
+                Err(error) if error.problem == Problem::Unreachable && blob.can_go_on() => {
+                    if let Err(error) = pause(&mut attempts, blob.done, error).await {
+                        break Err(error);
+                    }
                 }
-            });
-            let piece = match piece {
-                Ok(piece) => Ok(piece),
-                Err(error) => {
-                    // Kept here, because what passes through an archive's reader comes out as another error.
-                    broken = Some(RegistryError::from_io(reference, &error));
-                    Err(io::Error::from(io::ErrorKind::ConnectionAborted))
-                }
-            };
-            progress.report(done, Some(expected));
-            if sender.send(piece).await.is_err() || broken.is_some() {
-                break;
+                passed => break passed,
             }
+        };
+        if passed.is_err() {
+            // What passes through an archive's reader comes out as another error, so this one is only to end it. Where the reader has
+            // ended already, nobody receives it.
+            let _ = sender.send(Err(io::Error::from(io::ErrorKind::ConnectionAborted))).await;
         }
         drop(sender);
         let made = reader.await.map_err(io::Error::other).flatten();
-        match broken {
-            Some(error) => Err(error),
-            None => made.map_err(|source| RegistryError::from_io(reference, &source)),
+        passed?;
+        made.map_err(|source| RegistryError::from_io(reference, &source))
+    }
+}
+
+/// Waits before the next attempt.
+///
+/// # Errors
+/// With `error`, where it does not pass or there is no further attempt.
+async fn pause(attempts: &mut Attempts, done: u64, error: RegistryError) -> Result<(), RegistryError> {
+    if !error.is_transient() {
+        return Err(error);
+    }
+    let delay = attempts.next_delay(done).ok_or(error)?;
+    tokio::time::sleep(delay).await;
+    Ok(())
+}
+
+/// A blob on its way, over as many connections as it takes.
+struct Blob<'a> {
+    reference: &'a str,
+    layer: &'a OciDescriptor,
+    /// In bytes.
+    size: u64,
+    /// What it must be; absent where it is of another kind than SHA-256, which the client checks over one connection alone.
+    digest: Option<Digest>,
+    hasher: Hasher,
+    /// Bytes that were passed on.
+    done: u64,
+}
+
+impl<'a> Blob<'a> {
+    fn new(reference: &'a str, layer: &'a OciDescriptor) -> Self {
+        Self {
+            reference,
+            layer,
+            size: u64::try_from(layer.size).unwrap_or_default(),
+            digest: layer.digest.parse().ok(),
+            hasher: Hasher::default(),
+            done: 0,
         }
+    }
+
+    /// Whether what came over one connection can be checked together with what comes over the next.
+    fn can_go_on(&self) -> bool {
+        self.digest.is_some() || self.done == 0
+    }
+
+    /// Asks for what is missing and passes it on, to the end.
+    async fn pass_on(
+        &mut self,
+        registry: &Registry,
+        image: &Reference,
+        progress: &Progress,
+        receiver: &mpsc::Sender<io::Result<Bytes>>,
+    ) -> Result<(), RegistryError> {
+        if self.done > 0 && self.done == self.size {
+            // The connection broke off after the last byte.
+            return self.check();
+        }
+        let client = registry.client(image);
+        let failed = |source| RegistryError::from_client(self.reference, source);
+        // A registry that knows no ranges (RFC 9110, section 14.2) sends all again, of which the beginning is known.
+        let (mut pieces, mut known) = if self.done == 0 {
+            (client.pull_blob_stream(image, self.layer).await.map_err(failed)?.stream, 0)
+        } else {
+            match client
+                .pull_blob_stream_partial(image, self.layer, self.done, None)
+                .await
+                .map_err(failed)?
+            {
+                BlobResponse::Partial(rest) => (rest.stream, 0),
+                BlobResponse::Full(all) => (all.stream, self.done),
+            }
+        };
+        while self.done < self.size {
+            let Some(piece) = pieces.next().await else {
+                let message = format!("layer {} broke off after {} of {} bytes", self.layer.digest, self.done, self.size);
+                return Err(RegistryError::new(self.reference, Problem::Unreachable, message));
+            };
+            let mut piece = piece.map_err(|error| RegistryError::from_io(self.reference, &error))?;
+            let skipped = known.min(piece.len() as u64);
+            known -= skipped;
+            let piece = piece.split_off(skipped as usize);
+            self.take(&piece)?;
+            progress.report(self.done, Some(self.size));
+            if receiver.send(Ok(piece)).await.is_err() {
+                // The reader failed, and says why.
+                return Ok(());
+            }
+        }
+        // The client's own check comes with the end, as does what there should not be.
+        while let Some(piece) = pieces.next().await {
+            self.take(&piece.map_err(|error| RegistryError::from_io(self.reference, &error))?)?;
+        }
+        self.check()
+    }
+
+    fn check(&mut self) -> Result<(), RegistryError> {
+        let received = std::mem::take(&mut self.hasher).finish();
+        match &self.digest {
+            Some(digest) if *digest != received => {
+                let message = format!("layer {digest} has the digest {received}");
+                Err(RegistryError::new(self.reference, Problem::DigestMismatch, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn take(&mut self, piece: &[u8]) -> Result<(), RegistryError> {
+        self.done += piece.len() as u64;
+        if self.done > self.size {
+            let message = format!("layer {} is longer than its manifest says", self.layer.digest);
+            return Err(RegistryError::new(self.reference, Problem::Invalid, message));
+        }
+        self.hasher.update(piece);
+        Ok(())
     }
 }
 

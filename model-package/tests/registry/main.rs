@@ -1,5 +1,6 @@
 //! A package's way to a real CNCF Distribution registry and back.
 
+mod proxy;
 mod server;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use plimsoll_package::digest::Digest;
 use plimsoll_package::manifest::Engine;
 use plimsoll_package::registry::{Access, Credentials, Problem, Progress, Registry};
 use plimsoll_package::report::Summary;
+use proxy::Proxy;
 use server::Server;
 
 fn client(server: &Server) -> Registry {
@@ -323,4 +325,82 @@ async fn a_package_serves_as_a_source_again() {
         .await
         .unwrap();
     assert_eq!((fetched.name.as_str(), fetched.size), ("model/model.onnx", 3_000_001));
+}
+
+/// What comes over more connections than one try would take, in a package of 3 MB.
+const CUTS: [u64; 4] = [500_000, 900_000, 300_000, 1_000];
+
+fn client_through(proxy: &Proxy, retries: usize) -> Registry {
+    let access = Access {
+        plain_http_hosts: vec![proxy.host()],
+        ..Access::default()
+    };
+    Registry::new(access).unwrap().with_retries(retries)
+}
+
+#[tokio::test]
+async fn a_transfer_that_breaks_off_goes_on_where_it_was() {
+    let server = Server::start();
+    let package = package();
+    push(&client(&server), package.path(), &format!("{}/models/digits", server.host())).await;
+    let dir = tempfile::tempdir().unwrap();
+
+    let proxy = Proxy::start(&server.host(), &CUTS, true);
+    let registry = client_through(&proxy, 1);
+    registry
+        .pull(&format!("{}/models/digits:opt-1", proxy.host()), dir.path())
+        .await
+        .unwrap();
+    assert_eq!(
+        fs::read(dir.path().join("model.onnx")).unwrap(),
+        fs::read(package.path().join("model.onnx")).unwrap()
+    );
+    assert_eq!(proxy.ranged(), CUTS.len());
+    assert!(
+        proxy.answered() < 3_200_000,
+        "{} bytes for 3 MB: something came twice",
+        proxy.answered()
+    );
+
+    let proxy = Proxy::start(&server.host(), &CUTS, true);
+    let file = dir.path().join("fetched");
+    let reference = format!("{}/models/digits:opt-1", proxy.host());
+    let fetched = client_through(&proxy, 1)
+        .fetch_artifact(&reference, None, &file, 4_000_000, &Progress::default())
+        .await
+        .unwrap();
+    assert_eq!(fetched.digest, Digest::of(&fs::read(package.path().join("model.onnx")).unwrap()));
+    assert_eq!(proxy.ranged(), CUTS.len());
+}
+
+#[tokio::test]
+async fn a_registry_without_ranges_sends_all_again_and_nothing_is_taken_twice() {
+    let server = Server::start();
+    let package = package();
+    push(&client(&server), package.path(), &format!("{}/models/digits", server.host())).await;
+    let dir = tempfile::tempdir().unwrap();
+    let proxy = Proxy::start(&server.host(), &[500_000, 900_000], false);
+    client_through(&proxy, 1)
+        .pull(&format!("{}/models/digits:opt-1", proxy.host()), dir.path())
+        .await
+        .unwrap();
+    assert_eq!(
+        fs::read(dir.path().join("model.onnx")).unwrap(),
+        fs::read(package.path().join("model.onnx")).unwrap()
+    );
+    assert_eq!(proxy.ranged(), 2);
+}
+
+#[tokio::test]
+async fn without_retries_a_transfer_that_breaks_off_is_given_up() {
+    let server = Server::start();
+    push(&client(&server), package().path(), &format!("{}/models/digits", server.host())).await;
+    let dir = tempfile::tempdir().unwrap();
+    let proxy = Proxy::start(&server.host(), &[500_000], true);
+    let failed = client_through(&proxy, 0)
+        .pull(&format!("{}/models/digits:opt-1", proxy.host()), dir.path())
+        .await
+        .unwrap_err();
+    assert_eq!(failed.problem, Problem::Unreachable, "{failed}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left of it");
 }

@@ -23,6 +23,7 @@ import (
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
 	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
+	"plimsoll.dev/tests/cluster/helper"
 )
 
 // components are Kubernetes' own programs; building a command registers flags, so that only the one asked for is built.
@@ -36,11 +37,11 @@ var components = map[string]func() *cobra.Command{
 
 // helpers are this project's own.
 var helpers = map[string]func(arguments []string) error{
-	"pki":                writePKI,
-	"device-plugin":      serveDevices,
-	"volume-provisioner": provisionVolumes,
-	"image":              writeImage,
-	"health":             checkHealth,
+	"pki":                helper.WritePKI,
+	"device-plugin":      helper.ServeDevices,
+	"volume-provisioner": helper.ProvisionVolumes,
+	"image":              helper.WriteImage,
+	"health":             helper.CheckHealth,
 }
 
 func main() {

@@ -5,16 +5,6 @@ use serde_json::{Value, json};
 use crate::cluster::{Namespace, SYSTEM, digits_spec, kubectl};
 
 #[test]
-fn kubectl_explain_tells_what_a_field_means() {
-    let _namespace = Namespace::new("explain");
-    let text = kubectl(&["explain", "md.spec.optimize.budget.maxAccuracyDrop"]);
-    assert!(text.contains("Most that the metric may fall"), "{text}");
-    let text = kubectl(&["explain", "modeldeployment.spec.rollout.maxSurge"]);
-    assert!(text.contains("Pods above the desired number"), "{text}");
-    assert!(kubectl(&["explain", "mr.status"]).contains("artifact"));
-}
-
-#[test]
 fn get_answers_at_a_glance_and_scale_scales() {
     let namespace = Namespace::new("glance");
     namespace.apply_model("digits", &digits_spec("v1"));

@@ -9,10 +9,14 @@
 //! | `PLIMSOLL_FIXTURE_SERVER_IMAGE` | the file server's image, on the node |
 //! | `PLIMSOLL_MAGIKA` | magika's ONNX file |
 //!
+//! `control_plane` needs nothing but an apiserver and the operator: where a machine can run no containers, `cargo xtask test` runs it beside a
+//! control plane alone, with `KUBECONFIG` and `PLIMSOLL_KUBECTL` set.
+//!
 //! Tests that disturb what all share (the operator, the registry) take the cluster for themselves; the others run side by side.
 
 mod cluster;
 mod commands;
+mod control_plane;
 mod disruption;
 mod history;
 mod installation;

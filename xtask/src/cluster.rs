@@ -9,20 +9,23 @@ mod network;
 mod process;
 mod removal;
 mod report;
+mod traces;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
+use indicatif::ProgressBar;
 use serde_json::json;
 
-use crate::progress::phase;
+use crate::progress::{Amount, Unit, phase, show};
 use crate::workspace;
 use components::{GPU_RESOURCE, Kind};
 pub(crate) use configuration::FIXTURE_SERVER_IMAGE;
 use lifecycle::Cluster;
 use process::Supervisor;
+pub(crate) use traces::Traces;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -92,6 +95,23 @@ pub(crate) fn up() -> Result<PathBuf> {
     Cluster::of(Kind::Node).up()
 }
 
+/// Whether the cluster with one real node runs already.
+pub(crate) fn is_running() -> bool {
+    Cluster::of(Kind::Node).supervisor().find("kube-apiserver").is_some()
+}
+
+/// What to do where this machine can run no cluster, for `reasons`.
+pub(crate) fn ways_out(reasons: &str) -> String {
+    format!(
+        "this machine can run no cluster: {reasons}.\nThree ways out:\n  \
+         1. a cluster that you have: `cargo xtask demo --kubeconfig FILE` (or KUBECONFIG)\n  \
+         2. kind or k3d: `kind create cluster`, then `cargo xtask demo --kubeconfig ~/.kube/config`\n  \
+         3. a Linux machine with root, where `cargo xtask demo` and `cargo xtask test` start a Kubernetes of their own\n\
+         Without any of them, `cargo xtask demo --local` shows the same model without a cluster, and `cargo xtask test` starts the control \
+         plane alone and says what it leaves out."
+    )
+}
+
 /// Starts only the control plane, which needs no privilege, with one fake node per `fake_nodes`; gives the path of its kubeconfig.
 ///
 /// # Errors
@@ -102,6 +122,33 @@ pub(crate) fn up_control_plane(fake_nodes: u32) -> Result<PathBuf> {
         add_fake_nodes(&kubeconfig, fake_nodes)?;
     }
     Ok(kubeconfig)
+}
+
+/// Whether the control plane alone runs already.
+pub(crate) fn is_control_plane_running() -> bool {
+    Cluster::of(Kind::ControlPlane).supervisor().find("kube-apiserver").is_some()
+}
+
+/// Starts the operator as a process beside the control plane, anew where it runs.
+///
+/// # Errors
+/// Where it cannot be started.
+pub(crate) fn start_operator(command: &Command) -> Result<()> {
+    stop_operator();
+    Cluster::of(Kind::ControlPlane).supervisor().start(components::OPERATOR, command)
+}
+
+/// Ends the operator that [`start_operator`] started.
+pub(crate) fn stop_operator() {
+    Cluster::of(Kind::ControlPlane).supervisor().stop(&[components::OPERATOR]);
+}
+
+/// Stops the control plane that [`up_control_plane`] started, with what works beside it.
+///
+/// # Errors
+/// Where its folder cannot be removed.
+pub(crate) fn down_control_plane() -> Result<()> {
+    remove(|cluster| cluster.kind == Kind::ControlPlane)
 }
 
 /// Stops every embedded cluster and removes all that they left on the machine; nothing happens where there is none.
@@ -143,15 +190,24 @@ pub(crate) fn tool(name: &str) -> Result<PathBuf> {
 ///
 /// # Errors
 /// Where the cluster does not run or containerd refuses an archive.
-pub(crate) fn import_images(archives: &[PathBuf]) -> Result<()> {
+pub(crate) fn import_images(archives: &[PathBuf], bar: &ProgressBar) -> Result<()> {
     let cluster = Cluster::of(Kind::Node);
     if cluster.supervisor().find("containerd").is_none() {
         bail!("the cluster's containerd does not run: `cargo xtask cluster up` starts it");
     }
-    for archive in archives {
+    let sizes = archives.iter().map(|archive| Ok(fs::metadata(archive)?.len()));
+    let sizes = sizes.collect::<Result<Vec<u64>>>()?;
+    let mut amount = Amount {
+        done: 0,
+        total: sizes.iter().sum(),
+        unit: Unit::Bytes,
+    };
+    for (archive, size) in archives.iter().zip(sizes) {
+        show(bar, &amount, &archive.file_stem().unwrap_or_default().to_string_lossy());
         let mut command = cluster.ctr()?;
         host::run(command.args(["images", "import", "--local"]).arg(archive))
             .with_context(|| format!("cannot import {}", archive.display()))?;
+        amount.done += size;
     }
     Ok(())
 }

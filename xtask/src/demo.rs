@@ -62,9 +62,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let delivery = target.delivery(arguments.image_registry.as_deref())?;
     let held_out = HeldOut::read(&workspace::root().join("tests/models/digits/digits-heldout.npz"))?;
 
-    heading("The images");
+    heading(1, "The images");
     let archives = images::build(&installation::IMAGES)?;
-    heading("The cluster");
+    heading(2, "The cluster");
     let target = target.start()?;
     installation::install(&target, &delivery, &archives)?;
     let gateway = phase("opening a way to the cluster's API (kubectl proxy)", |_| Gateway::open(&target))?;
@@ -73,7 +73,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         artifacts.upload_models()
     })?;
 
-    heading("The first version");
+    heading(3, "The first version");
     let accelerated = target.has_gpus()?;
     if !accelerated {
         eprintln!("  no node offers {}: the model is served on CPUs", manifest::GPU);
@@ -86,10 +86,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut record = Record::new(&first, answered_at, artifacts.report(&first.artifact)?);
     record.seconds_by_phase = timeline::seconds_by_phase(&target, &first, &record.report)?;
     record.nodes = target.nodes_of_pods()?;
+    if let Some(job_s) = timeline::job_seconds(&target, &first)? {
+        record.compared(job_s, local::bare_seconds()?);
+    }
     println!("\n{}\n", record.table());
     println!("{answer}\n");
 
-    heading("A second version under load, and back");
+    heading(4, "A second version under load, and back");
     let traffic = Traffic::start(&gateway.client(), &infer_path(), &held_out);
     let moved = rollout.apply("v2").and_then(|second| Ok((second, rollout.apply("v1")?)));
     let counted = traffic.stop();
@@ -121,8 +124,11 @@ fn infer_path() -> String {
     format!("/api/v1/namespaces/{NAMESPACE}/services/http:{MODEL}:http/proxy/v2/models/{MODEL}/infer")
 }
 
-fn heading(what: &str) {
-    eprintln!("\n{what}");
+/// Parts of the demo.
+const PARTS: usize = 4;
+
+fn heading(number: usize, what: &str) {
+    eprintln!("\n[{number}/{PARTS}] {what}");
 }
 
 fn commands(target: &Target, arguments: &Arguments) -> String {

@@ -6,10 +6,12 @@ mod bench;
 mod chart;
 mod cluster;
 mod crds;
+mod debian;
 mod demo;
 mod images;
 mod onnxruntime;
 mod progress;
+mod python;
 mod test;
 mod workspace;
 

@@ -6,7 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{progress, workspace};
+use crate::progress::{self, Gauge};
+use crate::{python, workspace};
 
 const REQUIREMENTS: &str = include_str!("../onnxruntime.txt");
 
@@ -32,7 +33,7 @@ pub(crate) fn library() -> Result<PathBuf> {
         let requirements = scratch.path().join("onnxruntime.txt");
         fs::write(&requirements, REQUIREMENTS)?;
         let platform = format!("manylinux_2_28_{}", std::env::consts::ARCH);
-        let mut download = Command::new("python3");
+        let mut download = python::with_pip()?;
         download.args([
             "-m",
             "pip",
@@ -54,8 +55,12 @@ pub(crate) fn library() -> Result<PathBuf> {
             &platform,
         ]);
         download.arg("--requirement").arg(&requirements).arg("--dest").arg(scratch.path());
-        progress::run_logged(&mut download, &parent.join("download.log"), bar)
-            .context("cannot download ONNX Runtime with `python3 -m pip` (Debian: apt install python3-pip)")?;
+        // pip unpacks in the temporary folder; unbuffered, it says at once how much that will be.
+        let unfinished = scratch.path().join("unfinished");
+        fs::create_dir(&unfinished)?;
+        download.env("TMPDIR", &unfinished).env("PYTHONUNBUFFERED", "1");
+        progress::run_gauged(&mut download, &parent.join("download.log"), bar, &Gauge::Download(&unfinished))
+            .context("cannot download ONNX Runtime with `python3 -m pip`")?;
         let wheel = file_like(scratch.path(), "onnxruntime-", ".whl")?;
         let unpacked = scratch.path().join("wheel");
         let mut unpack = Command::new("python3");

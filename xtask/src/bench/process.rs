@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::{progress, workspace};
+use crate::{progress, python, workspace};
 
 /// What one run of a program took.
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -66,10 +66,9 @@ impl Peers {
         let mark = environment.join("requirements.txt");
         if fs::read(&mark).ok().as_ref() != Some(&requirements) {
             progress::phase("installing the peers", |bar| {
-                let mut create = Command::new("python3");
+                let mut create = python::with_venv()?;
                 create.args(["-m", "venv", "--clear"]).arg(&environment);
-                progress::run_logged(&mut create, log, bar)
-                    .context("cannot make a virtual environment (Debian: apt install python3-venv)")?;
+                progress::run_logged(&mut create, log, bar).context("cannot make a virtual environment")?;
                 let mut install = Command::new(environment.join("bin/python"));
                 install
                     .args(["-m", "pip", "install", "--disable-pip-version-check", "--requirement"])

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use indicatif::ProgressBar;
 use sha2::{Digest as _, Sha256};
 
-use crate::progress::{phase, run_logged};
+use crate::progress::{Gauge, phase, run_gauged, run_logged};
 use crate::workspace;
 
 /// Kubernetes' version, as `tests/cluster/go.mod` requires it; the binaries say it of themselves.
@@ -21,8 +21,8 @@ struct Build {
     /// The module, below `tests/cluster`.
     module: &'static str,
     packages: &'static [&'static str],
-    /// Folder of the module whose Go files are part of the build; packages of other modules are pinned by go.sum.
-    sources: Option<&'static str>,
+    /// Folders of the module whose Go files are part of the build; packages of other modules are pinned by go.sum.
+    sources: &'static [&'static str],
     binaries: &'static [&'static str],
 }
 
@@ -32,7 +32,7 @@ const BUILDS: &[Build] = &[
         name: "kubernetes",
         module: ".",
         packages: &["."],
-        sources: Some("."),
+        sources: &[".", "helper"],
         binaries: &["cluster", "kubectl"],
     },
     Build {
@@ -43,56 +43,56 @@ const BUILDS: &[Build] = &[
             "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
             "github.com/containerd/containerd/v2/cmd/ctr",
         ],
-        sources: None,
+        sources: &[],
         binaries: &["containerd", "containerd-shim-runc-v2", "ctr"],
     },
     Build {
         name: "coredns",
         module: "tools",
         packages: &["./coredns"],
-        sources: Some("coredns"),
+        sources: &["coredns"],
         binaries: &["coredns"],
     },
     Build {
         name: "pause",
         module: ".",
         packages: &["./pause"],
-        sources: Some("pause"),
+        sources: &["pause"],
         binaries: &["pause"],
     },
     Build {
         name: "fixture-server",
         module: ".",
         packages: &["./fixture-server"],
-        sources: Some("fixture-server"),
+        sources: &["fixture-server"],
         binaries: &["fixture-server"],
     },
     Build {
         name: "registry",
         module: "tools",
         packages: &["./registry"],
-        sources: Some("registry"),
+        sources: &["registry"],
         binaries: &["registry"],
     },
     Build {
         name: "helm",
         module: "tools",
         packages: &["helm.sh/helm/v4/cmd/helm"],
-        sources: None,
+        sources: &[],
         binaries: &["helm"],
     },
     Build {
         name: "crane",
         module: "tools",
         packages: &["github.com/google/go-containerregistry/cmd/crane"],
-        sources: None,
+        sources: &[],
         binaries: &["crane"],
     },
     Build {
         name: "kwok",
         module: "tools",
         packages: &["sigs.k8s.io/kwok/cmd/kwok"],
-        sources: None,
+        sources: &[],
         binaries: &["kwok"],
     },
 ];
@@ -166,9 +166,9 @@ impl Build {
                 &fs::read(module.join(name)).with_context(|| format!("cannot read {}", module.join(name).display()))?,
             );
         }
-        if let Some(sources) = self.sources {
-            for file in go_files(&module.join(sources))? {
-                add(&file.to_string_lossy(), &fs::read(module.join(sources).join(&file))?);
+        for sources in self.sources.iter().map(|folder| module.join(folder)) {
+            for file in go_files(&sources)? {
+                add(&file.to_string_lossy(), &fs::read(sources.join(&file))?);
             }
         }
         Ok(super::home().join(format!("{}-{}", self.name, &hex::encode(hash.finalize())[..16])))
@@ -176,9 +176,21 @@ impl Build {
 
     fn make(&self, folder: &Path, bar: &ProgressBar) -> Result<()> {
         let temporary = tempfile::Builder::new().prefix(".build-").tempdir_in(super::home())?;
+        let log = |step: &str| super::home().join(format!("{step}-{}.log", self.name));
+        // What it says beside the packages is what it downloads.
+        let listed = log("list");
+        run_logged(self.go(["list", "-deps"]).args(self.packages), &listed, bar)?;
+        let packages = fs::read_to_string(&listed)?
+            .lines()
+            .filter(|line| !line.starts_with("go: "))
+            .count();
         let mut command = self.go(["build", "-v", "-trimpath", "-ldflags", &linker_flags(), "-o"]);
         command.arg(format!("{}/", temporary.path().display())).args(self.packages);
-        run_logged(&mut command, &super::home().join(format!("build-{}.log", self.name)), bar)?;
+        let gauge = Gauge::Lines {
+            total: packages as u64,
+            unit: "packages at most",
+        };
+        run_gauged(&mut command, &log("build"), bar, &gauge)?;
         match self.name {
             "kubernetes" => std::os::unix::fs::symlink("cluster", temporary.path().join("kubectl"))?,
             "kwok" => fs::write(temporary.path().join(KWOK_STAGES), self.kwok_stages()?)?,
@@ -235,7 +247,7 @@ fn go_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = fs::read_dir(folder)
         .with_context(|| format!("cannot read {}", folder.display()))?
         .filter_map(|entry| Some(PathBuf::from(entry.ok()?.file_name())))
-        .filter(|name| name.extension().is_some_and(|extension| extension == "go"))
+        .filter(|name| name.extension().is_some_and(|extension| extension == "go") && !name.to_string_lossy().ends_with("_test.go"))
         .collect();
     files.sort();
     Ok(files)

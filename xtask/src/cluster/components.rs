@@ -55,6 +55,8 @@ impl Component {
 
 /// The name under which fake nodes' program runs; it is started on demand.
 pub(super) const KWOK: &str = "kwok";
+/// The name under which tests run the operator beside the control plane alone.
+pub(super) const OPERATOR: &str = "operator";
 
 /// All components in the order of their start. Builds their programs first, where the cache lacks them.
 ///

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::host::{self, Cgroups};
 use super::network::{Network, POD_BRIDGE};
 use super::removal::CNI_NETWORK;
+use crate::workspace;
 
 /// The node's name.
 pub(super) const NODE: &str = "node1";
@@ -45,7 +46,7 @@ pub(super) fn write(run: &Path, network: &Network) -> Result<()> {
 
 fn containerd(run: &Path) -> Result<String> {
     let cni = host::cni_folder().context("the CNI plugins are missing")?;
-    let runc = host::find_program("runc").context("runc is missing")?;
+    let runc = workspace::find_program("runc").context("runc is missing")?;
     Ok(format!(
         r#"version = 3
 root = "{run}/containerd/root"

@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::removal::CNI_NETWORK;
-use crate::progress::{phase, run_logged};
+use crate::debian;
+use crate::workspace::find_program;
 
 /// capabilities(7)
 const CAP_NET_ADMIN: u32 = 12;
@@ -78,7 +79,7 @@ pub(super) fn obstacles() -> Vec<String> {
         reasons.push("no cgroups are mounted at /sys/fs/cgroup".to_owned());
     }
     let missing = missing_packages();
-    if !missing.is_empty() && !is_debian() {
+    if !missing.is_empty() && !debian::is_here() {
         reasons.push(format!(
             "these are missing, and only on Debian are they installed for you: {}",
             missing.join(", ")
@@ -125,17 +126,6 @@ fn has_capability(number: u32) -> bool {
     effective.is_some_and(|bits| bits >> number & 1 == 1)
 }
 
-fn is_debian() -> bool {
-    Path::new("/etc/debian_version").exists() && find_program("apt-get").is_some()
-}
-
-/// The program's path, where it is installed; root's PATH may lack the sbin folders.
-pub(super) fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    folders.map(|folder| folder.join(name)).find(|file| file.is_file())
-}
-
 /// The folder of the CNI plugins, where all that are needed are there.
 pub(super) fn cni_folder() -> Option<&'static Path> {
     CNI_FOLDERS
@@ -152,26 +142,12 @@ fn missing_packages() -> Vec<&'static str> {
     programs.chain(cni_folder().is_none().then_some(CNI_PACKAGE)).collect()
 }
 
-/// Installs what is missing with apt-get.
+/// Installs what is missing.
 ///
 /// # Errors
-/// Where apt-get fails; its log's end is in the error.
+/// As [`debian::install`].
 pub(super) fn install_packages() -> Result<()> {
-    let missing = missing_packages();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let log = super::home().join("apt.log");
-    phase(&format!("installing {}", missing.join(", ")), |bar| {
-        let apt = |arguments: &[&str]| {
-            let mut command = Command::new("apt-get");
-            command.env("DEBIAN_FRONTEND", "noninteractive").args(arguments);
-            command
-        };
-        run_logged(&mut apt(&["update", "--quiet"]), &log, bar)?;
-        let mut install = apt(&["install", "--yes", "--quiet", "--no-install-recommends"]);
-        run_logged(install.args(&missing), &log, bar)
-    })
+    debian::install(&missing_packages())
 }
 
 /// What the machine was like before the cluster, so that `down` can leave it like that.
@@ -201,10 +177,7 @@ impl Before {
         }
         Ok(Self {
             boot: boot()?,
-            sysctls: SYSCTLS
-                .iter()
-                .filter_map(|name| Some(((*name).to_owned(), read_sysctl(name)?)))
-                .collect(),
+            sysctls: settings().map(|(name, value)| (name.to_owned(), value)).collect(),
             absent_folders: FOLDERS
                 .iter()
                 .filter(|folder| !Path::new(folder).exists())
@@ -253,6 +226,16 @@ pub(super) fn boot() -> Result<String> {
         .context("cannot read the boot id")?
         .trim()
         .to_owned())
+}
+
+/// The settings that the cluster changes, as they are now.
+pub(super) fn settings() -> impl Iterator<Item = (&'static str, String)> {
+    SYSCTLS.iter().filter_map(|name| Some((*name, read_sysctl(name)?)))
+}
+
+/// The folders that the cluster makes, where they are there now.
+pub(super) fn folders() -> impl Iterator<Item = &'static str> {
+    FOLDERS.iter().copied().filter(|folder| Path::new(folder).exists())
 }
 
 fn read_sysctl(name: &str) -> Option<String> {

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use indicatif::ProgressBar;
 
 use super::components::{self, Component, GPU_COUNT, GPU_RESOURCE, Health, Kind, cluster_program};
 use super::configuration::{self, FIXTURE_SERVER_IMAGE, NODE, PAUSE_IMAGE};
@@ -94,8 +95,8 @@ impl Cluster {
             }
         })?;
         if self.kind == Kind::Node {
-            phase("starting the node", |_| {
-                self.import_own_images()?;
+            phase("starting the node", |bar| {
+                self.import_own_images(bar)?;
                 host::run(
                     self.kubectl()?
                         .args(["apply", "--filename"])
@@ -240,7 +241,7 @@ impl Cluster {
     }
 
     /// The images that the cluster itself needs.
-    fn import_own_images(&self) -> Result<()> {
+    fn import_own_images(&self, bar: &ProgressBar) -> Result<()> {
         let present = host::output(self.ctr()?.args(["images", "list", "--quiet"]))?;
         for (program, reference) in [("pause", PAUSE_IMAGE), ("fixture-server", FIXTURE_SERVER_IMAGE)] {
             if present.lines().any(|line| line == reference) {
@@ -255,7 +256,7 @@ impl Cluster {
                     .arg("--out")
                     .arg(&archive),
             )?;
-            import_images(std::slice::from_ref(&archive))?;
+            import_images(std::slice::from_ref(&archive), bar)?;
             fs::remove_file(&archive)?;
         }
         Ok(())
@@ -280,7 +281,15 @@ impl Cluster {
         phase(&format!("removing the cluster in {}", self.run.display()), |_| {
             let supervisor = self.supervisor();
             // Whoever would start a thing anew goes before the thing.
-            supervisor.stop(&["kwok", "device-plugin", "volume-provisioner", "kubelet", "kube-proxy", "coredns"]);
+            supervisor.stop(&[
+                components::OPERATOR,
+                components::KWOK,
+                "device-plugin",
+                "volume-provisioner",
+                "kubelet",
+                "kube-proxy",
+                "coredns",
+            ]);
             supervisor.stop(&["kube-scheduler", "kube-controller-manager", "kube-apiserver", "containerd"]);
             supervisor.stop(&["etcd"]);
             if let Ok(text) = fs::read_to_string(self.run.join("before.json")) {

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use super::host::{self, Before};
 use super::network;
 use super::process::Process;
+use crate::workspace;
 
 /// Name of the CNI network: its rules carry it in their comments.
 pub(super) const CNI_NETWORK: &str = "plimsoll";
@@ -139,7 +140,7 @@ fn remove_cgroup(cgroup: &Path) -> Result<()> {
 
 /// The rules of `iptables` or `ip6tables` as its -save program prints them; nothing where there are none to save.
 pub(super) fn saved_rules(family: &str) -> String {
-    let Some(program) = host::find_program(&format!("{family}-save")) else {
+    let Some(program) = workspace::find_program(&format!("{family}-save")) else {
         return String::new();
     };
     host::output(&mut Command::new(program)).unwrap_or_default()
@@ -151,7 +152,7 @@ fn remove_rules(family: &str, keep_foreign_cni: bool) -> Result<()> {
     if kept == saved {
         return Ok(());
     }
-    let program = host::find_program(&format!("{family}-restore")).context("iptables-restore is missing")?;
+    let program = workspace::find_program(&format!("{family}-restore")).context("iptables-restore is missing")?;
     let mut child = Command::new(program).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     child.stdin.take().expect("a pipe").write_all(kept.as_bytes())?;
     let output = child.wait_with_output()?;

@@ -3,7 +3,7 @@
 //! It works on every cluster that kubectl works on: no node port, load balancer or route is needed, and a rollout does not break it.
 
 use std::io::{BufRead as _, BufReader, Read};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -16,9 +16,14 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Most bytes of an answer.
 const ANSWER_BYTES_MAX: u64 = 64 << 20;
 
-/// A running `kubectl proxy`; it ends with this.
+/// What keeps a program while somebody holds the other end of its standard input, and ends it then: a process that is killed has no chance
+/// to end its children, but its pipes close. A signal that all of a terminal's processes get must not end the shell first. The program's output
+/// must end with the program, so the shell gives its own away.
+const KEEPER: &str = r#""$@" & child=$!; trap '' HUP INT TERM; exec >/dev/null; read -r _; kill "$child" 2>/dev/null; wait"#;
+
+/// A running `kubectl proxy`; it ends with this, and with this process however that ends.
 pub(super) struct Gateway {
-    proxy: Child,
+    keeper: Child,
     client: Client,
 }
 
@@ -30,16 +35,15 @@ impl Gateway {
     pub(super) fn open(target: &Target) -> Result<Self> {
         let mut command = target.kubectl()?;
         command.args(["proxy", "--address=127.0.0.1", "--port=0"]);
-        let mut proxy = command
-            .stdin(Stdio::null())
+        let mut keeper = kept(&command)
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot start `kubectl proxy`")?;
         let mut line = String::new();
-        BufReader::new(proxy.stdout.take().context("stdout is piped")?).read_line(&mut line)?;
+        BufReader::new(keeper.stdout.take().context("stdout is piped")?).read_line(&mut line)?;
         let Some((_, address)) = line.trim().rsplit_once(' ') else {
-            let _ = proxy.kill();
-            bail!("`kubectl proxy` ended with {}", proxy.wait()?);
+            end(&mut keeper);
+            bail!("`kubectl proxy` ended at once; what it said stands above");
         };
         let bounded = ureq::Agent::config_builder()
             .http_status_as_error(false)
@@ -54,7 +58,7 @@ impl Gateway {
             bounded: bounded.into(),
             endless: endless.into(),
         };
-        Ok(Self { proxy, client })
+        Ok(Self { keeper, client })
     }
 
     pub(super) fn client(&self) -> Client {
@@ -64,10 +68,35 @@ impl Gateway {
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        // It may have ended by itself; then there is nothing to do.
-        let _ = self.proxy.kill();
-        let _ = self.proxy.wait();
+        end(&mut self.keeper);
     }
+}
+
+/// `command` with a keeper before it.
+fn kept(command: &Command) -> Command {
+    let mut keeper = Command::new("sh");
+    keeper
+        .args(["-c", KEEPER, "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => keeper.env(name, value),
+            None => keeper.env_remove(name),
+        };
+    }
+    if let Some(folder) = command.get_current_dir() {
+        keeper.current_dir(folder);
+    }
+    keeper.stdin(Stdio::piped());
+    keeper
+}
+
+/// Ends what the keeper keeps, and the keeper.
+fn end(keeper: &mut Child) {
+    drop(keeper.stdin.take());
+    // It may have ended by itself; then there is nothing to do.
+    let _ = keeper.wait();
 }
 
 /// An HTTP client; clones share connections.
@@ -191,4 +220,55 @@ fn answer(path: &str, response: Result<ureq::http::Response<ureq::Body>, ureq::E
         location,
         body,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Starts a program that says its process id and lives on, below a keeper.
+    fn start() -> (Child, u32) {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo $$; exec sleep 600"]).env("ANY", "thing");
+        let mut keeper = kept(&command).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(keeper.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        (keeper, line.trim().parse().unwrap())
+    }
+
+    fn runs(process: u32) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        !status.is_empty() && !status.contains("State:\tZ")
+    }
+
+    #[test]
+    fn what_is_kept_ends_with_the_gateway() {
+        let (mut keeper, process) = start();
+        assert!(runs(process));
+        end(&mut keeper);
+        assert!(!runs(process));
+    }
+
+    #[test]
+    fn what_is_kept_ends_when_the_process_that_started_it_is_killed() {
+        // The pipe closes as the kernel closes it for a process that is killed.
+        let (mut keeper, process) = start();
+        drop(keeper.stdin.take());
+        let begun = Instant::now();
+        while runs(process) {
+            assert!(begun.elapsed() < Duration::from_secs(20), "it lives on");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn what_ends_at_once_is_noticed() {
+        let mut keeper = kept(&Command::new("false")).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(keeper.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "");
+        end(&mut keeper);
+    }
 }

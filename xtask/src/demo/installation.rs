@@ -57,7 +57,9 @@ fn values(delivery: &Delivery, archives: &[PathBuf]) -> Result<Vec<String>> {
     if let Delivery::Registry(registry) = delivery {
         values.push(format!("images.repository={registry}"));
     }
-    values.push(images::pod_annotation(archives, "operator", "operator")?);
+    for (image, key) in [("operator", "operator"), ("registry", "registry.internal")] {
+        values.push(images::pod_annotation(archives, image, key)?);
+    }
     Ok(values)
 }
 
@@ -144,7 +146,7 @@ fn uninstall(target: &Target) -> Result<()> {
 
 fn deliver(delivery: &Delivery, archives: &[PathBuf]) -> Result<()> {
     match delivery {
-        Delivery::Embedded => phase("putting the images on the node", |_| cluster::import_images(archives)),
+        Delivery::Embedded => phase("putting the images on the node", |bar| cluster::import_images(archives, bar)),
         Delivery::Loader { program, before, after } => {
             let log = workspace::target().join("demo/images.log");
             phase(&format!("putting the images on the nodes with {program}"), |bar| {

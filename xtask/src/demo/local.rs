@@ -2,8 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use plimsoll_package::report::Report;
@@ -11,53 +12,31 @@ use serde_json::Value;
 
 use super::digit::HeldOut;
 use super::gateway::Client;
-use super::{MODEL, manifest, record};
+use super::{MODEL, manifest, record, seconds_since};
 use crate::progress::phase;
 use crate::{images, onnxruntime, workspace};
+
+/// Runs of the bare optimiser, of which the median counts.
+const BARE_RUNS: usize = 3;
 
 /// Shows it.
 ///
 /// # Errors
 /// Where a program does not compile or fails.
 pub(super) fn run() -> Result<()> {
-    let models = workspace::root().join("tests/models/digits");
-    let data = models.join("digits-heldout.npz");
-    let held_out = HeldOut::read(&data)?;
+    let held_out = HeldOut::read(&data())?;
     let programs = images::programs(&["plimsoll-optimizer", "plimsoll-runtime"])?;
     let [optimizer, runtime] = &programs[..] else {
         bail!("two programs were asked for")
     };
-    // Models run without it, too: on tract alone.
-    let library = onnxruntime::library()
-        .map_err(|error| eprintln!("  without ONNX Runtime: {error:#}"))
-        .ok();
-    let program = |path: &Path| {
-        let mut command = Command::new(path);
-        if let Some(library) = &library {
-            command.env("ORT_DYLIB_PATH", library);
-        }
-        command
-    };
-
-    let work = workspace::target().join("demo");
+    let library = library();
+    let work = work()?;
     let package = work.join(MODEL);
-    fs::create_dir_all(&work)?;
-    let recipe = work.join("recipe.yaml");
-    fs::write(&recipe, manifest::recipe(&data.to_string_lossy())?)?;
     let report = phase("optimising digits-v1.onnx", |_| {
-        let mut command = program(optimizer);
-        command
-            .arg("optimize")
-            .arg(models.join("digits-v1.onnx"))
-            .arg("--recipe")
-            .arg(&recipe)
-            .arg("--output")
-            .arg(&package)
-            .arg("--json");
-        optimise(&mut command, &work.join("optimizer.log"))
+        optimise(optimizer, library.as_deref(), &work, &package)
     })?;
 
-    let mut command = program(runtime);
+    let mut command = program(runtime, library.as_deref());
     command
         .arg("serve")
         .arg(&package)
@@ -76,10 +55,67 @@ pub(super) fn run() -> Result<()> {
     Ok(())
 }
 
-fn optimise(command: &mut Command, log: &Path) -> Result<Report> {
-    let output = command.stderr(File::create(log)?).output().context("cannot start the optimiser")?;
+/// Seconds that the optimiser takes on the first version of the model, from its start to its end: without a Job, a registry or a network.
+///
+/// # Errors
+/// Where it does not compile or fails.
+pub(super) fn bare_seconds() -> Result<f64> {
+    let optimizer = images::programs(&["plimsoll-optimizer"])?.remove(0);
+    let (library, work) = (library(), work()?);
+    let mut seconds = phase("the bare optimiser, to compare", |_| {
+        let run = |_| {
+            let begun = Instant::now();
+            optimise(&optimizer, library.as_deref(), &work, &work.join("bare"))?;
+            Ok(seconds_since(begun))
+        };
+        (0..BARE_RUNS).map(run).collect::<Result<Vec<f64>>>()
+    })?;
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[BARE_RUNS / 2])
+}
+
+fn data() -> PathBuf {
+    workspace::root().join("tests/models/digits/digits-heldout.npz")
+}
+
+/// ONNX Runtime's library. Models run without it, too: on tract alone.
+fn library() -> Option<PathBuf> {
+    onnxruntime::library()
+        .map_err(|error| eprintln!("  without ONNX Runtime: {error:#}"))
+        .ok()
+}
+
+/// The folder of what is made here.
+fn work() -> Result<PathBuf> {
+    let work = workspace::target().join("demo");
+    fs::create_dir_all(&work)?;
+    Ok(work)
+}
+
+fn program(path: &Path, library: Option<&Path>) -> Command {
+    let mut command = Command::new(path);
+    if let Some(library) = library {
+        command.env("ORT_DYLIB_PATH", library);
+    }
+    command
+}
+
+/// Optimises the first version of the model as the example says, into `package`.
+fn optimise(optimizer: &Path, library: Option<&Path>, work: &Path, package: &Path) -> Result<Report> {
+    let (recipe, log) = (work.join("recipe.yaml"), work.join("optimizer.log"));
+    fs::write(&recipe, manifest::recipe(&data().to_string_lossy())?)?;
+    let mut command = program(optimizer, library);
+    command
+        .arg("optimize")
+        .arg(workspace::root().join("tests/models/digits/digits-v1.onnx"))
+        .arg("--recipe")
+        .arg(&recipe)
+        .arg("--output")
+        .arg(package)
+        .arg("--json");
+    let output = command.stderr(File::create(&log)?).output().context("cannot start the optimiser")?;
     if !output.status.success() {
-        let text = fs::read_to_string(log).unwrap_or_default();
+        let text = fs::read_to_string(&log).unwrap_or_default();
         bail!(
             "the optimiser failed with {}: {}",
             output.status,

@@ -32,6 +32,10 @@ pub(super) struct Record {
     latency_us_before: Option<f64>,
     latency_us_after: Option<f64>,
     pub(super) seconds_by_phase: BTreeMap<&'static str, f64>,
+    /// From the first step's beginning to the last one's end in the Job, with fetching and publishing; absent where the artifact was there.
+    job_steps_s: Option<f64>,
+    /// The bare optimiser on the same model, data and recipe: from local files to a package in a folder.
+    bare_optimizer_s: Option<f64>,
     pub(super) nodes: String,
     endpoint: String,
     revisions: Vec<RevisionRecord>,
@@ -68,6 +72,8 @@ impl Record {
             latency_us_before: summary.latency.map(|latency| latency.before_us),
             latency_us_after: summary.latency.map(|latency| latency.after_us),
             seconds_by_phase: BTreeMap::new(),
+            job_steps_s: None,
+            bare_optimizer_s: None,
             nodes: String::new(),
             endpoint: first.endpoint.clone(),
             revisions: vec![RevisionRecord::of(first)],
@@ -76,6 +82,12 @@ impl Record {
             first_failure: None,
             report,
         }
+    }
+
+    /// Adds what the Job's steps took, and the bare optimiser.
+    pub(super) fn compared(&mut self, job_s: f64, bare_s: f64) {
+        self.job_steps_s = Some(job_s);
+        self.bare_optimizer_s = Some(bare_s);
     }
 
     /// Adds the second version, the way back, and what the clients saw meanwhile.
@@ -106,6 +118,10 @@ impl Record {
         table.add_row(["apply to Ready", "", &format!("{:.2} s{found}", self.apply_to_ready_s)]);
         for (share, seconds) in timeline::shares(&self.seconds_by_phase) {
             table.add_row([&format!("  {share}"), "", &format!("{seconds:.2} s")]);
+        }
+        if let (Some(job), Some(bare)) = (self.job_steps_s, self.bare_optimizer_s) {
+            let over = format!("{:+.2} s ({job:.2} s, bare {bare:.2} s)", job - bare);
+            table.add_row(["the Job's steps over the bare optimiser", "", &over]);
         }
         table.add_row([
             "first prediction",

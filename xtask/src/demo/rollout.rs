@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::gateway::{Client, Gateway};
 use super::target::Target;
 use super::{MODEL, NAMESPACE, manifest, seconds_since};
-use crate::progress::phase;
+use crate::progress::{Amount, Unit, phase, show};
 
 /// Longest way from apply to Ready: the first one on a cluster may have to pull images.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -133,7 +133,15 @@ impl<'a> Rollout<'a> {
             let say = |words: &str| {
                 bar.suspend(|| eprintln!("    {:6.2} s  {words}", seconds_since(begun)));
             };
-            follow(&receiver, begun, applied_at, generation, say)
+            let steps = |done| {
+                let amount = Amount {
+                    done,
+                    total: JOB_STEPS,
+                    unit: Unit::Things("steps of the Job"),
+                };
+                show(bar, &amount, "");
+            };
+            follow(&receiver, begun, applied_at, generation, say, steps)
         })
     }
 
@@ -163,7 +171,17 @@ impl<'a> Rollout<'a> {
     }
 }
 
-fn follow(receiver: &Receiver<Seen>, begun: Instant, applied_at: SystemTime, generation: i64, say: impl Fn(&str)) -> Result<Served> {
+/// Containers of the Job's pod, one a step.
+const JOB_STEPS: u64 = 5;
+
+fn follow(
+    receiver: &Receiver<Seen>,
+    begun: Instant,
+    applied_at: SystemTime,
+    generation: i64,
+    say: impl Fn(&str),
+    steps: impl Fn(u64),
+) -> Result<Served> {
     let mut seen = Vec::new();
     let mut said = String::new();
     loop {
@@ -172,6 +190,14 @@ fn follow(receiver: &Receiver<Seen>, begun: Instant, applied_at: SystemTime, gen
             Err(RecvTimeoutError::Timeout) => bail!("not Ready after {} s; last said: {said}", PATIENCE.as_secs()),
             Err(RecvTimeoutError::Disconnected) => bail!("the watch of the cluster broke off; last said: {said}"),
         };
+        if event.what == Watched::Pod && event.object["metadata"]["labels"]["app.kubernetes.io/component"] == "optimizer" {
+            let statuses = event.object["status"]["containerStatuses"].as_array();
+            let ended = statuses
+                .into_iter()
+                .flatten()
+                .filter(|status| status["state"]["terminated"].is_object());
+            steps(ended.count() as u64);
+        }
         let standing = (event.what == Watched::Model)
             .then(|| Standing::of(&event.object, generation))
             .flatten();
@@ -272,7 +298,9 @@ mod tests {
             })
             .unwrap();
         drop(sender);
-        let error = follow(&receiver, Instant::now(), SystemTime::now(), 1, |_| ()).err().unwrap();
+        let error = follow(&receiver, Instant::now(), SystemTime::now(), 1, |_| (), |_| ())
+            .err()
+            .unwrap();
         assert!(error.to_string().contains("broke off; last said: Serving"), "{error}");
     }
 }

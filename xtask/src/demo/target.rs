@@ -42,15 +42,7 @@ impl Target {
             eprintln!("  using the cluster of {}", target.kubeconfig_text());
             return Ok(target);
         }
-        cluster::can_run().map_err(|reasons| {
-            anyhow::anyhow!(
-                "no cluster to show this on: {reasons}.\nThree ways out:\n  \
-                 1. a cluster that you have: `cargo xtask demo --kubeconfig FILE` (or KUBECONFIG)\n  \
-                 2. kind or k3d: `kind create cluster`, then `cargo xtask demo --kubeconfig ~/.kube/config`\n  \
-                 3. a Linux machine with root, where the demo starts a Kubernetes of its own\n\
-                 Without any of them, `cargo xtask demo --local` shows the same model without a cluster."
-            )
-        })?;
+        cluster::can_run().map_err(|reasons| anyhow::anyhow!(cluster::ways_out(&reasons)))?;
         Ok(Self {
             embedded: true,
             kubeconfig: embedded_kubeconfig().into(),
@@ -159,10 +151,18 @@ impl Target {
 
     /// For a foreign cluster the user's own program is taken, which fits its version and its ways of signing in.
     fn tool(&self, name: &'static str) -> Result<Command> {
-        let own = (!self.embedded).then(|| find_program(name)).flatten();
-        let mut command = Command::new(own.map_or_else(|| cluster::tool(name), Ok)?);
+        let own = (!self.embedded).then(|| workspace::find_program(name)).flatten();
+        Ok(self.command(own.map_or_else(|| cluster::tool(name), Ok)?))
+    }
+
+    fn command(&self, program: PathBuf) -> Command {
+        let mut command = Command::new(program);
         command.env("KUBECONFIG", &self.kubeconfig).current_dir(workspace::root());
-        Ok(command)
+        if let [file] = &std::env::split_paths(&self.kubeconfig).collect::<Vec<_>>()[..] {
+            // For whoever looks at the processes; KUBECONFIG can name several files, the flag one.
+            command.arg("--kubeconfig").arg(file);
+        }
+        command
     }
 
     /// What a call of kubectl prints.
@@ -270,9 +270,26 @@ fn embedded_kubeconfig() -> PathBuf {
     workspace::cache().join("cluster/run/admin.conf")
 }
 
-fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|folder| folder.join(name))
-        .find(|file| file.is_file())
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments_of(kubeconfig: &str) -> Vec<OsString> {
+        let target = Target {
+            embedded: false,
+            kubeconfig: kubeconfig.into(),
+        };
+        // Of a cluster that is not the embedded one the user's own program is taken, whatever it is.
+        let command = target.command("kubectl".into());
+        command.get_args().map(ToOwned::to_owned).collect()
+    }
+
+    #[test]
+    fn every_call_names_the_file_of_the_cluster() {
+        assert_eq!(arguments_of("/tmp/one.yaml"), ["--kubeconfig", "/tmp/one.yaml"]);
+        assert!(
+            arguments_of("/tmp/one.yaml:/tmp/two.yaml").is_empty(),
+            "a list of files is in the environment alone"
+        );
+    }
 }

@@ -64,6 +64,18 @@ pub(super) fn seconds_by_phase(target: &Target, served: &Served, report: &Report
     Ok(phases)
 }
 
+/// From the first line of the Job's steps to the last, in seconds; `None` where they published nothing.
+///
+/// # Errors
+/// Where the cluster does not give the pod's logs.
+pub(super) fn job_seconds(target: &Target, served: &Served) -> Result<Option<f64>> {
+    let Some((pod, _)) = newest_pod(&served.seen, "optimizer").filter(|_| served.published()) else {
+        return Ok(None);
+    };
+    let lines = lines(target, &pod)?;
+    Ok(lines.first().zip(lines.last()).map(|(first, last)| seconds(first.at, last.at)))
+}
+
 /// What the phases come to: the optimiser, pods starting (kubelet and container runtime, the model's load among it), and waiting.
 pub(super) fn shares(phases: &BTreeMap<&'static str, f64>) -> [(&'static str, f64); 3] {
     let sum = |names: &[&str]| {

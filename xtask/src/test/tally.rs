@@ -58,6 +58,24 @@ impl Tally {
         }
     }
 
+    /// Runs a `go test -v` and counts its tests.
+    ///
+    /// # Errors
+    /// Where it fails without naming a failed test: it did not compile.
+    pub(super) fn go_test(&mut self, what: &str, command: &mut Command, log: &Path) -> Result<()> {
+        let result = phase(what, |bar| run_logged(command, log, bar));
+        let output = fs::read_to_string(log).unwrap_or_default();
+        let (passed, failed) = go_tests(&output);
+        self.passed += passed;
+        match result {
+            Err(error) if failed.is_empty() => return Err(error),
+            Err(error) => eprintln!("{error:#}"),
+            Ok(()) => {}
+        }
+        self.failed.extend(failed.into_iter().map(|name| format!("{what}: {name}")));
+        Ok(())
+    }
+
     /// Prints what was skipped and what failed, and the line that sums it up.
     pub(super) fn print(&self) {
         for skipped in &self.skipped {
@@ -82,9 +100,22 @@ fn count(summary: &str, word: &str) -> usize {
     found.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
 }
 
+/// How many tests of a `go test -v` passed, and which failed; a test's own parts are not counted.
+fn go_tests(output: &str) -> (usize, Vec<String>) {
+    let ended = |verdict: &'static str| output.lines().filter_map(move |line| line.strip_prefix(verdict));
+    let failed = ended("--- FAIL: ").map(|rest| rest.split(' ').next().unwrap_or(rest).to_owned());
+    (ended("--- PASS: ").count(), failed.collect())
+}
+
 #[cfg(test)]
 mod tests {
-    use super::count;
+    use super::{count, go_tests};
+
+    #[test]
+    fn the_tests_of_go_are_read_without_their_parts() {
+        let output = "=== RUN   TestA\n    --- PASS: TestA/part (0.00s)\n--- PASS: TestA (0.01s)\n--- FAIL: TestB (0.00s)\nFAIL\n";
+        assert_eq!(go_tests(output), (1, vec!["TestB".to_owned()]));
+    }
 
     #[test]
     fn the_counts_of_libtest_are_read() {

@@ -1,4 +1,4 @@
-package main
+package helper
 
 import (
 	"context"
@@ -35,7 +35,7 @@ type volumes struct {
 // item is a claim (with a namespace) or a volume (without).
 type item struct{ namespace, name string }
 
-func provisionVolumes(arguments []string) error {
+func ProvisionVolumes(arguments []string) error {
 	flags := flag.NewFlagSet("volume-provisioner", flag.ExitOnError)
 	kubeconfig := flags.String("kubeconfig", "", "the kubeconfig")
 	node := flags.String("node", "", "name of the node that has the folder")

@@ -1,4 +1,4 @@
-package main
+package helper
 
 import (
 	"crypto/tls"
@@ -13,10 +13,10 @@ import (
 
 const pollInterval = 50 * time.Millisecond
 
-// checkHealth asks each NAME=URL once, or with --wait again and again until all answer with 200, and prints a line `NAME ok` or
+// CheckHealth asks each NAME=URL once, or with --wait again and again until all answer with 200, and prints a line `NAME ok` or
 // `NAME REASON` for each. The components serve their health with certificates of their own making, and tell nobody any secret: the
 // certificates are not checked.
-func checkHealth(arguments []string) error {
+func CheckHealth(arguments []string) error {
 	flags := flag.NewFlagSet("health", flag.ExitOnError)
 	wait := flags.Duration("wait", 0, "how long to wait for all to be healthy")
 	if err := flags.Parse(arguments); err != nil {

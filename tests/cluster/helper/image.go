@@ -1,4 +1,4 @@
-package main
+package helper
 
 import (
 	"archive/tar"
@@ -14,9 +14,9 @@ import (
 	"runtime"
 )
 
-// writeImage packs one static program as an image archive that containerd imports: `image --program FILE --name REFERENCE --out FILE`.
+// WriteImage packs one static program as an image archive that containerd imports: `image --program FILE --name REFERENCE --out FILE`.
 // The image's entry point is the program, its user 65532; the same program gives the same bytes.
-func writeImage(arguments []string) error {
+func WriteImage(arguments []string) error {
 	flags := flag.NewFlagSet("image", flag.ExitOnError)
 	program := flags.String("program", "", "the static program")
 	name := flags.String("name", "", "the image's reference, with its tag")

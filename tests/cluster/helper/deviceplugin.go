@@ -1,4 +1,4 @@
-package main
+package helper
 
 import (
 	"context"
@@ -27,9 +27,9 @@ type devices struct {
 	ids      []string
 }
 
-// serveDevices advertises --count devices named --resource to the kubelet until it is stopped. A kubelet that starts removes every
+// ServeDevices advertises --count devices named --resource to the kubelet until it is stopped. A kubelet that starts removes every
 // plugin's socket and forgets the plugin: that removal is the sign to register again.
-func serveDevices(arguments []string) error {
+func ServeDevices(arguments []string) error {
 	flags := flag.NewFlagSet("device-plugin", flag.ExitOnError)
 	resource := flags.String("resource", "nvidia.com/gpu", "name of the extended resource")
 	count := flags.Int("count", 4, "number of devices")

@@ -1,4 +1,4 @@
-package main
+package helper
 
 import (
 	"crypto"
@@ -39,9 +39,9 @@ type identity struct {
 	hasKubeconfig bool
 }
 
-// writePKI fills a folder with a CA, the certificates and kubeconfigs of all components, and the key that signs service account tokens.
+// WritePKI fills a folder with a CA, the certificates and kubeconfigs of all components, and the key that signs service account tokens.
 // The folder appears only when it is whole, so that an interrupted run leaves nothing half made.
-func writePKI(arguments []string) error {
+func WritePKI(arguments []string) error {
 	flags := flag.NewFlagSet("pki", flag.ExitOnError)
 	out := flags.String("out", "", "folder to write; left as it is where it exists")
 	server := flags.String("server", "", "the apiserver's URL, for the kubeconfigs")

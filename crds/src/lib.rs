@@ -15,7 +15,7 @@ mod runtime;
 mod source;
 
 pub use accelerator::{Accelerator, Fallback};
-pub use autoscaling::{Autoscaling, MetricTarget, ScaleMetric};
+pub use autoscaling::{Autoscaling, MetricTarget, PolicySelection, ScaleMetric, ScalingBehavior, ScalingPolicy, ScalingRules, ScalingUnit};
 pub use condition::ConditionType;
 pub use model_deployment::{ModelDeployment, ModelDeploymentSpec, ModelDeploymentStatus};
 pub use model_revision::{ModelRevision, ModelRevisionSpec, ModelRevisionStatus, RevisionPhase, RevisionTemplate};

@@ -142,9 +142,9 @@ pub struct PodOverlay {
     #[schemars(length(min = 1, max = 253))]
     pub priority_class_name: Option<String>,
 
-    /// More environment variables, of plain values. At most 64.
+    /// More environment variables, of plain values, each name once. At most 64.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64))]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]), length(max = 64))]
     pub env: Vec<EnvironmentVariable>,
 }
 

@@ -1,25 +1,31 @@
-//! The only writer of the cluster: makes true what was decided, and writes nothing where it already is.
+//! The only writer of the cluster: makes true what was decided, by server-side apply under one name, and writes nothing where it already is.
 
 use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::batch::v1::Job;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Api, Client, Resource, ResourceExt as _};
-use plimsoll_crds::{ModelDeployment, ModelRevision};
+use plimsoll_crds::{MODEL_LABEL, ModelDeployment, ModelRevision};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::build;
-use crate::decide::Plan;
+use crate::decide::optimization::Trouble;
+use crate::decide::reason::Reason;
+use crate::decide::{JobPlan, Plan};
+use crate::metrics::Metrics;
 use crate::observe::Observed;
 use crate::settings::Settings;
 
 /// The operator's name as a field manager.
 pub const FIELD_MANAGER: &str = "plimsoll";
+
+/// Longest note of an Event, in bytes: the API's limit.
+const NOTE_BYTES_MAX: usize = 1024;
 
 /// A write that failed.
 #[derive(Debug, thiserror::Error, strum::IntoStaticStr)]
@@ -38,13 +44,37 @@ pub enum Error {
         source: Box<kube::Error>,
     },
     /// An object of that name belongs to somebody else.
-    #[error("{kind} `{name}` exists and is not this ModelDeployment's; rename or delete it, or rename the ModelDeployment")]
+    #[error(
+        "{kind} `{name}` exists and is not this ModelDeployment's; delete it, which is noticed within five minutes, or rename the ModelDeployment"
+    )]
     NameTaken {
         /// The kind.
         kind: String,
         /// The name.
         name: String,
     },
+}
+
+impl Error {
+    /// What people are told of it; `None` where it is likely to pass by itself: the apiserver is busy or away, or another write came first.
+    #[must_use]
+    pub fn trouble(&self) -> Option<Trouble> {
+        /// Not there any more, too slow, in conflict, too many.
+        const PASSING: [u16; 4] = [404, 408, 409, 429];
+        match self {
+            Self::NameTaken { .. } => Some(Trouble {
+                reason: Reason::NameTaken,
+                message: self.to_string(),
+            }),
+            Self::Write { source, .. } => match source.as_ref() {
+                kube::Error::Api(status) if (400..500).contains(&status.code) && !PASSING.contains(&status.code) => Some(Trouble {
+                    reason: Reason::WriteRefused,
+                    message: format!("{self}: {}", status.message),
+                }),
+                _ => None,
+            },
+        }
+    }
 }
 
 /// What applying needs besides the plan.
@@ -55,6 +85,8 @@ pub struct Writer<'a> {
     pub settings: &'a Settings,
     /// For Events.
     pub recorder: &'a Recorder,
+    /// The metrics.
+    pub metrics: &'a Metrics,
     /// The model.
     pub model: &'a ModelDeployment,
     /// What is there.
@@ -80,38 +112,34 @@ impl Writer<'_> {
             replicas,
             artifacts,
             delete_revisions,
-            revision_status,
-            status,
-            events,
+            revision_status: _,
+            status: _,
+            events: _,
             requeue_after: _,
         } = plan;
         let written = match revision {
             Some(revision) => Some(self.write_revision(revision).await?),
             None => None,
         };
-        let revision_named = |name: &str| {
-            let written = written.as_ref().filter(|written| written.name_any() == name).cloned();
-            written.or_else(|| {
-                self.observed
-                    .revisions
-                    .iter()
-                    .find(|revision| revision.name_any() == name)
-                    .map(|revision| ModelRevision::clone(revision))
-            })
-        };
         if let Some(job) = job
-            && let Some(revision) = revision_named(&job.revision.name_any())
+            && let Some(revision) = self.revision(&job.revision.name_any(), written.as_ref())
         {
-            let job = build::job::job(&crate::decide::JobPlan { revision, ..job.clone() }, self.settings);
-            self.create(&job).await?;
+            let revision = revision.clone();
+            let job = JobPlan { revision, ..job.clone() };
+            if self.write_once(&build::job::job(&job, self.settings)).await? {
+                self.metrics.job_started();
+                tracing::info!(job = job.name, attempt = job.attempt, "started an optimisation");
+            }
         }
         for name in delete_jobs {
             self.delete::<Job>(name).await?;
         }
         for (name, replicas) in replicas {
             let Some(artifact) = artifacts.get(name) else { continue };
-            let Some(revision) = revision_named(name) else { continue };
-            self.write_deployment(&revision, artifact, *replicas).await?;
+            let Some(revision) = self.revision(name, written.as_ref()) else {
+                continue;
+            };
+            self.write_deployment(revision, artifact, *replicas).await?;
         }
         self.write(&build::service::service(self.model), &self.observed.services).await?;
         self.write(
@@ -122,23 +150,36 @@ impl Writer<'_> {
         for policy in build::network_policy::network_policies(self.model, self.settings) {
             self.write(&policy, &self.observed.network_policies).await?;
         }
-        for (name, status) in revision_status {
-            let live = revision_named(name);
-            if live.as_ref().is_some_and(|live| live.status.as_ref() != Some(status)) {
-                self.write_status::<ModelRevision>(name, status).await?;
-            }
-        }
-        if self.model.status.as_ref() != Some(status) {
-            self.write_status::<ModelDeployment>(&self.model.name_any(), status).await?;
-        }
+        self.tell(plan, written.as_ref()).await?;
         for name in delete_revisions {
             self.delete::<ModelRevision>(name).await?;
         }
-        for notice in events {
+        Ok(())
+    }
+
+    /// Tells people where the model stands, in statuses and Events, and does nothing else of `plan`. `written` is the revision that this pass wrote.
+    ///
+    /// # Errors
+    /// The first status that cannot be written.
+    pub async fn tell(&self, plan: &Plan, written: Option<&ModelRevision>) -> Result<(), Error> {
+        for (name, status) in &plan.revision_status {
+            let live = self.revision(name, written);
+            if live.is_some_and(|live| live.status.as_ref() != Some(status)) {
+                self.write_status::<ModelRevision>(name, status).await?;
+            }
+        }
+        if self.model.status.as_ref() != Some(&plan.status) {
+            self.write_status::<ModelDeployment>(&self.model.name_any(), &plan.status).await?;
+        }
+        for notice in &plan.events {
             let event = Event {
-                type_: if notice.warning { EventType::Warning } else { EventType::Normal },
-                reason: notice.reason.clone(),
-                note: Some(notice.message.chars().take(1000).collect()),
+                type_: if notice.reason.is_bad() {
+                    EventType::Warning
+                } else {
+                    EventType::Normal
+                },
+                reason: notice.reason.to_string(),
+                note: Some(notice.message[..notice.message.floor_char_boundary(NOTE_BYTES_MAX)].to_owned()),
                 action: "Reconcile".into(),
                 secondary: None,
             };
@@ -155,6 +196,12 @@ impl Writer<'_> {
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>,
     {
         Api::namespaced(self.client.clone(), self.model.metadata.namespace.as_deref().unwrap_or_default())
+    }
+
+    /// The revision `name`, as it was just written or as it is observed.
+    fn revision<'a>(&'a self, name: &str, written: Option<&'a ModelRevision>) -> Option<&'a ModelRevision> {
+        let observed = self.observed.revisions.iter().map(AsRef::as_ref);
+        written.into_iter().chain(observed).find(|revision| revision.name_any() == name)
     }
 
     async fn write_revision(&self, revision: &ModelRevision) -> Result<ModelRevision, Error> {
@@ -177,42 +224,38 @@ impl Writer<'_> {
         let live = self.observed.deployments.iter().find(|deployment| deployment.name_any() == name);
         match live.map(|live| live.spec.as_ref().and_then(|spec| spec.replicas)) {
             Some(asked) if asked == Some(replicas) => Ok(()),
-            Some(_) => {
-                let patch = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
-                let patched = self
-                    .api::<Deployment>()
-                    .patch(
-                        &name,
-                        &PatchParams {
-                            field_manager: Some(FIELD_MANAGER.into()),
-                            ..PatchParams::default()
-                        },
-                        &patch,
-                    )
-                    .await;
-                patched.map(drop).map_err(failed::<Deployment>("scale", &name))
-            }
+            Some(_) => self.scale(&name, replicas).await,
             None => {
-                self.create(&build::deployment::deployment(revision, artifact, replicas, self.settings))
-                    .await
+                let deployment = build::deployment::deployment(revision, artifact, replicas, self.settings);
+                self.write_once(&deployment).await.map(drop)
             }
         }
     }
 
-    /// Creates what is named by its content; where it is there already, it is what it should be.
-    async fn create<K>(&self, object: &K) -> Result<(), Error>
+    /// Applies a Deployment's number alone. By the scale subresource, for an apply of the Deployment would have to repeat its pod template, with
+    /// all that it was made of, or take that away.
+    async fn scale(&self, name: &str, replicas: i32) -> Result<(), Error> {
+        let scale = json!({
+            "apiVersion": "autoscaling/v1", "kind": "Scale",
+            "metadata": { "name": name, "namespace": self.model.metadata.namespace }, "spec": { "replicas": replicas },
+        });
+        let parameters = PatchParams::apply(FIELD_MANAGER).force();
+        let scaled = self.api::<Deployment>().patch_scale(name, &parameters, &Patch::Apply(&scale)).await;
+        scaled.map(drop).map_err(failed::<Deployment>("scale", name))
+    }
+
+    /// Applies what is named by its content where it is not there yet. Where it is, though the watch has not told of it so far, it is what it
+    /// should be: no second Job is made, and the template of the first, which never changes, is left alone. Returns whether it was made.
+    async fn write_once<K>(&self, desired: &K) -> Result<bool, Error>
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug,
     {
-        let name = object.name_any();
-        let parameters = PostParams {
-            field_manager: Some(FIELD_MANAGER.into()),
-            ..PostParams::default()
-        };
-        match self.api::<K>().create(&parameters, object).await {
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-            created => created.map(drop).map_err(failed::<K>("create", &name)),
+        let name = desired.name_any();
+        if self.exists::<K>(&name).await? {
+            return Ok(false);
         }
+        let value = serde_json::to_value(desired).expect("an object serialises");
+        self.server_side_apply::<K>(&name, &value).await.map(|_| true)
     }
 
     /// Applies `desired` where the live object says anything else.
@@ -225,23 +268,24 @@ impl Writer<'_> {
         match live.iter().find(|live| live.name_any() == name) {
             Some(live) if covers(&serde_json::to_value(live.as_ref()).expect("an object serialises"), &value) => return Ok(()),
             Some(_) => {}
-            None => {
-                let found = self.api::<K>().get_opt(&name).await.map_err(failed::<K>("read", &name))?;
-                let ours = |found: &K| {
-                    found
-                        .owner_references()
-                        .iter()
-                        .any(|owner| Some(&owner.uid) == self.model.uid().as_ref())
-                };
-                if found.is_some_and(|found| !ours(&found)) {
-                    return Err(Error::NameTaken {
-                        kind: K::kind(&()).into_owned(),
-                        name,
-                    });
-                }
-            }
+            None => drop(self.exists::<K>(&name).await?),
         }
         self.server_side_apply::<K>(&name, &value).await.map(drop)
+    }
+
+    /// Whether an object of this model is there that the watch has not told of; an apply would take over one of somebody else's.
+    async fn exists<K>(&self, name: &str) -> Result<bool, Error>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
+    {
+        match self.api::<K>().get_opt(name).await.map_err(failed::<K>("read", name))? {
+            None => Ok(false),
+            Some(found) if found.labels().get(MODEL_LABEL) == self.model.metadata.name.as_ref() => Ok(true),
+            Some(_) => Err(Error::NameTaken {
+                kind: K::kind(&()).into_owned(),
+                name: name.to_owned(),
+            }),
+        }
     }
 
     async fn server_side_apply<K>(&self, name: &str, desired: &Value) -> Result<K, Error>
@@ -306,18 +350,4 @@ fn covers(live: &Value, desired: &Value) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_the_server_fills_in_is_no_difference() {
-        let desired = json!({ "spec": { "ports": [{ "port": 80 }], "selector": { "a": "b" } } });
-        let live = json!({ "spec": { "ports": [{ "port": 80, "protocol": "TCP" }], "selector": { "a": "b" }, "clusterIP": "10.0.0.1" }, "status": {} });
-        assert!(covers(&live, &desired));
-        assert!(!covers(
-            &json!({ "spec": { "ports": [{ "port": 81 }], "selector": { "a": "b" } } }),
-            &desired
-        ));
-        assert!(!covers(&json!({ "spec": { "selector": { "a": "b" } } }), &desired));
-    }
-}
+pub(crate) mod tests;

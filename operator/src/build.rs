@@ -5,8 +5,11 @@ pub mod disruption_budget;
 pub mod job;
 pub mod metadata;
 pub mod network_policy;
+pub mod pull_secrets;
 pub mod security;
 pub mod service;
 
+#[cfg(test)]
+mod fields;
 #[cfg(test)]
 mod golden;

@@ -1,21 +1,23 @@
 //! The wiring: watch stores, the reconcile loop, retries.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::StreamExt as _;
 use jiff::Timestamp;
-use kube::runtime::controller::{Action, Controller};
+use kube::runtime::controller::{self, Action, Controller};
 use kube::runtime::events::Recorder;
+use kube::runtime::reflector::ObjectRef;
 use kube::{Client, ResourceExt as _};
-use plimsoll_crds::{ConditionType, ModelDeployment, ModelDeploymentStatus};
+use plimsoll_crds::{ConditionType, ModelDeployment};
 use plimsoll_package::registry::Registry;
 use tracing::Instrument as _;
 
 use crate::apply::{self, Writer};
+use crate::backoff::Backoffs;
 use crate::decide::{Plan, decide};
 use crate::metrics::Metrics;
-use crate::observe::{Lookup, Lookups, Stores};
+use crate::observe::{Lookup, Lookups, Observed, Stores};
 use crate::settings::Settings;
 
 /// Most models that are worked on at once.
@@ -39,6 +41,15 @@ struct Scope {
     context: Arc<Context>,
     stores: Stores,
     lookups: Lookups,
+    backoffs: Backoffs,
+}
+
+impl Scope {
+    /// Forgets a model that is gone.
+    fn forget(&self, namespace: &str, name: &str) {
+        self.context.metrics.forget_model(namespace, name);
+        self.backoffs.reset(&ObjectRef::new(name).within(namespace));
+    }
 }
 
 /// A pass that failed.
@@ -60,14 +71,21 @@ pub async fn run(context: Arc<Context>, namespace: Option<String>, stop: impl Fu
         context,
         stores: stores.clone(),
         lookups: Lookups::default(),
+        backoffs: Backoffs::default(),
     });
     Controller::for_stream(models, stores.models())
-        .with_config(kube::runtime::controller::Config::default().concurrency(CONCURRENCY))
+        .with_config(controller::Config::default().concurrency(CONCURRENCY))
         .reconcile_on(children)
         .graceful_shutdown_on(stop)
-        .run(reconcile, retry, scope)
-        .map_err(|error| tracing::debug!(%error, "a pass did not run"))
-        .for_each(|_| async {})
+        .run(reconcile, retry, scope.clone())
+        .for_each(|result| {
+            match result {
+                Err(controller::Error::ObjectNotFound(gone)) => scope.forget(gone.namespace.as_deref().unwrap_or_default(), &gone.name),
+                Err(error) => tracing::debug!(%error, "a pass did not run"),
+                Ok(_) => {}
+            }
+            std::future::ready(())
+        })
         .await;
 }
 
@@ -81,6 +99,9 @@ async fn reconcile(model: Arc<ModelDeployment>, scope: Arc<Scope>) -> Result<Act
         generation = model.metadata.generation
     );
     let result = pass(&model, &scope).instrument(span).await;
+    if result.is_ok() {
+        scope.backoffs.reset(&ObjectRef::from_obj(model.as_ref()));
+    }
     scope
         .context
         .metrics
@@ -106,15 +127,27 @@ async fn pass(model: &ModelDeployment, scope: &Scope) -> Result<Action, Error> {
             _ => break (observed, plan),
         }
     };
-    report(model, &plan, &context.metrics);
     let writer = Writer {
         client: &context.client,
         settings: &context.settings,
         recorder: &context.recorder,
+        metrics: &context.metrics,
         model,
         observed: &observed,
     };
-    writer.apply(&plan).await?;
+    if let Err(error) = writer.apply(&plan).await {
+        if let Some(trouble) = error.trouble() {
+            let obstructed = Observed {
+                obstacle: Some(trouble),
+                ..observed.clone()
+            };
+            let plan = decide(model, &obstructed, &context.settings, Timestamp::now());
+            writer.tell(&plan, None).await?;
+            report(model, &plan, &context.metrics);
+        }
+        return Err(error.into());
+    }
+    report(model, &plan, &context.metrics);
     Ok(plan.requeue_after.map_or_else(Action::await_change, Action::requeue))
 }
 
@@ -134,56 +167,32 @@ async fn look_up(context: &Context, tag: &str) -> Lookup {
     }
 }
 
+/// Says where the model stands in metrics and, where it is news, in the log.
 fn report(model: &ModelDeployment, plan: &Plan, metrics: &Metrics) {
-    let (namespace, name) = (model.namespace().unwrap_or_default(), model.name_any());
-    let reason = |status: &ModelDeploymentStatus| {
-        status
-            .conditions
-            .iter()
-            .find(|condition| condition.type_ == ConditionType::Ready.to_string())
-            .map(|condition| condition.reason.clone())
-    };
-    let old = model.status.as_ref().and_then(reason);
-    match reason(&plan.status) {
-        Some(reason) => metrics.set_model(&namespace, &name, old.as_deref(), &reason),
-        None => metrics.forget_model(&namespace, &name, old.as_deref().unwrap_or_default()),
-    }
-    if let Some(job) = &plan.job {
-        metrics.job_started();
-        tracing::info!(job = job.name, attempt = job.attempt, "starting an optimisation");
+    let mut conditions = plan.status.conditions.iter();
+    if let Some(ready) = conditions.find(|condition| condition.type_ == ConditionType::Ready.to_string()) {
+        metrics.set_model(&model.namespace().unwrap_or_default(), &model.name_any(), &ready.reason);
     }
     for notice in &plan.events {
-        tracing::info!(reason = notice.reason, message = notice.message, "standing");
+        tracing::info!(reason = %notice.reason, message = notice.message, "standing");
     }
 }
 
 fn retry(model: Arc<ModelDeployment>, error: &Error, scope: Arc<Scope>) -> Action {
-    use std::error::Error as _;
-    let cause = error
-        .source()
-        .map(|cause| format!("{cause}: {}", cause.source().map(ToString::to_string).unwrap_or_default()));
-    let Error::Apply(failed) = error;
-    tracing::warn!(namespace = model.namespace(), name = %model.name_any(), cause, "a pass failed");
-    if let apply::Error::NameTaken { .. } = failed {
-        let context = scope.context.clone();
-        let (model, message) = (model.clone(), failed.to_string());
-        tokio::spawn(async move {
-            let event = kube::runtime::events::Event {
-                type_: kube::runtime::events::EventType::Warning,
-                reason: "NameTaken".into(),
-                note: Some(message),
-                action: "Reconcile".into(),
-                secondary: None,
-            };
-            let _ = context
-                .recorder
-                .publish(&event, &kube::Resource::object_ref(model.as_ref(), &()))
-                .await;
-        });
+    let wait = scope.backoffs.failed(ObjectRef::from_obj(model.as_ref()));
+    tracing::warn!(namespace = model.namespace(), name = %model.name_any(), cause = causes(error), wait_s = wait.as_secs_f64(), "a pass failed");
+    Action::requeue(wait)
+}
+
+/// What an error says, and what each of its sources adds.
+fn causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
     }
-    // Spread by name, so that many models do not come back at once.
-    let spread = model.name_any().bytes().map(u64::from).sum::<u64>() % 1000;
-    Action::requeue(Duration::from_millis(2000 + spread))
+    text
 }
 
 /// A trace id as of the W3C trace context: 16 random bytes in hex.
@@ -192,4 +201,79 @@ fn trace_id() -> String {
     // The standard library's hasher is keyed by the system's randomness, anew for each.
     let random = || std::hash::RandomState::new().build_hasher().finish();
     format!("{:016x}{:016x}", random(), random())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use kube::runtime::events::Reporter;
+    use plimsoll_package::registry::Access;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::apiserver::Apiserver;
+
+    const MODEL: &str = "/apis/plimsoll.dev/v1alpha1/namespaces/n/modeldeployments/m";
+
+    /// Runs the controller on a cluster with one model.
+    fn start(server: &Apiserver) {
+        plimsoll_package::registry::install_crypto_provider();
+        server.put(
+            MODEL,
+            json!({
+                "apiVersion": "plimsoll.dev/v1alpha1", "kind": "ModelDeployment",
+                "metadata": { "name": "m", "namespace": "n", "uid": "model", "generation": 1 },
+                "spec": { "source": { "uri": "oci://r.example/m:v1" } },
+            }),
+        );
+        let client = server.client();
+        let reporter = Reporter {
+            controller: "plimsoll-operator".into(),
+            instance: Some("test".into()),
+        };
+        let context = Context {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            settings: Settings::fixture(),
+            registry: Registry::new(Access::default()).unwrap(),
+            metrics: Arc::default(),
+        };
+        tokio::spawn(run(Arc::new(context), Some("n".into()), std::future::pending()));
+    }
+
+    async fn until(what: &str, holds: impl Fn() -> bool) {
+        let waited = tokio::time::timeout(Duration::from_secs(20), async {
+            while !holds() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        waited.await.unwrap_or_else(|_| panic!("waited in vain until {what}"));
+    }
+
+    fn condition(server: &Apiserver, kind: &str) -> Value {
+        let model = server.get(MODEL).unwrap();
+        let mut conditions = model["status"]["conditions"].as_array().into_iter().flatten();
+        conditions.find(|condition| condition["type"] == kind).cloned().unwrap_or_default()
+    }
+
+    #[tokio::test]
+    async fn a_model_that_cannot_have_its_name_is_stalled_until_the_name_is_free() {
+        let server = Apiserver::default();
+        let service = "/api/v1/namespaces/n/services/m";
+        server.put(service, json!({ "metadata": { "name": "m", "namespace": "n" } }));
+        start(&server);
+        until("it is stalled", || condition(&server, "Stalled")["status"] == "True").await;
+        let ready = condition(&server, "Ready");
+        assert_eq!((&ready["status"], &ready["reason"]), (&json!("False"), &json!("NameTaken")));
+        assert!(ready["message"].as_str().unwrap().starts_with("Service `m` exists"), "{ready}");
+        let news = || server.all::<k8s_openapi::api::events::v1::Event>("events");
+        until("an Event says so", || !news().is_empty()).await;
+        assert_eq!(news()[0].reason.as_deref(), Some("NameTaken"));
+
+        server.remove(service);
+        until("it goes on", || condition(&server, "Ready")["reason"] == "Optimizing").await;
+        assert_eq!(condition(&server, "Stalled")["status"], "False");
+        assert!(server.get(service).is_some());
+    }
 }

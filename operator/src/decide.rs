@@ -1,6 +1,7 @@
 //! The decision: from what is desired and what is observed to what shall be, as a pure function.
 
 pub mod optimization;
+pub mod reason;
 pub mod refusal;
 pub mod revision;
 pub mod rollout;
@@ -20,6 +21,7 @@ use plimsoll_crds::{ModelDeployment, ModelDeploymentStatus, ModelRevision, Model
 use crate::observe::Observed;
 use crate::settings::Settings;
 use optimization::Optimization;
+use reason::Reason;
 use revision::Revision;
 
 /// What shall be. What is not named is left as it is.
@@ -63,10 +65,8 @@ pub struct JobPlan {
 /// An Event in the making.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
-    /// Whether it is bad news.
-    pub warning: bool,
     /// The condition's reason.
-    pub reason: String,
+    pub reason: Reason,
     /// The condition's message.
     pub message: String,
 }
@@ -148,6 +148,6 @@ pub fn decide(model: &ModelDeployment, observed: &Observed, settings: &Settings,
     }
     plan.revision_status = status::revision_statuses(&situation);
     plan.revision_status.retain(|name, _| !plan.delete_revisions.contains(name));
-    plan.events = status::events(model.status.as_ref(), &plan.status);
+    plan.events = status::events(&situation, &plan.status);
     plan
 }

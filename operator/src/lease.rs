@@ -1,4 +1,6 @@
 //! Leadership by a `coordination.k8s.io` Lease: of several operators one writes, and another takes over when it goes.
+//!
+//! As in client-go, nobody compares clocks: a holder has fallen silent when *this* process has seen no change of the Lease for its duration.
 
 use std::time::Duration;
 
@@ -7,6 +9,7 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use kube::api::PostParams;
 use kube::{Api, Client};
+use tokio::time::Instant;
 
 /// How long a leader that falls silent keeps the Lease.
 const DURATION: Duration = Duration::from_secs(15);
@@ -19,6 +22,7 @@ const NAME: &str = "plimsoll-operator";
 pub struct Election {
     api: Api<Lease>,
     identity: String,
+    watched: Watched,
 }
 
 /// What came of a try to get or keep the Lease.
@@ -28,6 +32,30 @@ enum Outcome {
     NotHeld,
 }
 
+/// The holder's last sign of life, and when this process saw it.
+#[derive(Debug, Default)]
+struct Watched {
+    last: Option<(LeaseSpec, Instant)>,
+}
+
+impl Watched {
+    /// Whether the Lease is anybody's to take, as it is seen at `now`: it has no holder, or did not change for its duration.
+    fn is_free(&mut self, spec: &LeaseSpec, now: Instant) -> bool {
+        let since = match &self.last {
+            Some((last, since)) if last == spec => *since,
+            _ => {
+                self.last = Some((spec.clone(), now));
+                now
+            }
+        };
+        let duration_s = spec
+            .lease_duration_seconds
+            .and_then(|seconds| u64::try_from(seconds).ok())
+            .unwrap_or(0);
+        spec.holder_identity.as_deref().is_none_or(str::is_empty) || now.duration_since(since) > Duration::from_secs(duration_s)
+    }
+}
+
 impl Election {
     /// A candidate named `identity` for the Lease in `namespace`.
     #[must_use]
@@ -35,11 +63,12 @@ impl Election {
         Self {
             api: Api::namespaced(client, namespace),
             identity,
+            watched: Watched::default(),
         }
     }
 
     /// Waits until this process leads.
-    pub async fn acquire(&self) {
+    pub async fn acquire(&mut self) {
         loop {
             match self.attempt().await {
                 Ok(Outcome::Held) => return,
@@ -51,18 +80,20 @@ impl Election {
     }
 
     /// Keeps the Lease; returns once it is lost, after which this process must write nothing more.
-    pub async fn keep(&self) {
-        let mut renewed = tokio::time::Instant::now();
+    pub async fn keep(&mut self) {
+        let mut renewed = Instant::now();
         loop {
             tokio::time::sleep(RENEW).await;
-            match tokio::time::timeout(RENEW * 2, self.attempt()).await {
-                Ok(Ok(Outcome::Held)) => renewed = tokio::time::Instant::now(),
+            let begun = Instant::now();
+            // Well before anybody else may take over, who counts from the moment of the last write or later.
+            let deadline = renewed + DURATION * 2 / 3;
+            match tokio::time::timeout_at(deadline.min(begun + RENEW * 2), self.attempt()).await {
+                Ok(Ok(Outcome::Held)) => renewed = begun,
                 Ok(Ok(Outcome::NotHeld)) => return,
                 Ok(Err(error)) => tracing::warn!(%error, "cannot renew the lease"),
                 Err(_) => tracing::warn!("the lease's renewal timed out"),
             }
-            // Stop well before anybody else may take over.
-            if renewed.elapsed() > DURATION * 2 / 3 {
+            if renewed != begun && Instant::now() >= deadline {
                 return;
             }
         }
@@ -81,7 +112,7 @@ impl Election {
         }
     }
 
-    async fn attempt(&self) -> Result<Outcome, kube::Error> {
+    async fn attempt(&mut self) -> Result<Outcome, kube::Error> {
         let now = Timestamp::now();
         let Some(mut lease) = self.api.get_opt(NAME).await? else {
             let lease = Lease {
@@ -98,7 +129,7 @@ impl Election {
         if spec.holder_identity.as_deref() == Some(&self.identity) {
             let acquired = spec.acquire_time.map_or(now, |time| time.0);
             lease.spec = Some(self.held(acquired, now, transitions));
-        } else if is_free(&spec, now) {
+        } else if self.watched.is_free(&spec, Instant::now()) {
             lease.spec = Some(self.held(now, now, transitions + 1));
         } else {
             return Ok(Outcome::NotHeld);
@@ -119,15 +150,6 @@ impl Election {
     }
 }
 
-fn is_free(spec: &LeaseSpec, now: Timestamp) -> bool {
-    if spec.holder_identity.as_deref().is_none_or(str::is_empty) {
-        return true;
-    }
-    let Some(renewed) = &spec.renew_time else { return true };
-    let duration = Duration::from_secs(u64::try_from(spec.lease_duration_seconds.unwrap_or(0)).unwrap_or(0));
-    renewed.0 + duration < now
-}
-
 fn outcome(written: Result<Lease, kube::Error>) -> Result<Outcome, kube::Error> {
     match written {
         Ok(_) => Ok(Outcome::Held),
@@ -140,18 +162,47 @@ fn outcome(written: Result<Lease, kube::Error>) -> Result<Outcome, kube::Error> 
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_lease_is_free_once_its_holder_fell_silent_or_left() {
-        let now: Timestamp = "2026-01-01T12:00:00Z".parse().unwrap();
-        let election_time = |seconds: i64| Some(MicroTime(now - jiff::SignedDuration::from_secs(seconds)));
-        let spec = |holder: Option<&str>, silent| LeaseSpec {
+    fn lease(holder: Option<&str>, renewed: &str) -> LeaseSpec {
+        LeaseSpec {
             holder_identity: holder.map(Into::into),
             lease_duration_seconds: Some(15),
-            renew_time: election_time(silent),
+            renew_time: Some(MicroTime(renewed.parse().unwrap())),
             ..LeaseSpec::default()
-        };
-        assert!(!is_free(&spec(Some("a"), 14), now));
-        assert!(is_free(&spec(Some("a"), 16), now));
-        assert!(is_free(&spec(None, 1), now));
+        }
+    }
+
+    #[test]
+    fn a_holder_that_was_not_seen_to_change_the_lease_for_its_duration_has_fallen_silent() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut watched = Watched::default();
+        let first = lease(Some("a"), "2026-01-01T12:00:00Z");
+        assert!(!watched.is_free(&first, at(0)));
+        assert!(!watched.is_free(&first, at(15)));
+        let renewed = lease(Some("a"), "2026-01-01T12:00:14Z");
+        assert!(!watched.is_free(&renewed, at(16)), "it lives");
+        assert!(!watched.is_free(&renewed, at(31)));
+        assert!(watched.is_free(&renewed, at(32)));
+    }
+
+    #[test]
+    fn the_clock_of_the_holder_does_not_matter() {
+        let start = Instant::now();
+        for renewed in ["1999-01-01T00:00:00Z", "2999-01-01T00:00:00Z"] {
+            let mut watched = Watched::default();
+            let lease = lease(Some("a"), renewed);
+            assert!(!watched.is_free(&lease, start), "{renewed}: it may be alive, and its clock wrong");
+            assert!(
+                watched.is_free(&lease, start + Duration::from_secs(16)),
+                "{renewed}: it is silent, whatever it wrote"
+            );
+        }
+    }
+
+    #[test]
+    fn a_lease_that_was_given_up_is_free_at_once() {
+        let now = Instant::now();
+        assert!(Watched::default().is_free(&lease(None, "2026-01-01T12:00:00Z"), now));
+        assert!(Watched::default().is_free(&lease(Some(""), "2026-01-01T12:00:00Z"), now));
     }
 }

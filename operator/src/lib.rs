@@ -3,6 +3,7 @@
 //! [`observe`] is the only reader of the cluster and [`apply`] its only writer; [`decide`] and [`build`] are pure.
 
 pub mod apply;
+pub mod backoff;
 pub mod build;
 pub mod controller;
 pub mod decide;
@@ -11,3 +12,8 @@ pub mod lease;
 pub mod metrics;
 pub mod observe;
 pub mod settings;
+
+#[cfg(test)]
+mod apiserver;
+#[cfg(test)]
+mod permissions;

@@ -52,6 +52,9 @@ struct Flags {
     /// The runtime's image.
     #[arg(long)]
     runtime_image: String,
+    /// Name of a dockerconfigjson secret, in each model's namespace, that kubelets pull both with. May be repeated.
+    #[arg(long = "image-pull-secret")]
+    image_pull_secrets: Vec<String>,
     /// Pull policy of both.
     #[arg(long, default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     image_pull_policy: String,
@@ -138,7 +141,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     let context = Arc::new(context(&flags, &client, metrics.clone()).await?);
     ready.store(true, Ordering::Relaxed);
 
-    let election = lease::Election::new(client, &flags.lease_namespace, flags.pod_name.clone());
+    let mut election = lease::Election::new(client, &flags.lease_namespace, flags.pod_name.clone());
     let work = async {
         tokio::select! {
             () = election.acquire() => {}
@@ -166,6 +169,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
             () = election.keep() => anyhow::bail!("the lease was lost"),
         }
         election.release().await;
+        anyhow::ensure!(*stopped.borrow(), "a controller ended by itself");
         Ok(())
     };
     tokio::select! {
@@ -218,6 +222,7 @@ async fn context(flags: &Flags, client: &Client, metrics: Arc<metrics::Metrics>)
         extra_ca_config_map: flags.extra_ca_configmap.clone(),
         optimizer_image: flags.optimizer_image.clone(),
         runtime_image: flags.runtime_image.clone(),
+        image_pull_secrets: flags.image_pull_secrets.clone(),
         image_pull_policy: flags.image_pull_policy.clone(),
         image_volumes,
         max_fetch_size: flags.max_fetch_size.clone(),

@@ -1,5 +1,7 @@
 //! The operator's metrics, in Prometheus' text format.
 
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -28,6 +30,8 @@ pub struct Metrics {
     duration: Histogram,
     leader: Gauge,
     models: Family<ModelLabels, Gauge>,
+    /// The labels under which each model is in `models`, by namespace and name.
+    standing: Mutex<HashMap<(String, String), ModelLabels>>,
     jobs: Counter,
 }
 
@@ -39,6 +43,7 @@ impl Default for Metrics {
             duration: Histogram::new(exponential_buckets(0.001, 2.0, 14)),
             leader: Gauge::default(),
             models: Family::default(),
+            standing: Mutex::default(),
             jobs: Counter::default(),
             registry: Registry::default(),
         };
@@ -82,25 +87,28 @@ impl Metrics {
     }
 
     /// Says where a model stands; an earlier reason of it is forgotten.
-    pub fn set_model(&self, namespace: &str, name: &str, old: Option<&str>, reason: &str) {
-        let labels = |reason: &str| ModelLabels {
+    pub fn set_model(&self, namespace: &str, name: &str, reason: &str) {
+        let labels = ModelLabels {
             namespace: namespace.into(),
             name: name.into(),
             reason: reason.into(),
         };
-        if let Some(old) = old.filter(|old| *old != reason) {
-            self.models.remove(&labels(old));
+        self.models.get_or_create(&labels).set(1);
+        let old = self.standing().insert((namespace.into(), name.into()), labels.clone());
+        if let Some(old) = old.filter(|old| *old != labels) {
+            self.models.remove(&old);
         }
-        self.models.get_or_create(&labels(reason)).set(1);
     }
 
-    /// Forgets a model that is going, whose last reason was `reason`.
-    pub fn forget_model(&self, namespace: &str, name: &str, reason: &str) {
-        self.models.remove(&ModelLabels {
-            namespace: namespace.into(),
-            name: name.into(),
-            reason: reason.into(),
-        });
+    /// Forgets a model that is gone.
+    pub fn forget_model(&self, namespace: &str, name: &str) {
+        if let Some(labels) = self.standing().remove(&(namespace.to_owned(), name.to_owned())) {
+            self.models.remove(&labels);
+        }
+    }
+
+    fn standing(&self) -> MutexGuard<'_, HashMap<(String, String), ModelLabels>> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All of it as text.
@@ -110,5 +118,26 @@ impl Metrics {
         // Writing to a String cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_has_one_reason_at_a_time_and_none_once_it_is_gone() {
+        let metrics = Metrics::default();
+        let shown = || {
+            let text = metrics.encode();
+            let lines = text.lines().filter(|line| line.starts_with("plimsoll_operator_model{"));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        metrics.set_model("n", "m", "Optimizing");
+        metrics.set_model("n", "m", "Serving");
+        metrics.set_model("n", "m", "Serving");
+        assert_eq!(shown(), [r#"plimsoll_operator_model{namespace="n",name="m",reason="Serving"} 1"#]);
+        metrics.forget_model("n", "m");
+        assert!(shown().is_empty(), "{:?}", shown());
     }
 }

@@ -18,6 +18,8 @@ use plimsoll_package::digest::Digest;
 use plimsoll_package::report::Summary;
 use serde::de::DeserializeOwned;
 
+use crate::decide::optimization::Trouble;
+
 /// All that a decision about one model may look at.
 #[derive(Debug, Clone, Default)]
 pub struct Observed {
@@ -37,6 +39,8 @@ pub struct Observed {
     pub network_policies: Vec<Arc<NetworkPolicy>>,
     /// What the registry answered, by tag.
     pub lookups: BTreeMap<String, Lookup>,
+    /// Why a write cannot be made, as an attempt has just shown: no watch tells of that.
+    pub obstacle: Option<Trouble>,
 }
 
 /// What the registry answered about a tag.
@@ -162,6 +166,7 @@ impl Stores {
             disruption_budgets: owned(&self.disruption_budgets, model),
             network_policies: owned(&self.network_policies, model),
             lookups,
+            obstacle: None,
         }
     }
 }

@@ -21,6 +21,8 @@ pub struct Settings {
     pub optimizer_image: String,
     /// The runtime's image.
     pub runtime_image: String,
+    /// Names of the secrets, in the model's namespace, that kubelets pull both with.
+    pub image_pull_secrets: Vec<String>,
     /// Pull policy of both: `Always`, `IfNotPresent` or `Never`.
     pub image_pull_policy: String,
     /// Whether the cluster mounts OCI images as volumes.
@@ -43,6 +45,7 @@ impl Settings {
             extra_ca_config_map: None,
             optimizer_image: "ghcr.io/plimsoll-dev/optimizer:0.1.0".into(),
             runtime_image: "ghcr.io/plimsoll-dev/runtime:0.1.0".into(),
+            image_pull_secrets: vec![],
             image_pull_policy: "IfNotPresent".into(),
             image_volumes: true,
             max_fetch_size: "100Gi".parse().expect("a size"),

@@ -11,12 +11,15 @@ use serde_json::Value;
 use crate::{cluster, workspace};
 
 mod manifest;
+mod permissions;
+mod release;
 
 /// The release that the chart is rendered for.
 const NAMESPACE: &str = "plimsoll-system";
 
 /// Lints and renders the chart with each file of its `ci/`, and checks what comes out: every field is one that Kubernetes has, pods fit the
-/// restricted Pod Security Standard, no role names Secrets, a namespaced release has nothing cluster-wide. Returns the number of checks.
+/// restricted Pod Security Standard, roles grant what is used and never Secrets, a namespaced release has nothing cluster-wide, and the release
+/// is what its values say. Returns the number of checks.
 ///
 /// # Errors
 /// Names everything that is wrong.
@@ -29,6 +32,7 @@ pub(crate) fn check() -> Result<usize> {
         "the chart's CRDs are those of crds/yaml",
         same_files(&workspace::root().join("crds/yaml"), &chart.join("files/crds")),
     );
+    let defaults = yaml(&chart.join("values.yaml"))?;
     for values in values_files(&chart)? {
         let name = values.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         checks.add(
@@ -36,7 +40,18 @@ pub(crate) fn check() -> Result<usize> {
             run(Command::new(&helm).arg("lint").arg("--strict").arg(&chart).arg("-f").arg(&values)).map(drop),
         );
         match render(&helm, &chart, &["-f", &values.to_string_lossy()]) {
-            Ok(manifests) => check_manifests(&mut checks, &name, &manifests),
+            Ok(manifests) => {
+                check_manifests(&mut checks, &name, &manifests);
+                let values = release::merged(&defaults, &yaml(&values)?);
+                checks.add(
+                    &format!("{name}: the operator may do what it does"),
+                    permissions::check(&chart, &values, &manifests),
+                );
+                let release = release::Release { values, manifests };
+                for (proves, check) in release::CHECKS {
+                    checks.add(&format!("{name}: {proves}"), check(&release));
+                }
+            }
             Err(error) => checks.add(&format!("{name}: render"), Err(error)),
         }
     }
@@ -48,6 +63,8 @@ pub(crate) fn check() -> Result<usize> {
             "registry.internal.enabled=false",
         ),
         ("models.maxFetchSize=lots", "does not match pattern"),
+        ("models.imagePullSecrets={Not_A_Name}", "does not match pattern"),
+        ("metrics.podMonitor.interval=often", "does not match pattern"),
     ] {
         checks.add(&format!("--set {set} is refused"), refused(&helm, &chart, set, message));
     }
@@ -130,9 +147,13 @@ fn check_manifests(checks: &mut Checks, values: &str, manifests: &[Value]) {
     }
 }
 
+fn yaml(path: &Path) -> Result<Value> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_yaml_ng::from_str(&text).with_context(|| format!("{} is no YAML", path.display()))
+}
+
 fn versions(chart: &Path) -> Result<()> {
-    let text = fs::read_to_string(chart.join("Chart.yaml"))?;
-    let parsed: Value = serde_yaml_ng::from_str(&text)?;
+    let parsed = yaml(&chart.join("Chart.yaml"))?;
     for key in ["version", "appVersion"] {
         ensure!(
             parsed[key] == env!("CARGO_PKG_VERSION"),

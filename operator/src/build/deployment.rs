@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment};
 use k8s_openapi::api::core::v1::{
-    Container, ContainerPort, EmptyDirVolumeSource, EnvVar, HTTPGetAction, ImageVolumeSource, LocalObjectReference, PodSpec,
-    PodTemplateSpec, Probe, ResourceRequirements, SecretVolumeSource, Toleration, Volume, VolumeMount,
+    Container, ContainerPort, EmptyDirVolumeSource, EnvVar, HTTPGetAction, ImageVolumeSource, PodSpec, PodTemplateSpec, Probe,
+    ResourceRequirements, SecretVolumeSource, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
@@ -14,6 +14,7 @@ use kube::ResourceExt as _;
 use plimsoll_crds::{Accelerator, EngineChoice, ModelRevision, Runtime};
 
 use super::metadata::{Component, metadata, model_name, revision_labels};
+use super::pull_secrets::pull_secrets;
 use super::security;
 use crate::settings::Settings;
 
@@ -62,10 +63,7 @@ pub fn deployment(revision: &ModelRevision, artifact: &str, replicas: i32, setti
         enable_service_links: Some(false),
         security_context: Some(security::pod()),
         termination_grace_period_seconds: Some(40),
-        image_pull_secrets: settings
-            .registry_pull_secret
-            .as_ref()
-            .map(|name| vec![LocalObjectReference { name: name.clone() }]),
+        image_pull_secrets: pull_secrets(settings, settings.registry_pull_secret.as_ref()),
         node_selector: accelerator.map(node_labels).filter(|labels| !labels.is_empty()),
         tolerations: Some(tolerations).filter(|tolerations| !tolerations.is_empty()),
         affinity: overlay.affinity.clone(),

@@ -68,6 +68,7 @@ fn a_revision() {
 fn the_optimisation_job() {
     let settings = Settings {
         registry_push_secret: Some("push".into()),
+        image_pull_secrets: vec!["mirror".into()],
         extra_ca_config_map: Some("roots".into()),
         ..Settings::fixture()
     };
@@ -101,6 +102,7 @@ fn the_deployment_with_an_init_container() {
     let settings = Settings {
         image_volumes: false,
         registry_pull_secret: Some("pull".into()),
+        image_pull_secrets: vec!["mirror".into(), "pull".into()],
         ..Settings::fixture()
     };
     insta::assert_yaml_snapshot!(deployment::deployment(&model_revision(&settings), "sha256:77e0", 2, &settings));

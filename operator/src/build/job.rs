@@ -16,6 +16,7 @@ use plimsoll_package::recipe::{Dataset, INPUTS_ENV, Optimization};
 use plimsoll_package::report::exit_code;
 
 use super::metadata::{Component, metadata, revision_labels};
+use super::pull_secrets::pull_secrets;
 use super::security;
 use crate::decide::JobPlan;
 use crate::decide::optimization::{ATTEMPT_LABEL, deadline, inputs};
@@ -63,6 +64,7 @@ pub fn job(plan: &JobPlan, settings: &Settings) -> Job {
                     automount_service_account_token: Some(false),
                     enable_service_links: Some(false),
                     security_context: Some(security::pod()),
+                    image_pull_secrets: pull_secrets(settings, None),
                     termination_grace_period_seconds: Some(5),
                     containers: STEPS
                         .iter()

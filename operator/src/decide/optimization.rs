@@ -11,6 +11,7 @@ use plimsoll_package::key::{ArtifactKey, Contents};
 use plimsoll_package::recipe::{Inputs, Optimization as Recipe};
 use plimsoll_package::report::{FailureReason, Summary, Termination, exit_code};
 
+use super::reason::Reason;
 use crate::observe::{Lookup, Observed};
 use crate::settings::Settings;
 
@@ -67,7 +68,7 @@ pub enum Optimization {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trouble {
     /// The condition's reason.
-    pub reason: String,
+    pub reason: Reason,
     /// What happened, for people.
     pub message: String,
 }
@@ -160,10 +161,13 @@ pub fn optimization(revision: &ModelRevision, observed: &Observed, settings: &Se
     let inputs = inputs(revision, settings);
     match jobs_of(revision, observed).last() {
         Some(job) => of_job(job, observed, inputs.run_tag.as_deref(), now),
-        None => match Contents::pinned(&inputs).map(|contents| ArtifactKey::new(&inputs, &contents)) {
-            Some(key) => looked_up(key.as_str(), observed, Optimization::Start { attempt: 0 }),
-            None => Optimization::Start { attempt: 0 },
-        },
+        None => {
+            let start = Optimization::Start { attempt: 0 };
+            match Contents::pinned(&inputs).map(|contents| ArtifactKey::new(&inputs, &contents)) {
+                Some(key) => looked_up(key.as_str(), observed, start),
+                None => published_by_a_run(inputs.run_tag.as_deref(), observed, start),
+            }
+        }
     }
 }
 
@@ -180,9 +184,11 @@ fn recorded(revision: &ModelRevision) -> Option<Optimization> {
         .conditions
         .iter()
         .find(|condition| condition.type_ == ConditionType::Stalled.to_string() && condition.status == "True")?;
+    // What an older or newer version found, and this one has no name for, is looked into again.
+    let reason = stalled.reason.parse().ok()?;
     (status.phase == Some(RevisionPhase::Failed)).then(|| {
         Optimization::Failed(Trouble {
-            reason: stalled.reason.clone(),
+            reason,
             message: stalled.message.clone(),
         })
     })
@@ -196,6 +202,21 @@ fn looked_up(tag: &str, observed: &Observed, absent: Optimization) -> Optimizati
             artifact: digest.to_string(),
             summary: Some(reused(summary.clone())),
         },
+    }
+}
+
+/// What a Job of this very revision published that is gone, or whose pod is gone and its message with it: it is found by the run's tag.
+fn published_by_a_run(run_tag: Option<&str>, observed: &Observed, absent: Optimization) -> Optimization {
+    let Some(tag) = run_tag else { return absent };
+    match looked_up(tag, observed, absent) {
+        Optimization::Done { artifact, summary } => Optimization::Done {
+            artifact,
+            summary: summary.map(|mut summary| {
+                summary.reused = false;
+                summary
+            }),
+        },
+        other => other,
     }
 }
 
@@ -227,7 +248,7 @@ fn of_job(job: &Job, observed: &Observed, run_tag: Option<&str>, now: Timestamp)
     if let Some(failed) = condition(job, "Failed") {
         if failed.reason.as_deref() == Some("DeadlineExceeded") {
             return Optimization::Failed(Trouble {
-                reason: "DeadlineExceeded".into(),
+                reason: Reason::DeadlineExceeded,
                 message: format!("the Job {name} took longer than spec.optimize.job.deadline; allow it more time"),
             });
         }
@@ -235,7 +256,7 @@ fn of_job(job: &Job, observed: &Observed, run_tag: Option<&str>, now: Timestamp)
             let message = failed.message.clone().unwrap_or_else(|| "it does not say why".into());
             (
                 Trouble {
-                    reason: FailureReason::Interrupted.to_string(),
+                    reason: Reason::Failed(FailureReason::Interrupted),
                     message: format!("the Job {name} failed: {message}"),
                 },
                 true,
@@ -253,18 +274,7 @@ fn of_job(job: &Job, observed: &Observed, run_tag: Option<&str>, now: Timestamp)
         };
     }
     if condition(job, "Complete").is_some() {
-        // The pod is gone and its message with it; what it published is found by the tag of this very run.
-        let again = Optimization::Start { attempt: attempt + 1 };
-        return run_tag.map_or(again.clone(), |tag| match looked_up(tag, observed, again) {
-            Optimization::Done { artifact, summary } => Optimization::Done {
-                artifact,
-                summary: summary.map(|mut summary| {
-                    summary.reused = false;
-                    summary
-                }),
-            },
-            other => other,
-        });
+        return published_by_a_run(run_tag, observed, Optimization::Start { attempt: attempt + 1 });
     }
     let trouble = trouble
         .map(|(trouble, _)| trouble)
@@ -310,10 +320,9 @@ fn failure(pod: &Pod) -> Option<(Trouble, bool)> {
     let failed = |state: &ContainerStateTerminated| state.exit_code != 0 && state.exit_code != i32::from(exit_code::EARLIER_STEP_FAILED);
     let (step, state) = terminated(pod).find(|(_, state)| failed(state))?;
     if let Some(Ok(Termination::Failed(failure))) = state.message.as_deref().map(serde_json::from_str) {
-        let reason = failure.reason.to_string();
         return Some((
             Trouble {
-                reason,
+                reason: Reason::Failed(failure.reason),
                 message: failure.message,
             },
             failure.reason.is_transient(),
@@ -327,10 +336,9 @@ fn failure(pod: &Pod) -> Option<(Trouble, bool)> {
             pod.name_any()
         ),
     };
-    let reason = FailureReason::Interrupted.to_string();
     Some((
         Trouble {
-            reason,
+            reason: Reason::Failed(FailureReason::Interrupted),
             message: format!("step {step} {end}"),
         },
         true,
@@ -347,7 +355,7 @@ pub fn waiting(pod: &Pod) -> Option<Trouble> {
     if let Some(condition) = unschedulable {
         let message = condition.message.clone().unwrap_or_default();
         return Some(Trouble {
-            reason: "Unschedulable".into(),
+            reason: Reason::Unschedulable,
             message: format!("pod {}: {message}", pod.name_any()),
         });
     }
@@ -362,14 +370,14 @@ pub fn waiting(pod: &Pod) -> Option<Trouble> {
             let reason = waiting.reason.as_deref()?;
             let reason = match reason {
                 "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" | "RegistryUnavailable" => {
-                    "ImageUnavailable"
+                    Reason::ImageUnavailable
                 }
-                "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => "ContainerNotCreated",
-                "CrashLoopBackOff" => "RuntimeFailed",
+                "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError" => Reason::ContainerNotCreated,
+                "CrashLoopBackOff" => Reason::RuntimeFailed,
                 _ => return None,
             };
             Some(Trouble {
-                reason: reason.into(),
+                reason,
                 message: format!(
                     "pod {}, container {name}: {}",
                     pod.name_any(),

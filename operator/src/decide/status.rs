@@ -13,6 +13,7 @@ use plimsoll_package::report::Summary;
 use plimsoll_package::units::{display_percent, display_size};
 
 use super::optimization::{Optimization, Trouble, waiting};
+use super::reason::Reason;
 use super::revision::Revision;
 use super::{Notice, rollout};
 use crate::observe::Observed;
@@ -52,7 +53,7 @@ pub struct Situation<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Standing {
     progress: Progress,
-    reason: String,
+    reason: Reason,
     message: String,
 }
 
@@ -64,20 +65,20 @@ enum Progress {
 }
 
 impl Standing {
-    fn new(progress: Progress, reason: impl Into<String>, message: impl Into<String>) -> Self {
+    fn new(progress: Progress, reason: Reason, message: impl Into<String>) -> Self {
         Self {
             progress,
-            reason: reason.into(),
+            reason,
             message: message.into(),
         }
     }
 
     fn stalled(trouble: &Trouble) -> Self {
-        Self::new(Progress::Stalled, &trouble.reason, &trouble.message)
+        Self::new(Progress::Stalled, trouble.reason, &trouble.message)
     }
 
     fn working(trouble: &Trouble) -> Self {
-        Self::new(Progress::Working, &trouble.reason, &trouble.message)
+        Self::new(Progress::Working, trouble.reason, &trouble.message)
     }
 }
 
@@ -90,12 +91,15 @@ impl Situation<'_> {
     /// The whole summary, worst news first.
     fn standing(&self) -> Standing {
         if let Some(message) = &self.refusal {
-            return Standing::new(Progress::Stalled, "Unsupported", message);
+            return Standing::new(Progress::Stalled, Reason::Unsupported, message);
+        }
+        if let Some(obstacle) = &self.observed.obstacle {
+            return Standing::stalled(obstacle);
         }
         let (Some(optimization), Some(desired)) = (self.optimization, self.desired_revision()) else {
             return Standing::new(
                 Progress::Working,
-                "Paused",
+                Reason::Paused,
                 "spec.paused is true and there is no revision yet; set it to false to make one",
             );
         };
@@ -107,18 +111,22 @@ impl Situation<'_> {
             } => Standing::working(trouble),
             Optimization::Running { job, trouble: None } => Standing::new(
                 Progress::Working,
-                "Optimizing",
+                Reason::Optimizing,
                 format!("Job {job} is under way; follow it with kubectl logs job/{job} --all-containers -f"),
             ),
             Optimization::Lookup { .. } | Optimization::Start { .. } => Standing::new(
                 Progress::Working,
-                "Optimizing",
+                Reason::Optimizing,
                 format!("revision {} is about to be optimised", desired.number),
             ),
             Optimization::Done { .. } => self.rollout(desired),
         };
         if self.model.spec.paused == Some(true) && standing.progress != Progress::Done {
-            return Standing::new(Progress::Working, "Paused", format!("spec.paused is true; {}", standing.message));
+            return Standing::new(
+                Progress::Working,
+                Reason::Paused,
+                format!("spec.paused is true; {}", standing.message),
+            );
         }
         standing
     }
@@ -135,7 +143,7 @@ impl Situation<'_> {
         if complete && self.replicas == 0 {
             return Standing::new(
                 Progress::Done,
-                "ScaledToZero",
+                Reason::ScaledToZero,
                 format!("revision {} serves once spec.replicas is above 0", desired.number),
             );
         }
@@ -144,7 +152,7 @@ impl Situation<'_> {
                 "revision {} serves: {} of {} replicas answered a probe inference",
                 desired.number, desired.ready, self.replicas
             );
-            return Standing::new(Progress::Done, "Serving", message);
+            return Standing::new(Progress::Done, Reason::Serving, message);
         }
         let trouble = self.pod_trouble(&desired.name);
         if self.deadline() <= self.now {
@@ -157,7 +165,7 @@ impl Situation<'_> {
                  should a pod become ready",
                 desired.number
             );
-            return Standing::new(Progress::Stalled, "ProgressDeadlineExceeded", message);
+            return Standing::new(Progress::Stalled, Reason::ProgressDeadlineExceeded, message);
         }
         if let Some(trouble) = trouble {
             return Standing::working(&trouble);
@@ -171,7 +179,7 @@ impl Situation<'_> {
             "revision {}: {} of {} replicas ready{going}",
             desired.number, desired.ready, self.replicas
         );
-        Standing::new(Progress::Working, "RollingOut", message)
+        Standing::new(Progress::Working, Reason::RollingOut, message)
     }
 
     /// Whether pods of the revision that is asked for are on their way.
@@ -259,7 +267,7 @@ impl Situation<'_> {
                         |message| message.trim().to_owned(),
                     );
                     (!container.ready).then(|| Trouble {
-                        reason: "RuntimeFailed".into(),
+                        reason: Reason::RuntimeFailed,
                         message: format!("pod {}: {said}", pod.name_any()),
                     })
                 });
@@ -272,23 +280,19 @@ impl Situation<'_> {
         old: &[Condition],
         kind: ConditionType,
         status: bool,
-        reason: &str,
+        reason: Reason,
         message: &str,
         generation: Option<i64>,
     ) -> Condition {
         let status = if status { "True" } else { "False" };
         let kind = kind.to_string();
-        let mut end = message.len().min(MESSAGE_BYTES_MAX);
-        while !message.is_char_boundary(end) {
-            end -= 1;
-        }
         // The time moves only with the status, or a no-op reconcile would write.
         let unchanged = old.iter().find(|condition| condition.type_ == kind && condition.status == status);
         Condition {
             last_transition_time: unchanged.map_or(Time(whole_seconds(self.now)), |condition| condition.last_transition_time.clone()),
-            message: message[..end].to_owned(),
+            message: message[..message.floor_char_boundary(MESSAGE_BYTES_MAX)].to_owned(),
             observed_generation: generation,
-            reason: reason.to_owned(),
+            reason: reason.to_string(),
             status: status.to_owned(),
             type_: kind,
         }
@@ -316,8 +320,7 @@ pub fn model_status(situation: &Situation) -> ModelDeploymentStatus {
     let result = shown.and_then(|name| situation.result(&name)).unwrap_or_default();
 
     let generation = model.metadata.generation;
-    let condition =
-        |kind, status, reason: &str, message: &str| situation.condition(old_conditions, kind, status, reason, message, generation);
+    let condition = |kind, status, reason, message: &str| situation.condition(old_conditions, kind, status, reason, message, generation);
     let is = |progress| standing.progress == progress;
     let rolled_out = is(Progress::Done);
     // A condition that does not hold has nothing to add to Ready's message.
@@ -327,35 +330,35 @@ pub fn model_status(situation: &Situation) -> ModelDeploymentStatus {
         .is_some_and(|optimization| matches!(optimization, Optimization::Done { .. }))
         && situation.refusal.is_none();
     let (available_reason, available_message) = match serving {
-        Some(revision) => ("Serving", format!("revision {} ({}) serves", revision.number, revision.name)),
-        None => ("NoReadyReplica", "no replica of any revision is ready".to_owned()),
+        Some(revision) => (Reason::Serving, format!("revision {} ({}) serves", revision.number, revision.name)),
+        None => (Reason::NoReadyReplica, "no replica of any revision is ready".to_owned()),
     };
     let (optimized_reason, optimized_message) = if optimized {
         let desired = situation
             .desired
             .and_then(|desired| situation.result(&desired.name_any()))
             .unwrap_or_default();
-        ("Optimized", desired.artifact.unwrap_or_default())
+        (Reason::Optimized, desired.artifact.unwrap_or_default())
     } else {
-        (standing.reason.as_str(), standing.message.clone())
+        (standing.reason, standing.message.clone())
     };
     let conditions = vec![
-        condition(ConditionType::Ready, is(Progress::Done), &standing.reason, &standing.message),
+        condition(ConditionType::Ready, is(Progress::Done), standing.reason, &standing.message),
         condition(
             ConditionType::Reconciling,
             is(Progress::Working),
-            &standing.reason,
+            standing.reason,
             only_if(is(Progress::Working)),
         ),
         condition(
             ConditionType::Stalled,
             is(Progress::Stalled),
-            &standing.reason,
+            standing.reason,
             only_if(is(Progress::Stalled)),
         ),
         condition(ConditionType::Optimized, optimized, optimized_reason, &optimized_message),
         condition(ConditionType::Available, serving.is_some(), available_reason, &available_message),
-        condition(ConditionType::RolledOut, rolled_out, &standing.reason, &standing.message),
+        condition(ConditionType::RolledOut, rolled_out, standing.reason, &standing.message),
     ];
     ModelDeploymentStatus {
         observed_generation: generation,
@@ -471,13 +474,12 @@ fn revision_status(situation: &Situation, revision: &Revision) -> ModelRevisionS
         return status;
     }
     let generation = observed.and_then(|observed| observed.metadata.generation).or(Some(1));
-    let condition =
-        |kind, status, reason: &str, message: &str| situation.condition(&old.conditions, kind, status, reason, message, generation);
+    let condition = |kind, status, reason, message: &str| situation.condition(&old.conditions, kind, status, reason, message, generation);
     let serves = revision.ready > 0;
     let available = condition(
         ConditionType::Available,
         serves,
-        if serves { "Serving" } else { "NoReadyReplica" },
+        if serves { Reason::Serving } else { Reason::NoReadyReplica },
         &format!(
             "{} of {} replicas ready",
             revision.ready,
@@ -486,15 +488,15 @@ fn revision_status(situation: &Situation, revision: &Revision) -> ModelRevisionS
     );
     status.conditions = match (&failure, &revision.artifact) {
         (Some(trouble), _) => vec![
-            condition(ConditionType::Optimized, false, &trouble.reason, &trouble.message),
-            condition(ConditionType::Stalled, true, &trouble.reason, &trouble.message),
+            condition(ConditionType::Optimized, false, trouble.reason, &trouble.message),
+            condition(ConditionType::Stalled, true, trouble.reason, &trouble.message),
             available,
         ],
-        (None, Some(artifact)) => vec![condition(ConditionType::Optimized, true, "Optimized", artifact), available],
+        (None, Some(artifact)) => vec![condition(ConditionType::Optimized, true, Reason::Optimized, artifact), available],
         (None, None) => {
             let standing = situation.standing();
             vec![
-                condition(ConditionType::Optimized, false, &standing.reason, &standing.message),
+                condition(ConditionType::Optimized, false, standing.reason, &standing.message),
                 available,
             ]
         }
@@ -504,25 +506,14 @@ fn revision_status(situation: &Situation, revision: &Revision) -> ModelRevisionS
 
 /// What is news in `new`: a change of the reason, or the same reason for another revision.
 #[must_use]
-pub fn events(old: Option<&ModelDeploymentStatus>, new: &ModelDeploymentStatus) -> Vec<Notice> {
-    let ready = |status: &ModelDeploymentStatus| {
-        status
+pub fn events(situation: &Situation, new: &ModelDeploymentStatus) -> Vec<Notice> {
+    let Standing { reason, message, .. } = situation.standing();
+    let is_news = situation.model.status.as_ref().is_none_or(|old| {
+        let before = old
             .conditions
             .iter()
-            .find(|condition| condition.type_ == ConditionType::Ready.to_string())
-            .cloned()
-    };
-    let Some(now) = ready(new) else { return vec![] };
-    let before = old.and_then(ready);
-    let same = before.is_some_and(|before| before.reason == now.reason)
-        && old.and_then(|old| old.desired_revision.as_ref()) == new.desired_revision.as_ref();
-    if same {
-        return vec![];
-    }
-    const GOOD: [&str; 6] = ["Optimizing", "RollingOut", "Serving", "ScaledToZero", "Paused", "Optimized"];
-    vec![Notice {
-        warning: !GOOD.contains(&now.reason.as_str()),
-        reason: now.reason,
-        message: now.message,
-    }]
+            .find(|condition| condition.type_ == ConditionType::Ready.to_string());
+        before.is_none_or(|before| before.reason != reason.to_string()) || old.desired_revision != new.desired_revision
+    });
+    is_news.then_some(Notice { reason, message }).into_iter().collect()
 }

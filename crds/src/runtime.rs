@@ -15,7 +15,7 @@ pub struct Runtime {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineChoice>,
 
-    /// Joining of concurrent requests into one inference.
+    /// Joining of concurrent requests into one inference. Default: up to 32 samples, where they wait anyway and batches have measured faster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batching: Option<Batching>,
 

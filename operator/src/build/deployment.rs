@@ -151,7 +151,7 @@ fn server(revision: &ModelRevision, runtime: &Runtime, accelerator: Option<&Acce
         name: "runtime".into(),
         image: Some(revision.spec.runtime_image.clone()),
         image_pull_policy: Some(settings.image_pull_policy.clone()),
-        args: Some(args.map(Into::into).into()),
+        args: Some(args.map(Into::into).into_iter().chain(batching(runtime)).collect()),
         env: Some(env).filter(|env| !env.is_empty()),
         ports: Some(vec![port("http", HTTP_PORT), port("metrics", METRICS_PORT)]),
         readiness_probe: Some(probe(format!("/v2/models/{name}/ready"), 1, 2)),
@@ -167,6 +167,12 @@ fn server(revision: &ModelRevision, runtime: &Runtime, accelerator: Option<&Acce
         }]),
         ..Container::default()
     }
+}
+
+fn batching(runtime: &Runtime) -> Vec<String> {
+    let Some(batching) = &runtime.batching else { return vec![] };
+    let delay = batching.max_delay_ms.map(|delay_ms| format!("--max-delay-ms={delay_ms}"));
+    std::iter::once(format!("--max-batch={}", batching.max_size)).chain(delay).collect()
 }
 
 fn resources(runtime: &Runtime, accelerator: Option<&Accelerator>) -> ResourceRequirements {

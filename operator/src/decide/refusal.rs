@@ -1,6 +1,6 @@
 //! Fields of the API whose machinery is not there yet: refused in words, never ignored.
 
-use plimsoll_crds::{Accelerator, Fallback, ModelDeploymentSpec, Rollout, Runtime, Source, Strategy};
+use plimsoll_crds::{Accelerator, Fallback, ModelDeploymentSpec, Rollout, Source, Strategy};
 use plimsoll_package::recipe::ModelFormat;
 
 /// What the spec asks for that this version does not do: a sentence for each such field, with the way out.
@@ -10,7 +10,7 @@ pub fn refuse(spec: &ModelDeploymentSpec) -> Option<String> {
     let ModelDeploymentSpec {
         source: from,
         optimize: _,
-        runtime: serving,
+        runtime: _,
         accelerator: devices,
         replicas: _,
         autoscaling,
@@ -20,7 +20,6 @@ pub fn refuse(spec: &ModelDeploymentSpec) -> Option<String> {
         paused: _,
     } = spec;
     let mut refused = source(from);
-    refused.extend(serving.iter().flat_map(runtime));
     refused.extend(devices.iter().flat_map(accelerator));
     refused.extend(asked(
         autoscaling.is_some(),
@@ -76,17 +75,6 @@ fn source(source: &Source) -> Vec<Refused> {
     .into_iter()
     .flatten()
     .collect()
-}
-
-fn runtime(runtime: &Runtime) -> Option<Refused> {
-    let Runtime {
-        engine: _,
-        batching,
-        resources: _,
-        image: _,
-        pod: _,
-    } = runtime;
-    asked(batching.is_some(), "spec.runtime.batching", "remove it")
 }
 
 fn accelerator(accelerator: &Accelerator) -> Vec<Refused> {
@@ -173,7 +161,6 @@ mod tests {
         let mut rows = vec![
             ("spec.source.verify", source("verify", json!({ "publicKeysSecret": "signers" }))),
             ("spec.source.pollInterval", source("pollInterval", json!("10m"))),
-            ("spec.runtime.batching", json!({ "runtime": { "batching": { "maxSize": 8 } } })),
             (
                 "spec.accelerator.deviceClass",
                 json!({ "accelerator": { "deviceClass": "gpu.nvidia.com" } }),

@@ -42,6 +42,20 @@ pub struct Fetched {
     pub key: String,
 }
 
+impl Fetched {
+    /// The contents, as an artifact's key covers them.
+    #[must_use]
+    pub fn contents(&self) -> Contents {
+        let digest = |content: &Content| content.digest.clone();
+        Contents {
+            source: digest(&self.source),
+            calibration: self.calibration.as_ref().map(digest),
+            evaluation: self.evaluation.as_ref().map(digest),
+            distillation: self.distillation.iter().chain(&self.teacher).map(digest).collect(),
+        }
+    }
+}
+
 /// Whether one dataset is given for calibration and for evaluation.
 ///
 /// # Errors
@@ -151,25 +165,17 @@ async fn fetch<'a>(context: &'a Context) -> Result<Option<Summary>, Failure> {
         optional(teacher),
     );
     let (source, calibration, evaluation, distillation, teacher) = all.await?;
-    let digest = |content: &Content| content.digest.clone();
-    let contents = Contents {
-        source: digest(&source),
-        calibration: calibration.as_ref().map(digest),
-        evaluation: evaluation.as_ref().map(digest),
-        distillation: distillation.iter().chain(&teacher).map(digest).collect(),
+    let mut fetched = Fetched {
+        source,
+        calibration,
+        evaluation,
+        distillation,
+        teacher,
+        key: String::new(),
     };
-    let key = ArtifactKey::new(inputs, &contents);
-    context.write(
-        RECORD,
-        &Fetched {
-            source,
-            calibration,
-            evaluation,
-            distillation,
-            teacher,
-            key: key.to_string(),
-        },
-    )?;
+    let key = ArtifactKey::new(inputs, &fetched.contents());
+    fetched.key = key.to_string();
+    context.write(RECORD, &fetched)?;
     Ok(existing(context, inputs, &key).await)
 }
 

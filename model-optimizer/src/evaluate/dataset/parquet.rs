@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use parquet::basic::Compression;
 use parquet::file::reader::{FileReader as _, SerializedFileReader};
 use parquet::record::Field;
 
@@ -32,6 +33,13 @@ fn read_rows(request: &Request, file: File) -> Result<Dataset, String> {
         .sum();
     if size > request.bytes_max {
         return Err(too_large(request.bytes_max));
+    }
+    let columns = || metadata.row_groups().iter().flat_map(|group| group.columns());
+    if let Some(column) = columns().find(|column| column.compression() == Compression::LZO) {
+        return Err(format!(
+            "its column `{}` is compressed by LZO, which is not read; write it with zstd, snappy, gzip, lz4, brotli or uncompressed",
+            column.column_path()
+        ));
     }
     let fields = metadata.file_metadata().schema().get_fields();
     if fields.len() > COLUMNS_MAX {

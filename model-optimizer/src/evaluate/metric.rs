@@ -505,7 +505,7 @@ mod tests {
     fn what_a_metric_is_not_defined_on_is_said() {
         let refusal = |metric, values: &[f64], labels: &[f64]| measure(metric, values, labels).unwrap_err();
         assert!(refusal(Metric::Accuracy, &[0.3, 0.7], &[0.0, 1.0]).contains("use Auroc or Fidelity"));
-        let out_of_range = refusal(Metric::Top5Accuracy, &[0.3, 0.7, 0.2, 0.8], &[0.0, 2.0]);
+        let out_of_range = refusal(Metric::TopAccuracy(5), &[0.3, 0.7, 0.2, 0.8], &[0.0, 2.0]);
         assert_eq!(out_of_range, "the label of sample 2 is 2, the model knows the 2 classes 0 to 1");
         assert!(refusal(Metric::F1, &[0.3, 0.7], &[0.5]).contains("the label of sample 1 is 0.5"));
         assert!(refusal(Metric::MeanAbsoluteError, &[0.3, f64::NAN], &[0.0, 1.0]).contains("holds NaN for sample 2"));

@@ -208,7 +208,6 @@ fn a_parquet_list_is_a_vector_however_the_file_is_compressed() {
         Compression::SNAPPY,
         Compression::GZIP(Default::default()),
         Compression::BROTLI(Default::default()),
-        Compression::ZSTD(Default::default()),
         Compression::LZ4,
         Compression::LZ4_RAW,
     ] {

@@ -17,7 +17,7 @@ use plimsoll_package::units::{display_percent, display_size};
 use crate::failure::{Failure, FailureReason, disk, failure, internal};
 use crate::progress::Console;
 use crate::search::front;
-use crate::step::{self, Context, Step, chain};
+use crate::step::{self, Context, Step, chain, fetch};
 
 /// Held while files take their place.
 static PLACING: Mutex<()> = Mutex::new(());
@@ -57,18 +57,28 @@ pub fn optimize(inputs: Inputs, place: Place, console: &Console) -> Result<Repor
     };
     let folder = work.folder().to_owned();
     exit_when_ended(&work)?;
-    let context = Context {
-        inputs,
+    let context = |console: Console| Context {
+        inputs: inputs.clone(),
         secrets: folder.join("secrets"),
         claims: folder.join("claims"),
-        work: folder,
-        extra_ca: place.extra_ca,
+        work: folder.clone(),
+        extra_ca: place.extra_ca.clone(),
         threads: place.threads,
-        console: console.clone(),
+        console,
     };
-    let ran = [Step::Fetch, Step::Convert, Step::Compress, Step::Evaluate]
-        .into_iter()
-        .try_for_each(|step| run_step(step, &context));
+    let (beside, context) = (context(console.beside()), context(console.clone()));
+    let run = |steps: &[Step]| steps.iter().try_for_each(|step| run_step(*step, &context));
+    let ran = if fetch::is_ahead(&context) {
+        // What is left of fetching is to hash the model; one core does that while others work.
+        let (fetched, compressed) = std::thread::scope(|scope| {
+            let fetching = scope.spawn(|| run_step(Step::Fetch, &beside));
+            let compressed = run(&[Step::Convert, Step::Compress]);
+            (fetching.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), compressed)
+        });
+        fetched.and(compressed).and_then(|()| run(&[Step::Evaluate]))
+    } else {
+        run(&[Step::Fetch, Step::Convert, Step::Compress, Step::Evaluate])
+    };
     match ran {
         Ok(()) => {}
         Err(failure) if failure.reason == FailureReason::BudgetExceeded && context.package().join(REPORT_FILE).is_file() => {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use plimsoll_package::digest::Digest;
 use plimsoll_package::key::{ArtifactKey, Contents};
-use plimsoll_package::recipe::{Dataset, Inputs, SourceLocation};
+use plimsoll_package::recipe::{Dataset, Inputs, Optimization, SourceLocation};
 use plimsoll_package::registry::{Access, Credentials, Registry, RegistryError};
 use plimsoll_package::report::Summary;
 use plimsoll_package::units::display_size;
@@ -53,6 +53,30 @@ impl Fetched {
             evaluation: self.evaluation.as_ref().map(digest),
             distillation: self.distillation.iter().chain(&self.teacher).map(digest).collect(),
         }
+    }
+}
+
+/// Whether the model is there before it is fetched, and nothing else is needed to compress it: it lies on this file system, is all in one file,
+/// and the recipe looks at no data.
+#[must_use]
+pub fn is_ahead(context: &Context) -> bool {
+    let inputs = &context.inputs;
+    let Optimization {
+        recipe,
+        search: None,
+        calibration: None,
+        evaluation: _,
+        budget: _,
+    } = &inputs.optimize
+    else {
+        return false;
+    };
+    let alone = inputs.teacher.is_none() && recipe.iter().all(|technique| technique.distill.is_none());
+    let destination = context.source("model");
+    let linked = || super::make_folder_of(&destination).is_ok() && source::link(&inputs.source.uri, &destination);
+    alone && support::check(inputs).is_ok() && linked() && {
+        let external = onnx::read_alone(&destination).and_then(|mut model| onnx::external::locations(&mut model));
+        external.is_ok_and(|names| names.is_empty())
     }
 }
 

@@ -144,7 +144,10 @@ mod tests {
         let column = ColumnPath::from("image.list.element");
         for (compression, name) in [(Compression::ZSTD(Default::default()), "ZSTD"), (Compression::LZO, "LZO")] {
             let why = unread(compression, &column).unwrap();
-            assert!(why.starts_with(&format!("its column `image.list.element` is compressed by {name}, ")), "{why}");
+            assert!(
+                why.starts_with(&format!("its column `image.list.element` is compressed by {name}, ")),
+                "{why}"
+            );
         }
         assert_eq!(unread(Compression::LZ4_RAW, &column), None);
     }

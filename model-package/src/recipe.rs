@@ -401,7 +401,8 @@ pub struct Evaluation {
     /// The held-out data.
     pub dataset: Dataset,
 
-    /// What is measured. Default: Accuracy where the dataset has labels, Fidelity where not.
+    /// What is measured: Accuracy, Top5Accuracy (or another number), F1, Auroc, MeanAbsoluteError, RootMeanSquaredError, R2, Perplexity or
+    /// Fidelity. Default: Accuracy where the dataset has labels, Fidelity where not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metric: Option<Metric>,
 

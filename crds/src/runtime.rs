@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Affinity, Toleration, TopologySpreadConstraint};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use plimsoll_package::manifest::Engine;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Runtime {
-    /// The inference engine. Default: Auto, the one that measured fastest during optimisation.
+    /// The inference engine. The optimisation measures on it alone. Default: Auto, the one that measured fastest during optimisation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineChoice>,
 
@@ -44,6 +45,18 @@ pub enum EngineChoice {
     Tract,
     /// ONNX Runtime.
     OnnxRuntime,
+}
+
+impl EngineChoice {
+    /// The engine that will serve, where that does not depend on what is measured.
+    #[must_use]
+    pub fn settled(self) -> Option<Engine> {
+        match self {
+            Self::Auto => None,
+            Self::Tract => Some(Engine::Tract),
+            Self::OnnxRuntime => Some(Engine::OnnxRuntime),
+        }
+    }
 }
 
 /// Joining of concurrent requests into one inference.

@@ -1,5 +1,6 @@
 //! Techniques that make a model smaller, all behind one trait.
 
+use plimsoll_package::manifest::Engine;
 use plimsoll_package::recipe;
 use plimsoll_package::report::Skipped;
 use plimsoll_runtime::onnx::ModelProto;
@@ -12,6 +13,7 @@ pub mod distill;
 pub mod hessian;
 pub mod prune;
 pub mod quantize;
+pub mod untouched;
 
 /// What a technique did.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -32,6 +34,8 @@ pub struct Setting<'a> {
     pub original: &'a ModelProto,
     /// Threads to compute with, 1 or more.
     pub threads: usize,
+    /// The engine that will serve, where that is settled.
+    pub engine: Option<Engine>,
     /// Where progress is shown.
     pub console: &'a Console,
 }

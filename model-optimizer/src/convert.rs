@@ -11,13 +11,21 @@ use crate::graph::{self, operators};
 
 mod content;
 
-/// Reads the model at `path`, simplifies it, writes it to `destination`, and, with `threads`, sees that an engine runs it. `uri` is what a
+/// How a converted model is tried.
+pub struct Trial {
+    /// Threads that an inference may use.
+    pub threads: usize,
+    /// The engine that will serve, where that is settled.
+    pub engine: Option<EngineKind>,
+}
+
+/// Reads the model at `path`, simplifies it, writes it to `destination`, and sees that one of the engines that `trial` names runs it. `uri` is what a
 /// user knows it as.
 ///
 /// # Errors
 /// [`FailureReason::UnreadableModel`] where it is no model, [`FailureReason::Unsupported`] where it is one of another format, and
 /// [`FailureReason::UnsupportedOperator`] where no engine runs one of its operators.
-pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: Option<usize>) -> Result<(), Failure> {
+pub fn to_onnx(uri: &str, path: &Path, destination: &Path, trial: Option<&Trial>) -> Result<(), Failure> {
     content::check_is_onnx(uri, path)?;
     let mut model = read(uri, path)?;
     graph::simplify::simplify(&mut model).map_err(|why| {
@@ -30,7 +38,7 @@ pub fn to_onnx(uri: &str, path: &Path, destination: &Path, threads: Option<usize
     onnx::signature(&model).map_err(|error| failure(FailureReason::Unsupported, format!("{uri} cannot be served: {error}")))?;
     crate::step::make_folder_of(destination)?;
     graph::serialize::write_referring(&model, destination).map_err(disk("write", destination))?;
-    threads.map_or(Ok(()), |threads| check_runs(uri, &model, destination, threads))
+    trial.map_or(Ok(()), |trial| check_runs(uri, &model, destination, trial))
 }
 
 /// Reads an ONNX model.
@@ -56,7 +64,13 @@ pub fn write(model: &ModelProto, destination: &Path) -> Result<(), Failure> {
     graph::serialize::write(model, destination).map_err(disk("write", destination))
 }
 
-/// The engines that may serve, with ONNX Runtime only where its library is.
+/// The engines that may serve: the one that is `asked` for, or all.
+#[must_use]
+pub fn engines_of(asked: Option<EngineKind>) -> Vec<EngineKind> {
+    asked.map_or_else(engines, |kind| vec![kind])
+}
+
+/// Every engine, ONNX Runtime only where its library is.
 #[must_use]
 pub fn engines() -> Vec<EngineKind> {
     let mut engines = vec![EngineKind::Tract];
@@ -66,14 +80,14 @@ pub fn engines() -> Vec<EngineKind> {
     engines
 }
 
-fn check_runs(uri: &str, model: &ModelProto, path: &Path, threads: usize) -> Result<(), Failure> {
+fn check_runs(uri: &str, model: &ModelProto, path: &Path, trial: &Trial) -> Result<(), Failure> {
     let options = LoadOptions {
-        threads,
+        threads: trial.threads,
         ..LoadOptions::default()
     };
     let (mut refusals, mut loaded) = (Vec::new(), false);
     // ONNX Runtime first: it runs nearly every model, and is quick to say so.
-    for kind in engines().into_iter().rev() {
+    for kind in engines_of(trial.engine).into_iter().rev() {
         let ran = engine::load(kind, path, &options).and_then(|engine| {
             loaded = true;
             // tract finds out what it cannot run when it knows the shapes.

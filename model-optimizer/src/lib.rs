@@ -14,6 +14,7 @@ pub mod failure;
 pub mod graph;
 pub mod optimize;
 pub mod progress;
+pub mod recipe_file;
 pub mod report;
 pub mod search;
 pub mod source;

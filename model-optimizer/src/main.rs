@@ -10,19 +10,22 @@ use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_optimizer::failure::{Failure, FailureReason, disk, failure, internal};
-use plimsoll_optimizer::optimize::{self, Failed};
+use plimsoll_optimizer::optimize::{self, Failed, Place};
 use plimsoll_optimizer::progress::Console;
+use plimsoll_optimizer::recipe_file;
 use plimsoll_optimizer::step::{self, Context, Step, chain};
+use plimsoll_package::manifest::Engine;
 use plimsoll_package::recipe::{
     Budget, Dataset, Distill, Evaluation, INPUTS_ENV, Inputs, Metric, Optimization, Prune, Quantize, QuantizeScheme, SourceLocation,
     Technique,
 };
 use plimsoll_package::report::{Report, Termination, exit_code};
 use plimsoll_package::units::{Duration, Percentage, Ratio, Size};
+use strum::IntoEnumIterator as _;
 
 /// Makes a model smaller and faster, and measures what that cost.
 #[derive(Parser)]
-#[command(name = "plimsoll-optimizer", version)]
+#[command(name = "plimsoll-optimizer", version, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -31,8 +34,10 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Optimises a model and writes the package to a folder.
+    #[command(after_help = EXIT_CODES)]
     Optimize(Box<OptimizeArgs>),
     /// Runs one step of a Job, told by PLIMSOLL_INPUTS; waits for the step before.
+    #[command(after_help = EXIT_CODES)]
     Step(StepArgs),
 }
 
@@ -74,9 +79,10 @@ struct OptimizeArgs {
     /// Held-out samples to measure on, in the same forms; labels are the field `y`, or the column `label` of pictures' labels.csv.
     #[arg(long, value_name = "DATA")]
     evaluation: Option<String>,
-    /// What to measure on the held-out samples. Default: accuracy where they have labels, fidelity where not.
-    #[arg(long, requires = "evaluation")]
-    metric: Option<MetricName>,
+    /// What to measure on the held-out samples: accuracy, top-5 (or another number), f1, auroc, mean-absolute-error,
+    /// root-mean-squared-error, r2, perplexity or fidelity. Default: accuracy where they have labels, fidelity where not.
+    #[arg(long, requires = "evaluation", value_parser = metric)]
+    metric: Option<Metric>,
     /// Most that the metric may fall, in percentage points, or an error may rise, such as 1%.
     #[arg(long, value_name = "PERCENT")]
     max_accuracy_drop: Option<Percentage>,
@@ -95,6 +101,12 @@ struct OptimizeArgs {
     /// Hands the result out without running it, so that nobody knows what it lost; the report says so.
     #[arg(long, conflicts_with_all = ["evaluation", "max_accuracy_drop", "max_class_accuracy_drop", "min_fidelity", "max_size", "max_latency"])]
     no_gate: bool,
+    /// The engine that will serve, where that is settled: the model is measured on it alone. Default: on each, and the fastest is taken.
+    #[arg(long)]
+    engine: Option<EngineName>,
+    /// Folder to work in, which is kept: a search that was cut off goes on there where it was.
+    #[arg(long, value_name = "DIR")]
+    work: Option<PathBuf>,
     /// Threads that an inference may use. Default: as many as there are.
     #[arg(long, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
@@ -129,6 +141,15 @@ struct StepArgs {
     #[arg(long, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
 }
+
+/// By [`exit_code`].
+const EXIT_CODES: &str = "Exit codes:
+  0   done
+  1   something that may pass, such as a network that does not answer; try again
+  2   the command line or the recipe is wrong
+  3   the result is outside of the budget: the report is written, and no model
+  4   the model or the data cannot be read or used
+  10  of a Job's step: an earlier step failed";
 
 const TERMINATION_LOG: &str = "/dev/termination-log";
 /// The environment variable that names a PEM file with more roots.
@@ -168,33 +189,37 @@ impl From<Scheme> for QuantizeScheme {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum MetricName {
-    Accuracy,
-    #[value(name = "top5-accuracy")]
-    Top5Accuracy,
-    F1,
-    Auroc,
-    MeanAbsoluteError,
-    RootMeanSquaredError,
-    R2,
-    Perplexity,
-    Fidelity,
+enum EngineName {
+    /// tract, in pure Rust.
+    Tract,
+    /// ONNX Runtime, whose library ORT_DYLIB_PATH names.
+    #[value(name = "onnxruntime")]
+    OnnxRuntime,
 }
 
-impl From<MetricName> for Metric {
-    fn from(name: MetricName) -> Self {
+impl From<EngineName> for Engine {
+    fn from(name: EngineName) -> Self {
         match name {
-            MetricName::Accuracy => Self::Accuracy,
-            MetricName::Top5Accuracy => Self::Top5Accuracy,
-            MetricName::F1 => Self::F1,
-            MetricName::Auroc => Self::Auroc,
-            MetricName::MeanAbsoluteError => Self::MeanAbsoluteError,
-            MetricName::RootMeanSquaredError => Self::RootMeanSquaredError,
-            MetricName::R2 => Self::R2,
-            MetricName::Perplexity => Self::Perplexity,
-            MetricName::Fidelity => Self::Fidelity,
+            EngineName::Tract => Self::Tract,
+            EngineName::OnnxRuntime => Self::OnnxRuntime,
         }
     }
+}
+
+/// The metric of a name as in a recipe, in whatever case and with dashes between its words; `top-3` is short for `Top3Accuracy`.
+fn metric(text: &str) -> Result<Metric, String> {
+    let plain = |text: &str| text.replace('-', "").to_lowercase();
+    let wanted = plain(text);
+    let found = match wanted.strip_prefix("top") {
+        Some(count) => format!("Top{}Accuracy", count.strip_suffix("accuracy").unwrap_or(count))
+            .parse()
+            .ok(),
+        None => Metric::iter().find(|metric| plain(&metric.to_string()) == wanted),
+    };
+    found.ok_or_else(|| {
+        "it is no metric; write accuracy, top-5 (or another number), f1, auroc, mean-absolute-error, root-mean-squared-error, r2, perplexity or fidelity"
+            .to_owned()
+    })
 }
 
 fn share(text: &str) -> Result<Percentage, String> {
@@ -248,10 +273,16 @@ fn optimize_on_laptop(arguments: OptimizeArgs) -> ExitCode {
     } else {
         Console::terminal()
     };
-    let (output, json, threads) = (arguments.output.clone(), arguments.json, threads(arguments.threads));
+    let (output, json) = (arguments.output.clone(), arguments.json);
+    let place = Place {
+        output: output.clone(),
+        work: arguments.work.clone(),
+        threads: threads(arguments.threads),
+        extra_ca: extra_ca(),
+    };
     let report = inputs(arguments)
         .map_err(Failed::from)
-        .and_then(|inputs| optimize::optimize(inputs, &output, threads, extra_ca(), &console));
+        .and_then(|inputs| optimize::optimize(inputs, place, &console));
     let print = |report: &Report| {
         if json {
             println!("{}", serde_json::to_string_pretty(report).unwrap_or_default());
@@ -336,7 +367,7 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         });
     }
     if let (Some(evaluation), Some(metric)) = (&mut optimize.evaluation, arguments.metric) {
-        evaluation.metric = Some(metric.into());
+        evaluation.metric = Some(metric);
     }
     let stated = Budget {
         max_accuracy_drop: arguments.max_accuracy_drop,
@@ -364,6 +395,7 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         source: model(arguments.model),
         optimize,
         teacher: arguments.teacher.map(model),
+        engine: arguments.engine.map(Into::into),
         toolchain: env!("CARGO_PKG_VERSION").to_owned(),
         // Nothing is published.
         repository: String::new(),
@@ -378,7 +410,7 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
 fn read_recipe(path: &Path) -> Result<Optimization, Failure> {
     let invalid = |why: String| failure(FailureReason::InvalidInputs, format!("{}: {why}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| invalid(error.to_string()))?;
-    serde_yaml_ng::from_str(&text).map_err(|error| invalid(format!("is no recipe as in spec.optimize: {error}")))
+    recipe_file::read(&text).map_err(|why| invalid(format!("is no recipe as in spec.optimize: {why}")))
 }
 
 fn run_step(arguments: &StepArgs) -> ExitCode {

@@ -1,6 +1,7 @@
 //! The whole way on a laptop: from a model to a package in a folder.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -16,19 +17,32 @@ use plimsoll_package::units::{display_percent, display_size};
 use crate::failure::{Failure, FailureReason, disk, failure, internal};
 use crate::progress::Console;
 use crate::search::front;
-use crate::step::{self, Context, Step, chain};
+use crate::step::{self, Context, Step, chain, fetch};
 
 /// Held while files take their place.
 static PLACING: Mutex<()> = Mutex::new(());
 /// Most attempts to remove the folder of the work.
 const REMOVAL_TRIES: usize = 100;
 
-/// Optimises as `inputs` say, writes the package to `output`, and returns its report. Where the result is outside of its budget `output`
-/// holds the report alone. All of it appears at once and in place of what was there, or nothing does.
+/// Where to work, and with what.
+pub struct Place {
+    /// The folder of the package.
+    pub output: PathBuf,
+    /// The folder to work in, where it is to be kept.
+    pub work: Option<PathBuf>,
+    /// Threads that an inference may use.
+    pub threads: usize,
+    /// A PEM file with roots to trust beside the system's.
+    pub extra_ca: Option<PathBuf>,
+}
+
+/// Optimises as `inputs` say, writes the package to the folder of the output, and returns its report. Where the result is outside of its budget
+/// the folder holds the report alone. All of it appears at once and in place of what was there, or nothing does.
 ///
 /// # Errors
-/// Whatever a step fails with, or where `output` is a folder that holds something else.
-pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<PathBuf>, console: &Console) -> Result<Report, Failed> {
+/// Whatever a step fails with, or where a folder holds something else.
+pub fn optimize(inputs: Inputs, place: Place, console: &Console) -> Result<Report, Failed> {
+    let output = place.output.as_path();
     let occupied = fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
     if occupied && !output.join(MANIFEST_FILE).is_file() && !output.join(REPORT_FILE).is_file() {
         let message = format!(
@@ -37,25 +51,39 @@ pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<
         );
         return Err(failure(FailureReason::InvalidInputs, message).into());
     }
-    let work = tempfile::tempdir().map_err(|error| internal("cannot make a folder for the work", &error))?;
-    remove_when_ended(work.path())?;
-    let context = Context {
-        inputs,
-        work: work.path().to_owned(),
-        secrets: work.path().join("secrets"),
-        claims: work.path().join("claims"),
-        extra_ca,
-        threads,
-        console: console.clone(),
+    let work = match &place.work {
+        Some(folder) => Workplace::kept(folder)?,
+        None => Workplace::Removed(tempfile::tempdir().map_err(|error| internal("cannot make a folder for the work", &error))?),
     };
-    let ran = [Step::Fetch, Step::Convert, Step::Compress, Step::Evaluate]
-        .into_iter()
-        .try_for_each(|step| run_step(step, &context));
+    let folder = work.folder().to_owned();
+    exit_when_ended(&work)?;
+    let context = |console: Console| Context {
+        inputs: inputs.clone(),
+        secrets: folder.join("secrets"),
+        claims: folder.join("claims"),
+        work: folder.clone(),
+        extra_ca: place.extra_ca.clone(),
+        threads: place.threads,
+        console,
+    };
+    let (beside, context) = (context(console.beside()), context(console.clone()));
+    let run = |steps: &[Step]| steps.iter().try_for_each(|step| run_step(*step, &context));
+    let ran = if fetch::is_ahead(&context) {
+        // What is left of fetching is to hash the model; one core does that while others work.
+        let (fetched, compressed) = std::thread::scope(|scope| {
+            let fetching = scope.spawn(|| run_step(Step::Fetch, &beside));
+            let compressed = run(&[Step::Convert, Step::Compress]);
+            (fetching.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), compressed)
+        });
+        fetched.and(compressed).and_then(|()| run(&[Step::Evaluate]))
+    } else {
+        run(&[Step::Fetch, Step::Convert, Step::Compress, Step::Evaluate])
+    };
     match ran {
         Ok(()) => {}
         Err(failure) if failure.reason == FailureReason::BudgetExceeded && context.package().join(REPORT_FILE).is_file() => {
             let report = context.read(&format!("package/{REPORT_FILE}"))?;
-            place(&context.package(), output)?;
+            move_into_place(&context.package(), output)?;
             return Err(Failed {
                 failure,
                 report: Some(report),
@@ -64,7 +92,7 @@ pub fn optimize(inputs: Inputs, output: &Path, threads: usize, extra_ca: Option<
         Err(failure) => return Err(failure.into()),
     }
     let report = context.read(&format!("package/{REPORT_FILE}"))?;
-    place(&context.package(), output)?;
+    move_into_place(&context.package(), output)?;
     Ok(report)
 }
 
@@ -90,15 +118,73 @@ fn run_step(step: Step, context: &Context) -> Result<(), Failure> {
     place.done(begun.elapsed(), false).map_err(disk("write", &context.work))
 }
 
-/// Removes the folder of the work when the process is asked to end.
-fn remove_when_ended(work: &Path) -> Result<(), Failure> {
-    let work = work.to_owned();
+/// The folder to work in.
+enum Workplace {
+    /// It goes when the work is done.
+    Removed(tempfile::TempDir),
+    /// It stays; nobody else works there as long as its file is locked.
+    Kept { folder: PathBuf, _lock: File },
+}
+
+impl Workplace {
+    /// What of an earlier run's work is not gone on with.
+    const BEGUN_ANEW: [&str; 3] = ["converted", "compressed", "package"];
+    /// The file that is locked, by which a folder is known as one that was worked in.
+    const LOCK: &str = ".plimsoll-work";
+
+    /// `folder`, made where it is missing.
+    fn kept(folder: &Path) -> Result<Self, Failure> {
+        let refusal = |why: &str| failure(FailureReason::InvalidInputs, format!("cannot work in {}: {why}", folder.display()));
+        fs::create_dir_all(folder).map_err(disk("make", folder))?;
+        let lock = folder.join(Self::LOCK);
+        let is_empty = fs::read_dir(folder).map_err(disk("read", folder))?.next().is_none();
+        if !is_empty && !lock.is_file() {
+            return Err(refusal(
+                "it is not empty and was not worked in before; name another folder with --work",
+            ));
+        }
+        let lock = File::options()
+            .create(true)
+            .append(true)
+            .open(&lock)
+            .map_err(disk("write", folder))?;
+        if lock.try_lock().is_err() {
+            return Err(refusal(
+                "another run is at work there; wait for it, or name another folder with --work",
+            ));
+        }
+        for name in Self::BEGUN_ANEW {
+            match fs::remove_dir_all(folder.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk("remove", folder)(error)),
+                _ => {}
+            }
+        }
+        Ok(Self::Kept {
+            folder: folder.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    fn folder(&self) -> &Path {
+        match self {
+            Self::Removed(folder) => folder.path(),
+            Self::Kept { folder, .. } => folder,
+        }
+    }
+}
+
+/// Lets the process end when it is asked to, without a folder of the work that nobody wants.
+fn exit_when_ended(work: &Workplace) -> Result<(), Failure> {
+    let removed = match work {
+        Workplace::Removed(folder) => Some(folder.path().to_owned()),
+        Workplace::Kept { .. } => None,
+    };
     let ended = move |_| {
         // What is about to appear appears whole.
         let _placed = PLACING.lock();
         // What is still being written there keeps a folder from going at the first try.
         for _ in 0..REMOVAL_TRIES {
-            if fs::remove_dir_all(&work).is_ok() {
+            if removed.as_ref().is_none_or(|folder| fs::remove_dir_all(folder).is_ok()) {
                 break;
             }
         }
@@ -108,7 +194,7 @@ fn remove_when_ended(work: &Path) -> Result<(), Failure> {
 }
 
 /// Moves the files of `folder` to the place of `output`: they come to lie beside it, and then take its name.
-fn place(folder: &Path, output: &Path) -> Result<(), Failure> {
+fn move_into_place(folder: &Path, output: &Path) -> Result<(), Failure> {
     let _placing = PLACING.lock();
     let parent = match output.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
@@ -229,7 +315,8 @@ pub fn table(report: &Report) -> Table {
     for measured in &report.engines {
         if let Some(memory) = measured.memory {
             let name = format!("memory, {}", measured.engine);
-            table.add_row([name, display_size(memory.before_bytes), display_size(memory.after_bytes)]);
+            let after = display_size(memory.after_bytes);
+            table.add_row([name, display_size(memory.before_bytes), with_ratio(after, measured.memory_ratio)]);
         }
     }
     if latency.is_none() {
@@ -278,7 +365,10 @@ pub fn front_table(front: &Front) -> Table {
 }
 
 fn display_latency(latency: &LatencyChange, ratio: Option<Spread>) -> String {
-    let after = display_us(latency.after_us);
+    with_ratio(display_us(latency.after_us), ratio)
+}
+
+fn with_ratio(after: String, ratio: Option<Spread>) -> String {
     match ratio {
         Some(Spread { median, p10, p90 }) => format!("{after} (x {median:.2}, {p10:.2} to {p90:.2})"),
         None => after,

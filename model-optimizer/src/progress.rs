@@ -59,6 +59,15 @@ impl Console {
         Self(Arc::new(Kind::Silent))
     }
 
+    /// One for a step that runs beside another.
+    #[must_use]
+    pub fn beside(&self) -> Self {
+        match &*self.0 {
+            Kind::Json { .. } => Self::json(),
+            Kind::Terminal { .. } | Kind::Silent => self.clone(),
+        }
+    }
+
     /// Names the step that later lines belong to.
     pub fn enter(&self, name: &'static str) {
         if let Kind::Json { step } = &*self.0 {

@@ -110,6 +110,7 @@ mod tests {
                 },
                 optimize: serde_yaml_ng::from_str("recipe: [{quantize: {scheme: Int8}}]").unwrap(),
                 teacher: None,
+                engine: None,
                 toolchain: "0.1.0".into(),
                 repository: String::new(),
                 max_fetch_size: "64Gi".parse().unwrap(),
@@ -237,6 +238,7 @@ mod tests {
                         before_bytes: 8 << 20,
                         after_bytes: 3 << 20,
                     }),
+                    memory_ratio: None,
                     refused: None,
                 },
                 EngineReport {
@@ -244,6 +246,7 @@ mod tests {
                     latency: None,
                     latency_ratio: None,
                     memory: None,
+                    memory_ratio: None,
                     refused: Some("it lacks an operator".into()),
                 },
             ],

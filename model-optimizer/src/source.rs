@@ -51,6 +51,13 @@ pub async fn fetch(
     fetch_file(what, uri, None, credentials, limits, destination, activity).await
 }
 
+/// Whether the file that `uri` names is at `destination` now, by a second name: of a path on the same file system.
+#[must_use]
+pub fn link(uri: &str, destination: &Path) -> bool {
+    let path = uri.strip_prefix("file://").or_else(|| (!uri.contains("://")).then_some(uri));
+    path.is_some_and(|path| Path::new(path).is_file() && file::link(Path::new(path), destination).unwrap_or(false))
+}
+
 /// Fetches the file `name` that lies beside `uri`: in the same folder, or in the same artifact.
 ///
 /// # Errors

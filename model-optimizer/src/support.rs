@@ -1,7 +1,9 @@
 //! What this version of the optimiser has, and what it refuses by name.
 
+use plimsoll_package::manifest::Engine;
 use plimsoll_package::recipe::{Budget, Inputs, Metric, ModelFormat, Search, SearchTechnique};
 use plimsoll_package::units::UnitError;
+use plimsoll_runtime::engine::{LIBRARY_VARIABLE, default_library};
 
 use crate::failure::{Failure, FailureReason, failure};
 use crate::{compress, search};
@@ -15,6 +17,12 @@ pub fn check(inputs: &Inputs) -> Result<(), Failure> {
     let invalid = |message: String| Err(failure(FailureReason::InvalidInputs, message));
     if let Some(format) = inputs.source.format.filter(|format| *format != ModelFormat::Onnx) {
         return unsupported("source.format", &format!("{format}"), "export the model to ONNX");
+    }
+    if inputs.engine == Some(Engine::OnnxRuntime) && default_library().is_none() {
+        let message = format!(
+            "the engine OnnxRuntime is asked for, and its library is not here; name libonnxruntime.so in {LIBRARY_VARIABLE}, or leave the choice of an engine to what is measured"
+        );
+        return Err(failure(FailureReason::Unsupported, message));
     }
     if !optimize.recipe.is_empty() && optimize.search.is_some() {
         return invalid("optimize: set either recipe or search, not both".into());
@@ -84,10 +92,10 @@ fn check_budget(budget: &Budget, metric: Option<Option<Metric>>) -> Result<(), F
             "optimize.budget.maxAccuracyDrop needs labelled data in optimize.evaluation; without labels use minFidelity".into(),
         );
     }
-    let knows_classes = matches!(metric, Some(None | Some(Metric::Accuracy | Metric::Top5Accuracy | Metric::F1)));
+    let knows_classes = matches!(metric, Some(None | Some(Metric::Accuracy | Metric::TopAccuracy(_) | Metric::F1)));
     if budget.max_class_accuracy_drop.is_some() && !knows_classes {
         return invalid(
-            "optimize.budget.maxClassAccuracyDrop needs labelled data in optimize.evaluation and the metric Accuracy, Top5Accuracy or F1; without them use minFidelity".into(),
+            "optimize.budget.maxClassAccuracyDrop needs labelled data in optimize.evaluation and the metric Accuracy, TopKAccuracy or F1; without them use minFidelity".into(),
         );
     }
     let field = |name: &'static str, error: Option<UnitError>| error.map(|error| format!("optimize.budget.{name}: {error}"));

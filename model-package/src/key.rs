@@ -8,6 +8,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::digest::Digest;
+use crate::manifest::Engine;
 use crate::recipe::{Budget, Inputs, Metric, ModelFormat, Optimization, Search, Technique};
 
 /// The tag of an artifact in its repository, `opt-<40 hex digits>`.
@@ -58,7 +59,7 @@ fn distillation_data(optimize: &Optimization) -> impl Iterator<Item = &crate::re
 impl ArtifactKey {
     /// The key of what `inputs` make of `contents`.
     ///
-    /// It covers the contents, the format, the recipe with its parameters, the metric, the budget and the toolchain; not where
+    /// It covers the contents, the format, the recipe with its parameters, the metric, the budget, the engine that is asked for and the toolchain; not where
     /// anything lies, nor who asked.
     #[must_use]
     pub fn new(inputs: &Inputs, contents: &Contents) -> Self {
@@ -77,6 +78,8 @@ impl ArtifactKey {
             budget: Option<&'a Budget>,
             #[serde(skip_serializing_if = "std::ops::Not::not")]
             no_gate: bool,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            engine: Option<Engine>,
         }
         let optimize = &inputs.optimize;
         let recipe = optimize
@@ -105,6 +108,7 @@ impl ArtifactKey {
             distillation: &contents.distillation,
             budget: optimize.budget.as_ref(),
             no_gate: inputs.no_gate,
+            engine: inputs.engine,
         };
         let canonical = serde_json::to_vec(&keyed).expect("a tree of strings and numbers serialises");
         Self(format!("opt-{}", &Digest::of(&canonical).hex()[..40]))
@@ -137,6 +141,7 @@ mod tests {
             },
             optimize: Optimization::default(),
             teacher: None,
+            engine: None,
             toolchain: toolchain.into(),
             repository: "r.example/p".into(),
             max_fetch_size: "1Gi".parse().unwrap(),
@@ -169,6 +174,11 @@ mod tests {
         let inputs = inputs("x", "0.1.0");
         let key = ArtifactKey::new(&inputs, &Contents::pinned(&inputs).unwrap());
         assert_eq!(key.as_str(), "opt-82e26e9ed7a4c5e9069e88b9177a8fea1d0239f7");
+        let for_tract = Inputs {
+            engine: Some(Engine::Tract),
+            ..inputs.clone()
+        };
+        assert_ne!(ArtifactKey::new(&for_tract, &Contents::pinned(&inputs).unwrap()), key);
     }
 
     #[test]

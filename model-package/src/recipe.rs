@@ -1,10 +1,13 @@
 //! What shall be done to a model and how far it may go: the fields of `spec.optimize`, which `--recipe FILE` reads on a laptop.
 
 use std::collections::BTreeMap;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use strum::IntoEnumIterator as _;
 
 use crate::digest::Digest;
+use crate::manifest::Engine;
 use crate::units::{Duration, Percentage, Ratio, Size, display_percent};
 
 #[cfg(feature = "schema")]
@@ -398,7 +401,8 @@ pub struct Evaluation {
     /// The held-out data.
     pub dataset: Dataset,
 
-    /// What is measured. Default: Accuracy where the dataset has labels, Fidelity where not.
+    /// What is measured: Accuracy, Top5Accuracy (or another number), F1, Auroc, MeanAbsoluteError, RootMeanSquaredError, R2, Perplexity or
+    /// Fidelity. Default: Accuracy where the dataset has labels, Fidelity where not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metric: Option<Metric>,
 
@@ -409,13 +413,14 @@ pub struct Evaluation {
 }
 
 /// What is measured on the evaluation data, by the definitions of scikit-learn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
-#[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display, strum::EnumIter)]
+#[serde(try_from = "String", into = "String")]
 pub enum Metric {
     /// The share of samples whose largest output is the label's class.
     Accuracy,
-    /// The share of samples whose label is among the five largest outputs.
-    Top5Accuracy,
+    /// `TopKAccuracy`, such as `Top5Accuracy`: the share of samples whose label is among the K largest outputs; K is 1 to 9999.
+    #[strum(to_string = "Top{0}Accuracy")]
+    TopAccuracy(u16),
     /// F1 score, averaged over the classes.
     F1,
     /// Area under the receiver operating characteristic; of more than two classes the mean of each against the rest.
@@ -430,6 +435,61 @@ pub enum Metric {
     Perplexity,
     /// Agreement with the original model; needs no labels.
     Fidelity,
+}
+
+/// A text that names no metric.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` is no metric; write Accuracy, Top5Accuracy (or another number), F1, Auroc, MeanAbsoluteError, RootMeanSquaredError, R2, Perplexity or Fidelity"
+)]
+pub struct MetricError(String);
+
+impl FromStr for Metric {
+    type Err = MetricError;
+
+    fn from_str(text: &str) -> Result<Self, MetricError> {
+        let counted = text.strip_prefix("Top").and_then(|rest| rest.strip_suffix("Accuracy"));
+        let metric = match counted {
+            Some(count) if count.len() <= 4 && count.starts_with(|digit| matches!(digit, '1'..='9')) => {
+                count.parse().ok().map(Self::TopAccuracy)
+            }
+            Some(_) => None,
+            None => Self::iter().find(|metric| metric.to_string() == text),
+        };
+        metric.ok_or_else(|| MetricError(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for Metric {
+    type Error = MetricError;
+
+    fn try_from(text: String) -> Result<Self, MetricError> {
+        text.parse()
+    }
+}
+
+impl From<Metric> for String {
+    fn from(metric: Metric) -> Self {
+        metric.to_string()
+    }
+}
+
+#[cfg(feature = "schema")]
+impl JsonSchema for Metric {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Metric".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "description": "What is measured on the evaluation data, by the definitions of scikit-learn: Accuracy, Top5Accuracy (or another number than 5), \
+                F1, Auroc, MeanAbsoluteError, RootMeanSquaredError or R2, against labels; Perplexity of a language model on the next tokens \
+                of its own input, or Fidelity to the original model, without labels.",
+            "pattern": "^(Accuracy|Top[1-9][0-9]{0,3}Accuracy|F1|Auroc|MeanAbsoluteError|RootMeanSquaredError|R2|Perplexity|Fidelity)$",
+            "maxLength": 32,
+        })
+    }
 }
 
 impl Metric {
@@ -483,7 +543,7 @@ pub struct Budget {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_accuracy_drop: Option<Percentage>,
 
-    /// Most that the accuracy of any one class may fall, in percentage points, for the metrics Accuracy, Top5Accuracy and F1. Default: 50%
+    /// Most that the accuracy of any one class may fall, in percentage points, for the metrics Accuracy, TopKAccuracy and F1. Default: 50%
     /// of any class with 5 samples or more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_class_accuracy_drop: Option<Percentage>,
@@ -553,6 +613,10 @@ pub struct Inputs {
     /// The model whose outputs distillation trains towards; by default the one to start from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub teacher: Option<SourceLocation>,
+    /// The engine that will serve, where that is settled: the model is measured and judged on it alone. By default on every engine that runs it,
+    /// and the fastest one is recommended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<Engine>,
     /// Version of the optimiser that the revision was made for; part of the artifact's key.
     pub toolchain: String,
     /// The repository that artifacts are pushed to, `HOST[:PORT]/PATH`, without a tag.
@@ -614,6 +678,38 @@ mod tests {
         assert_eq!(Metric::RootMeanSquaredError.display(0.0125), "0.01250");
         assert_eq!(Metric::MeanAbsoluteError.display(12_345.6), "12346");
         assert_eq!(Metric::R2.display(-0.5), "-0.5000");
+    }
+
+    #[test]
+    fn a_metric_is_written_and_read_by_its_name() {
+        for name in [
+            "Accuracy",
+            "Top5Accuracy",
+            "Top1Accuracy",
+            "Top9999Accuracy",
+            "F1",
+            "R2",
+            "Fidelity",
+        ] {
+            let metric: Metric = serde_json::from_value(name.into()).unwrap();
+            assert_eq!(serde_json::to_value(metric).unwrap(), name);
+        }
+        assert_eq!("Top5Accuracy".parse(), Ok(Metric::TopAccuracy(5)));
+        for name in [
+            "accuracy",
+            "Top0Accuracy",
+            "Top05Accuracy",
+            "Top+5Accuracy",
+            "TopAccuracy",
+            "Top10000Accuracy",
+            "",
+        ] {
+            let refused = serde_json::from_value::<Metric>(name.into()).unwrap_err().to_string();
+            assert!(
+                refused.contains(&format!("`{name}` is no metric; write Accuracy, Top5Accuracy")),
+                "{refused}"
+            );
+        }
     }
 
     #[test]

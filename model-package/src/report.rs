@@ -227,7 +227,7 @@ pub struct Spread {
     pub p90: f64,
 }
 
-/// Memory before and after, in bytes: what a process holds more once a model is loaded and has run once.
+/// Memory before and after, in bytes: what a process holds more once a model is loaded and has run once; medians of a few loads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
@@ -440,6 +440,9 @@ pub struct EngineReport {
     /// Its memory; absent where it cannot be measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryChange>,
+    /// How the memory of the optimised model relates to the source model's, load by load; below 1 is less.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_ratio: Option<Spread>,
     /// Why it cannot run the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,

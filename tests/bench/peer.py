@@ -3,6 +3,8 @@
     python peer.py dynamic MODEL OUTPUT            onnxruntime.quantization.quantize_dynamic, per channel
     python peer.py static MODEL OUTPUT SAMPLES     onnxruntime.quantization.quantize_static, QDQ, per channel, min-max
     python peer.py int4 MODEL OUTPUT               onnxruntime's MatMulNBits, blocks of 32, symmetric
+    python peer.py fp16 MODEL OUTPUT               onnxruntime.transformers.float16, inputs and outputs as they were
+    python peer.py agree MODEL OTHER SAMPLES       prints 1 where OTHER loads and each of its outputs has a cosine of 0.99 to MODEL's, else 0
     python peer.py infer MODEL... SAMPLES          the bare cost: load every model and run the samples, batches of 32, one thread each for two
     python peer.py sqnr MODEL OTHER SAMPLES        signal to noise of OTHER's outputs, in dB
     python peer.py prune WEIGHTS                   torch's global_unstructured on that many weights in memory; prints its seconds
@@ -70,6 +72,33 @@ def int4(model: str, output: str) -> None:
     quantizer = MatMulNBitsQuantizer(onnx.load(model), block_size=32, is_symmetric=True)
     quantizer.process()
     quantizer.model.save_model_to_file(output)
+
+
+def fp16(model: str, output: str) -> None:
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(model), keep_io_types=True), output)
+
+
+def agree(model: str, other: str, path: str) -> None:
+    import numpy as np
+
+    original = session(model)
+    known = {value.name for value in original.get_inputs()}
+    data = {name: values[:1] for name, values in samples(path).items() if name in known}
+    try:
+        given = session(other).run(None, data)
+    except Exception as error:
+        print(error, file=sys.stderr)
+        print(0)
+        return
+    cosines = []
+    for before, after in zip(original.run(None, data), given):
+        before, after = before.astype(np.float64).ravel(), after.astype(np.float64).ravel()
+        cosines.append(float(before @ after) / max(float(np.linalg.norm(before) * np.linalg.norm(after)), 1e-30))
+    # A cosine that is no number is no agreement.
+    print(int(all(cosine >= 0.99 for cosine in cosines)))
 
 
 def infer(*arguments: str) -> None:
@@ -141,7 +170,7 @@ def synthesize(output: str, gigabytes: str) -> None:
 
 
 def main() -> None:
-    tasks = {task.__name__: task for task in (dynamic, static, int4, infer, sqnr, prune, synthesize)}
+    tasks = {task.__name__: task for task in (dynamic, static, int4, fp16, agree, infer, sqnr, prune, synthesize)}
     if len(sys.argv) < 2 or sys.argv[1] not in tasks:
         sys.exit(__doc__)
     tasks[sys.argv[1]](*sys.argv[2:])

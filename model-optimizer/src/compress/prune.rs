@@ -163,7 +163,7 @@ mod tests {
             let inputs = generator::inputs(&model);
             let expected = generator::run(&model, &inputs);
             let console = Console::silent();
-            let setting = Setting { calibration: Some(&calibration), original: &model, threads: 1, console: &console };
+            let setting = Setting { calibration: Some(&calibration), original: &model, threads: 1, engine: None, console: &console };
             for (structure, criterion, share) in WAYS {
                 let mut pruned = model.clone();
                 let technique = technique(&prune(structure, criterion, share)).unwrap();

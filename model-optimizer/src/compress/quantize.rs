@@ -23,6 +23,7 @@ pub mod integers;
 pub(crate) mod product;
 pub mod qdq;
 pub mod smooth;
+mod timing;
 
 /// The operators that [`QuantizeScheme::Int8Static`] quantises by default.
 const STATIC_OPERATORS: [&str; 5] = ["Conv", "MatMul", "Gemm", "ConvTranspose", "Gather"];
@@ -62,6 +63,7 @@ pub fn technique(quantize: &Quantize) -> Result<Box<dyn Technique>, Failure> {
     let exclude = exclude.clone();
     let int8 = |products| int8::Int8 {
         products,
+        fold: true,
         granularity,
         in_floats: vec![],
         exclude: exclude.clone(),
@@ -69,7 +71,7 @@ pub fn technique(quantize: &Quantize) -> Result<Box<dyn Technique>, Failure> {
     Ok(match scheme {
         QuantizeScheme::Int8 => Box::new(fastest::Fastest { granularity, exclude }),
         QuantizeScheme::Int8Dynamic => Box::new(int8(int8::Products::Dynamic)),
-        QuantizeScheme::Int8Weights => Box::new(int8(int8::Products::WeightOnly { fold: true })),
+        QuantizeScheme::Int8Weights => Box::new(int8(int8::Products::WeightOnly)),
         QuantizeScheme::Int8Static => Box::new(qdq::Static {
             granularity,
             range: range.unwrap_or(ActivationRange::Percentile),
@@ -134,7 +136,11 @@ impl<'a> Exclusion<'a> {
     }
 
     fn contains(&self, node: &NodeProto) -> bool {
-        self.0.contains(node.name())
+        self.contains_name(node.name())
+    }
+
+    fn contains_name(&self, name: &str) -> bool {
+        self.0.contains(name)
     }
 }
 

@@ -2,12 +2,11 @@
 //! default one.
 
 use plimsoll_package::recipe::{Budget, Metric};
-use plimsoll_package::report::{
-    ClassChange, Failure, FailureReason, Gate, LimitCheck, MetricChange, OutputFidelity, Spread, Summary, Verdict,
-};
+use plimsoll_package::report::{ClassChange, Failure, FailureReason, Gate, LimitCheck, MetricChange, OutputFidelity, Summary, Verdict};
 use plimsoll_package::units::{UnitError, display_percent, display_size};
 
 use super::judgement::Judgement;
+use super::latency::Standing;
 use crate::failure::failure;
 
 /// Least fidelity of an output, where none is stated and no metric judges it.
@@ -21,11 +20,11 @@ const CLASS_SAMPLES_MIN: u64 = 5;
 /// Room for the rounding of a difference of two ratios.
 const ROUNDING: f64 = 1e-9;
 
-/// Holds a result against the budget. `ratio` is the latency's on the chosen engine.
+/// Holds a result against the budget. `standing` is its latency's against the original where that is fastest.
 ///
 /// # Errors
 /// [`FailureReason::InvalidInputs`] where a limit does not parse.
-pub fn check(budget: Option<&Budget>, summary: &Summary, judgement: &Judgement, ratio: Option<Spread>) -> Result<Gate, Failure> {
+pub fn check(budget: Option<&Budget>, summary: &Summary, judgement: &Judgement, standing: Option<&Standing>) -> Result<Gate, Failure> {
     let default = Budget::default();
     let budget = budget.unwrap_or(&default);
     let drop = value(budget.max_accuracy_drop.as_ref().map(|drop| drop.value()))?;
@@ -60,7 +59,7 @@ pub fn check(budget: Option<&Budget>, summary: &Summary, judgement: &Judgement, 
         });
     }
     if let (Some(limit), Some(measured)) = (latency, summary.latency) {
-        limits.extend(of_latency(limit.as_secs_f64() * 1e6, measured.before_us, measured.after_us, ratio));
+        limits.extend(of_latency(limit.as_secs_f64() * 1e6, measured.after_us, standing));
     }
     let verdict = match limits.iter().all(|limit| limit.passed) {
         true => Verdict::WithinBudget,
@@ -218,7 +217,7 @@ fn slice_limit(limit: f64) -> f64 {
     (1.0 - SLICE_SLACK * (1.0 - limit)).max(0.0)
 }
 
-fn of_latency(limit_us: f64, before_us: f64, after_us: f64, ratio: Option<Spread>) -> Vec<LimitCheck> {
+fn of_latency(limit_us: f64, after_us: f64, standing: Option<&Standing>) -> Vec<LimitCheck> {
     let passed = after_us <= limit_us;
     let mut checks = vec![LimitCheck {
         limit: "maxLatency".into(),
@@ -229,20 +228,20 @@ fn of_latency(limit_us: f64, before_us: f64, after_us: f64, ratio: Option<Spread
         passed,
         message: (!passed).then(|| format!("an inference takes {after_us:.0} us (median), maxLatency allows {limit_us:.0} us")),
     }];
-    if let Some(ratio) = ratio {
+    if let Some(Standing { engine, latency, ratio }) = standing {
         // Slower beyond doubt: in nine of ten neighbouring inferences.
         let passed = ratio.p10 <= 1.0;
         checks.push(LimitCheck {
             limit: "maxLatency".into(),
             default: false,
-            of: "model against the original".into(),
+            of: format!("model against the original on {engine}"),
             allowed: 1.0,
             measured: ratio.median,
             passed,
             message: (!passed).then(|| {
                 format!(
-                    "the model is slower than the original ({before_us:.0} us -> {after_us:.0} us, {:.2} times, 10th to 90th percentile {:.2} to {:.2}), which maxLatency rules out",
-                    ratio.median, ratio.p10, ratio.p90
+                    "the model is slower than the original where that is fastest, on {engine} ({:.0} us -> {:.0} us, {:.2} times, 10th to 90th percentile {:.2} to {:.2}), which maxLatency rules out",
+                    latency.before_us, latency.after_us, ratio.median, ratio.p10, ratio.p90
                 )
             }),
         });
@@ -255,7 +254,7 @@ mod tests {
     use super::*;
     use plimsoll_package::digest::Digest;
     use plimsoll_package::manifest::Engine;
-    use plimsoll_package::report::{LatencyChange, SliceFidelity};
+    use plimsoll_package::report::{LatencyChange, SliceFidelity, Spread};
 
     fn summary(size_after: u64) -> Summary {
         Summary {
@@ -435,7 +434,7 @@ mod tests {
 
     #[test]
     fn a_limit_on_latency_rules_out_what_is_slower_than_the_original() {
-        let check = |limit: &str, p10| {
+        let check = |limit: &str, p10: f64| {
             let budget = Budget {
                 max_latency: Some(limit.parse().unwrap()),
                 ..Budget::default()
@@ -445,8 +444,16 @@ mod tests {
                 p10,
                 p90: p10 + 0.2,
             };
+            let standing = Standing {
+                engine: Engine::OnnxRuntime,
+                latency: LatencyChange {
+                    before_us: 80.0,
+                    after_us: 90.0,
+                },
+                ratio: spread,
+            };
             let summary = summary(1);
-            let gate = check(Some(&budget), &summary, &judgement(None, vec![]), Some(spread)).unwrap();
+            let gate = check(Some(&budget), &summary, &judgement(None, vec![]), Some(&standing)).unwrap();
             exceeded(&gate, &summary).map(|failed| failed.message)
         };
         assert_eq!(check("90us", 0.95), None);
@@ -458,7 +465,7 @@ mod tests {
         assert!(
             check("1ms", 1.01)
                 .unwrap()
-                .starts_with("the model is slower than the original (100 us -> 90 us, 1.11 times")
+                .starts_with("the model is slower than the original where that is fastest, on OnnxRuntime (80 us -> 90 us, 1.11 times")
         );
     }
 }

@@ -23,6 +23,11 @@ const TOLERANCE_DYNAMIC: f64 = 1e-2;
 /// Difference of two engines, relative to the largest output, beyond which they do not agree.
 const DISAGREEMENT: f64 = 0.05;
 
+/// Loads on each engine over which memory is measured, at most.
+const MEMORY_LOADS: usize = 5;
+/// Longest time that a load of both models takes for another one to follow.
+const MEMORY_TIME: Duration = Duration::from_millis(40);
+
 /// An engine whose first inference takes longer than this and so many times another engine's will not serve: it is given up there.
 const HOPELESS: Duration = Duration::from_millis(100);
 const HOPELESS_RATIO: u32 = 10;
@@ -35,7 +40,7 @@ pub struct Pair {
     pub after: Box<dyn Engine>,
     /// What the compressed model gave for the first sample.
     first: Result<Vec<Tensor>, String>,
-    memory: Option<MemoryChange>,
+    memory: Vec<MemoryChange>,
 }
 
 /// The engines that run the model before and after, and those that do not.
@@ -45,6 +50,8 @@ pub struct Candidates {
     pub engines: Vec<Pair>,
     /// Those that do not, with the reason.
     pub refused: Vec<EngineReport>,
+    /// The original on engines that run it and not the compressed model.
+    originals: Vec<Arc<dyn Engine>>,
 }
 
 /// Loads the converted and the compressed model into every engine, one after another so that the memory of each shows, and runs each of them
@@ -56,9 +63,16 @@ pub fn load(context: &Context, fold_dequantize: bool, data: &mut Vec<Dataset>) -
     let options = options(context, fold_dequantize);
     let mut candidates = Candidates::default();
     let mut patience = Patience::default();
-    for kind in kinds() {
+    for kind in kinds(context) {
         let pair = load_pair(context, kind, &options, data, &mut patience)?;
+        let is_refused = pair.is_err();
         candidates.add(context, kind, pair);
+        // A limit on the latency is one against the original where that is fastest.
+        if is_refused && limits_latency(context) {
+            candidates
+                .originals
+                .extend(engine::load(kind, &context.converted(), &options).ok().map(Arc::from));
+        }
     }
     candidates.or_refuse("runs the model both before and after compression")
 }
@@ -70,7 +84,7 @@ pub fn load(context: &Context, fold_dequantize: bool, data: &mut Vec<Dataset>) -
 pub fn load_original(context: &Context, data: &mut Vec<Dataset>) -> Result<Vec<Arc<dyn Engine>>, Failure> {
     let options = options(context, false);
     let (mut engines, mut refused) = (Vec::new(), Vec::new());
-    for kind in kinds() {
+    for kind in kinds(context) {
         match engine::load(kind, &context.converted(), &options) {
             Ok(engine) => match run_first(&*engine, data, &mut Patience::default())? {
                 Ok(_) => engines.push(Arc::from(engine)),
@@ -108,19 +122,28 @@ pub fn load_beside(
                 before: before.clone(),
                 first: first.map_err(|error| chain(&error)),
                 after,
-                memory: None,
+                memory: vec![],
             }),
         });
+        if pair.is_err() {
+            candidates.originals.push(before.clone());
+        }
         candidates.add(context, before.kind(), pair);
     }
     candidates.or_refuse("runs the compressed model")
 }
 
 /// The engines that may serve, ONNX Runtime first: it is what models are tested with.
-fn kinds() -> Vec<EngineKind> {
-    let mut kinds = convert::engines();
+fn kinds(context: &Context) -> Vec<EngineKind> {
+    let mut kinds = convert::engines_of(context.inputs.engine);
     kinds.sort_by_key(|kind| *kind != EngineKind::OnnxRuntime);
     kinds
+}
+
+/// Whether the budget bounds the latency.
+pub(crate) fn limits_latency(context: &Context) -> bool {
+    let budget = context.inputs.optimize.budget.as_ref();
+    budget.is_some_and(|budget| budget.max_latency.is_some())
 }
 
 fn options(context: &Context, fold_dequantize: bool) -> LoadOptions {
@@ -194,6 +217,7 @@ fn load_pair(
     data: &mut Vec<Dataset>,
     patience: &mut Patience,
 ) -> Result<Result<Pair, String>, Failure> {
+    let begun = Instant::now();
     let empty = memory::held(&context.work);
     // The compressed model first: what loading frees may serve the second, so that no model looks smaller than it is but the original.
     let after = match engine::load(kind, &context.compressed(), options) {
@@ -212,7 +236,22 @@ fn load_pair(
     };
     // What it gives is compared later, on all samples; here it takes the memory of a run.
     drop(before.run(&data[0].first()?));
-    let memory = memory::change(empty, with_after, memory::held(&context.work));
+    let mut memory: Vec<MemoryChange> = memory::change(empty, with_after, memory::held(&context.work)).into_iter().collect();
+    // Further loads show how far the first one can be trusted, where they take next to no time.
+    while memory.len() < MEMORY_LOADS && begun.elapsed() < MEMORY_TIME * memory.len() as u32 {
+        let empty = memory::held(&context.work);
+        let load = |path: &Path| {
+            let engine = engine::load(kind, path, options).ok()?;
+            drop(engine.run(&data[0].first().ok()?));
+            Some((engine, memory::held(&context.work)))
+        };
+        let again = load(&context.compressed()).zip(load(&context.converted()));
+        let change = again.and_then(|((_, with_after), (_, with_both))| memory::change(empty, with_after, with_both));
+        match change {
+            Some(change) => memory.push(change),
+            None => break,
+        }
+    }
     Ok(Ok(Pair {
         before: Arc::from(before),
         after,
@@ -252,6 +291,7 @@ fn refusal(engine: EngineKind, why: String) -> EngineReport {
         latency: None,
         latency_ratio: None,
         memory: None,
+        memory_ratio: None,
         refused: Some(why),
     }
 }
@@ -319,16 +359,20 @@ pub fn compare<'a>(
             }
         }
         measured.push(match latency::measure(&*pair.before, &*pair.after, sample) {
-            Ok((latency, ratio)) => MeasuredEngine {
-                report: EngineReport {
-                    engine: kind,
-                    latency: Some(latency),
-                    latency_ratio: Some(ratio),
-                    memory: pair.memory,
-                    refused: None,
-                },
-                pair: Some(pair),
-            },
+            Ok((latency, ratio)) => {
+                let (memory, memory_ratio) = memory::summary(&pair.memory).unzip();
+                MeasuredEngine {
+                    report: EngineReport {
+                        engine: kind,
+                        latency: Some(latency),
+                        latency_ratio: Some(ratio),
+                        memory,
+                        memory_ratio,
+                        refused: None,
+                    },
+                    pair: Some(pair),
+                }
+            }
             Err(error) => refuse(chain(&error)),
         });
     }
@@ -344,6 +388,54 @@ pub fn compare<'a>(
         )
     })?;
     Ok((measured, probe))
+}
+
+/// Measures the compressed model as it was `chosen` against the original on the engine that runs that fastest.
+///
+/// # Errors
+/// Whatever an engine fails with.
+pub fn against_fastest(
+    candidates: &Candidates,
+    measured: &[MeasuredEngine],
+    chosen: &MeasuredEngine,
+    sample: &[Tensor],
+) -> Result<Option<latency::Standing>, EngineError> {
+    let (Some(pair), Some(latency), Some(ratio)) = (chosen.pair, chosen.report.latency, chosen.report.latency_ratio) else {
+        return Ok(None);
+    };
+    let limit = Duration::from_secs_f64(latency.before_us / 1e6)
+        .saturating_mul(HOPELESS_RATIO)
+        .max(HOPELESS);
+    let of_pairs = measured
+        .iter()
+        .zip(&candidates.engines)
+        .map(|(measured, pair)| match measured.report.latency {
+            Some(latency) => (&pair.before, Some(latency.before_us)),
+            None => (&pair.before, latency::alone(&*pair.before, sample, limit)),
+        });
+    let others = candidates
+        .originals
+        .iter()
+        .map(|original| (original, latency::alone(&**original, sample, limit)));
+    let fastest = of_pairs
+        .chain(others)
+        .filter_map(|(original, us)| Some((original, us?)))
+        .min_by(|one, other| one.1.total_cmp(&other.1));
+    Ok(Some(match fastest {
+        Some((original, _)) if original.kind() != pair.before.kind() => {
+            let (latency, ratio) = latency::measure(&**original, &*pair.after, sample)?;
+            latency::Standing {
+                engine: original.kind(),
+                latency,
+                ratio,
+            }
+        }
+        _ => latency::Standing {
+            engine: pair.before.kind(),
+            latency,
+            ratio,
+        },
+    }))
 }
 
 fn record(engine: &dyn Engine, inputs: &[Tensor], outputs: &[Tensor], tolerance: f64) -> Option<Probe> {
@@ -380,5 +472,64 @@ fn agree(engine: &dyn Engine, probe: &mut Probe) -> Result<(), String> {
             Ok(())
         }
         Err(error) => Err(chain(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_package::report::{LatencyChange, Spread};
+
+    use super::super::latency::tests::Slow;
+    use super::*;
+
+    #[test]
+    fn a_model_is_held_against_the_original_on_the_engine_that_runs_it_fastest() {
+        let pair = |kind, before_ms, after_ms| Pair {
+            before: Arc::new(Slow::new(kind, before_ms)),
+            after: Box::new(Slow::new(kind, after_ms)),
+            first: Ok(vec![]),
+            memory: vec![],
+        };
+        let report = |kind, latency: Option<(f64, f64)>| EngineReport {
+            latency: latency.map(|(before_us, after_us)| LatencyChange { before_us, after_us }),
+            latency_ratio: latency.map(|(before_us, after_us)| {
+                let ratio = after_us / before_us;
+                Spread {
+                    median: ratio,
+                    p10: ratio,
+                    p90: ratio,
+                }
+            }),
+            refused: latency.is_none().then(|| "it differs".to_owned()),
+            ..refusal(kind, String::new())
+        };
+        let mut candidates = Candidates {
+            engines: vec![pair(EngineKind::OnnxRuntime, 9, 6), pair(EngineKind::Tract, 3, 9)],
+            ..Candidates::default()
+        };
+        let standing = |candidates: &Candidates, of_tract| {
+            let measured = [
+                report(EngineKind::OnnxRuntime, Some((9e3, 6e3))),
+                report(EngineKind::Tract, of_tract),
+            ];
+            let measured: Vec<MeasuredEngine> = measured
+                .into_iter()
+                .zip(&candidates.engines)
+                .map(|(report, pair)| MeasuredEngine { report, pair: Some(pair) })
+                .collect();
+            against_fastest(candidates, &measured, &measured[0], &[]).unwrap().unwrap()
+        };
+        // Faster than the original on the same engine, and slower than it on the other one.
+        for of_tract in [Some((3e3, 9e3)), None] {
+            let standing = standing(&candidates, of_tract);
+            assert_eq!(standing.engine, EngineKind::Tract);
+            assert!(standing.ratio.p10 > 1.0, "{:?}", standing.ratio);
+            assert!(standing.latency.before_us < standing.latency.after_us);
+        }
+        // An engine that does not run the compressed model at all may run the original.
+        candidates.engines.truncate(1);
+        assert_eq!(standing(&candidates, None).engine, EngineKind::OnnxRuntime);
+        candidates.originals.push(Arc::new(Slow::new(EngineKind::Tract, 2)));
+        assert_eq!(standing(&candidates, None).engine, EngineKind::Tract);
     }
 }

@@ -214,6 +214,7 @@ mod tests {
             calibration: None,
             original,
             threads: 1,
+            engine: None,
             console: &Console::silent(),
         };
         let entry = Technique {

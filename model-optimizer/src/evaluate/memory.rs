@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use plimsoll_package::report::MemoryChange;
+use plimsoll_package::report::{MemoryChange, Spread};
+
+use super::latency::spread;
 
 /// The bytes that the process holds: those allocated, by mallinfo2(3), which counts every allocator of this process (the engines are built
 /// against the same C library), and those resident of files in `folder` that are mapped, by `/proc/self/smaps` (proc(5)). Unlike resident
@@ -37,6 +39,20 @@ fn mapped(smaps: &str, folder: &Path) -> u64 {
         }
     }
     kibibytes << 10
+}
+
+/// The medians of what was measured load by load, and the spread of after / before; `None` where nothing was.
+pub(super) fn summary(changes: &[MemoryChange]) -> Option<(MemoryChange, Spread)> {
+    if changes.is_empty() {
+        return None;
+    }
+    let median = |bytes: fn(&MemoryChange) -> u64| spread(changes.iter().map(|change| bytes(change) as f64).collect()).median as u64;
+    let ratios = changes.iter().map(|change| change.after_bytes as f64 / change.before_bytes as f64);
+    let change = MemoryChange {
+        before_bytes: median(|change| change.before_bytes),
+        after_bytes: median(|change| change.after_bytes),
+    };
+    Some((change, spread(ratios.collect())))
 }
 
 /// What the compressed model and then the original added; `None` where either added nothing, so that the measurement says nothing.
@@ -78,5 +94,15 @@ mod tests {
         );
         assert_eq!(change(Some(10), Some(15), Some(15)), None);
         assert_eq!(change(None, Some(15), Some(35)), None);
+        assert_eq!(summary(&[]), None);
+    }
+
+    #[test]
+    fn the_ratio_is_of_the_loads_that_belong_together() {
+        let loads = [(100, 30), (200, 50), (120, 24)].map(|(before_bytes, after_bytes)| MemoryChange { before_bytes, after_bytes });
+        let (medians, ratio) = summary(&loads).unwrap();
+        assert_eq!((medians.before_bytes, medians.after_bytes), (120, 30));
+        assert_eq!(ratio.median, 0.25);
+        assert!((ratio.p10 - 0.21).abs() < 1e-12 && (ratio.p90 - 0.29).abs() < 1e-12, "{ratio:?}");
     }
 }

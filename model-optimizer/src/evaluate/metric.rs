@@ -9,8 +9,6 @@ use plimsoll_runtime::engine::Tensor;
 
 /// Most classes whose accuracy is reported.
 const CLASSES_MAX: usize = 1000;
-/// How many of the largest scores [`Metric::Top5Accuracy`] looks at.
-const TOP: usize = 5;
 /// How far the sum of probabilities is from 1 at most.
 const PROBABILITY_TOLERANCE: f64 = 1e-3;
 
@@ -28,8 +26,8 @@ pub struct Meter {
 enum Kept {
     /// The class of each sample.
     Classes { predicted: Vec<i64>, classes: Option<usize> },
-    /// Whether each sample's label is among the largest scores.
-    Hits(Vec<bool>),
+    /// Whether each sample's label is among so many of the largest scores.
+    Hits { top: usize, hits: Vec<bool> },
     /// The values of each sample, the same number for each.
     Values { values: Vec<f64>, width: usize },
     /// Sum of the negative logarithms of the next tokens' probabilities, and the number of tokens.
@@ -54,7 +52,13 @@ impl Meter {
                     classes: None,
                 },
             ),
-            Metric::Top5Accuracy => (outputs.iter().position(is_float), Kept::Hits(vec![])),
+            Metric::TopAccuracy(top) => (
+                outputs.iter().position(is_float),
+                Kept::Hits {
+                    top: top.into(),
+                    hits: vec![],
+                },
+            ),
             Metric::Auroc | Metric::MeanAbsoluteError | Metric::RootMeanSquaredError | Metric::R2 => {
                 (outputs.iter().position(is_float), values())
             }
@@ -137,13 +141,13 @@ impl Meter {
                     }
                 }
             }
-            Kept::Hits(hits) => {
+            Kept::Hits { top, hits } => {
                 if width == 1 {
                     return Err("the judged output is one number for each sample, which ranks no classes".into());
                 }
                 for (sample, scores) in values.chunks_exact(width).enumerate() {
                     let label = label_within(label_of(sample)?, width, first + sample)?;
-                    hits.push(is_among_largest(scores, label, TOP));
+                    hits.push(is_among_largest(scores, label, *top));
                 }
             }
             Kept::Values {
@@ -189,7 +193,7 @@ impl Meter {
         };
         let value = match &self.kept {
             Kept::Classes { predicted, .. } if self.metric == Metric::F1 => f1(predicted, &classes()?),
-            Kept::Classes { .. } | Kept::Hits(_) => {
+            Kept::Classes { .. } | Kept::Hits { .. } => {
                 let right = self.right(&classes()?).unwrap_or_default();
                 right.iter().filter(|right| **right).count() as f64 / right.len().max(1) as f64
             }
@@ -214,7 +218,7 @@ impl Meter {
     pub fn right(&self, labels: &[i64]) -> Option<Vec<bool>> {
         match &self.kept {
             Kept::Classes { predicted, .. } => Some(predicted.iter().zip(labels).map(|(predicted, label)| predicted == label).collect()),
-            Kept::Hits(hits) => Some(hits.clone()),
+            Kept::Hits { hits, .. } => Some(hits.clone()),
             Kept::Values { .. } | Kept::Surprise { .. } => None,
         }
     }
@@ -501,7 +505,7 @@ mod tests {
     fn what_a_metric_is_not_defined_on_is_said() {
         let refusal = |metric, values: &[f64], labels: &[f64]| measure(metric, values, labels).unwrap_err();
         assert!(refusal(Metric::Accuracy, &[0.3, 0.7], &[0.0, 1.0]).contains("use Auroc or Fidelity"));
-        let out_of_range = refusal(Metric::Top5Accuracy, &[0.3, 0.7, 0.2, 0.8], &[0.0, 2.0]);
+        let out_of_range = refusal(Metric::TopAccuracy(5), &[0.3, 0.7, 0.2, 0.8], &[0.0, 2.0]);
         assert_eq!(out_of_range, "the label of sample 2 is 2, the model knows the 2 classes 0 to 1");
         assert!(refusal(Metric::F1, &[0.3, 0.7], &[0.5]).contains("the label of sample 1 is 0.5"));
         assert!(refusal(Metric::MeanAbsoluteError, &[0.3, f64::NAN], &[0.0, 1.0]).contains("holds NaN for sample 2"));

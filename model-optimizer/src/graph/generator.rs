@@ -2,6 +2,7 @@
 
 use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_runtime::engine::{self, LoadOptions, Tensor};
+use plimsoll_runtime::onnx::attribute_proto::AttributeType;
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{
     AttributeProto, GraphProto, ModelProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
@@ -380,6 +381,119 @@ fn transformer(seed: u64) -> ModelProto {
     }
     let output = builder.product(&value, 3, true);
     builder.finish(&output)
+}
+
+/// A model that multiplies by one of two weights, which its branches both call `w`, by the sign of what it is given.
+pub(crate) fn branching() -> ModelProto {
+    let (mut builder, _) = Builder::new(5, &[16]);
+    let limit = tensor("limit", DataType::Float, &[], 0.0_f32.to_le_bytes().to_vec());
+    builder.graph.initializer.push(limit);
+    let branch = |builder: &mut Builder, name: &str| {
+        let (weight, small) = (builder.constant(&[16, 32], 0.0), builder.constant(&[1, 32], 0.0));
+        let initializer = [(weight, "w"), (small, "small")].map(|(constant, name)| {
+            let index = builder
+                .graph
+                .initializer
+                .iter()
+                .position(|tensor| *tensor.name() == constant)
+                .unwrap();
+            TensorProto {
+                name: Some(name.to_owned()),
+                ..builder.graph.initializer.remove(index)
+            }
+        });
+        let output = format!("{name}_y");
+        subgraph(
+            name,
+            GraphProto {
+                name: Some(name.to_owned()),
+                initializer: initializer.into(),
+                node: vec![
+                    node("MatMul", &["x", "w"], &format!("{name}_product"), vec![]),
+                    node("Add", &[&format!("{name}_product"), "small"], &output, vec![]),
+                ],
+                output: vec![declared(&output, &[32])],
+                ..GraphProto::default()
+            },
+        )
+    };
+    let branches = ["then_branch", "else_branch"].map(|name| branch(&mut builder, name));
+    builder.graph.node.extend([
+        node("ReduceSum", &["x"], "sum", vec![integer("keepdims", 0)]),
+        node("Greater", &["sum", "limit"], "positive", vec![]),
+        node("If", &["positive"], "y", branches.into()),
+    ]);
+    builder.finish(&Value {
+        name: "y".into(),
+        shape: vec![32],
+    })
+}
+
+/// A model that multiplies three times by the weight `w` of a loop's body.
+pub(crate) fn looping() -> ModelProto {
+    let (mut builder, _) = Builder::new(6, &[16]);
+    let weight = builder.constant(&[16, 16], 0.0);
+    let weight = TensorProto {
+        name: Some("w".to_owned()),
+        ..builder
+            .graph
+            .initializer
+            .iter()
+            .find(|tensor| *tensor.name() == weight)
+            .unwrap()
+            .clone()
+    };
+    builder.graph.initializer.clear();
+    let times = tensor("times", DataType::Int64, &[], 3_i64.to_le_bytes().to_vec());
+    let goes_on = tensor("goes_on", DataType::Bool, &[], vec![1]);
+    builder.graph.initializer.extend([times, goes_on]);
+    let scalar = |name: &str, kind: DataType| {
+        let kind = type_proto::Tensor {
+            elem_type: Some(kind as i32),
+            shape: Some(TensorShapeProto::default()),
+        };
+        ValueInfoProto {
+            name: Some(name.to_owned()),
+            r#type: Some(TypeProto {
+                value: Some(type_proto::Value::TensorType(kind)),
+                ..TypeProto::default()
+            }),
+            ..ValueInfoProto::default()
+        }
+    };
+    let body = GraphProto {
+        name: Some("body".to_owned()),
+        input: vec![
+            scalar("time", DataType::Int64),
+            scalar("going", DataType::Bool),
+            declared("state", &[16]),
+        ],
+        initializer: vec![weight],
+        node: vec![
+            node("Identity", &["going"], "still_going", vec![]),
+            node("MatMul", &["state", "w"], "product", vec![]),
+            node("Tanh", &["product"], "next", vec![]),
+        ],
+        output: vec![scalar("still_going", DataType::Bool), declared("next", &[16])],
+        ..GraphProto::default()
+    };
+    builder
+        .graph
+        .node
+        .push(node("Loop", &["times", "goes_on", "x"], "y", vec![subgraph("body", body)]));
+    builder.finish(&Value {
+        name: "y".into(),
+        shape: vec![16],
+    })
+}
+
+fn subgraph(name: &str, graph: GraphProto) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Graph as i32),
+        g: Some(graph),
+        ..AttributeProto::default()
+    }
 }
 
 /// Samples drawn from the signature of `model`.

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use plimsoll_runtime::onnx::tensor_proto::DataLocation;
@@ -17,8 +18,40 @@ const MESSAGE_BYTES_MAX: usize = i32::MAX as usize;
 const EXTERNAL_BYTES_MIN: usize = 1024;
 /// External data begin at multiples of this, so that engines can map them.
 const ALIGNMENT: u64 = 4096;
-/// Fewest bytes of a new tensor that is kept on disk rather than in memory.
-const SPILLED_BYTES_MIN: usize = 8 << 20;
+/// Fewest bytes of a new tensor that is counted, and kept on disk where memory holds [`HELD_BYTES_MAX`] of such already.
+const COUNTED_BYTES_MIN: usize = 1 << 20;
+/// Most bytes of new tensors that are kept in memory.
+const HELD_BYTES_MAX: usize = 24 << 20;
+
+/// The bytes of new tensors that are kept in memory.
+static HELD: AtomicUsize = AtomicUsize::new(0);
+
+/// Bytes that are counted as long as they are there.
+struct Held(Vec<u8>);
+
+impl Held {
+    /// `data`, or `Err` where there would be too many.
+    fn new(data: Vec<u8>) -> Result<Self, Vec<u8>> {
+        let added = data.len();
+        if HELD.fetch_add(added, Ordering::Relaxed) + added <= HELD_BYTES_MAX {
+            return Ok(Self(data));
+        }
+        HELD.fetch_sub(added, Ordering::Relaxed);
+        Err(data)
+    }
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.fetch_sub(self.0.len(), Ordering::Relaxed);
+    }
+}
 
 /// Field numbers of `onnx.proto`.
 mod field {
@@ -234,12 +267,17 @@ fn open(out: &mut Vec<u8>, field: u32, length: usize) {
     encode_varint(length as u64, out);
 }
 
-/// `data` as a tensor's bytes; large ones lie in a file without a name, so that memory is bounded by the largest tensor.
+/// `data` as a tensor's bytes; what is large lies in a file without a name as soon as there is much of it, so that memory is bounded by the
+/// largest tensor.
 #[must_use]
 pub fn spilled(data: Vec<u8>) -> Bytes {
-    if data.len() < SPILLED_BYTES_MIN {
+    if data.len() < COUNTED_BYTES_MIN {
         return data.into();
     }
+    let data = match Held::new(data) {
+        Ok(held) => return Bytes::from_owner(held),
+        Err(data) => data,
+    };
     // A disk that is full or missing is no reason to stop as long as memory is there.
     let spill = || {
         let mut file = tempfile::tempfile()?;
@@ -330,7 +368,10 @@ mod tests {
 
     #[test]
     fn a_large_tensor_reads_the_same_from_the_disk() {
-        let data: Vec<u8> = (0..SPILLED_BYTES_MIN + 3).map(|index| (index % 253) as u8).collect();
+        let data: Vec<u8> = (0..HELD_BYTES_MAX + 3).map(|index| (index % 253) as u8).collect();
+        assert!(Held::new(data.clone()).is_err(), "it is more than memory may hold");
         assert!(spilled(data.clone()) == data);
+        let small = spilled(data[..COUNTED_BYTES_MIN].to_vec());
+        assert!(small == data[..COUNTED_BYTES_MIN]);
     }
 }

@@ -14,6 +14,7 @@ mod constant;
 mod folding;
 mod functions;
 mod fusion;
+mod hoisting;
 mod identities;
 mod operators;
 mod sharing;
@@ -46,6 +47,7 @@ pub fn simplify(model: &mut ModelProto) -> Result<(), String> {
     let Some(graph) = &mut model.graph else { return Ok(()) };
     folding::fold(graph, &shapes);
     fusion::fuse(graph, version);
+    hoisting::hoist(graph);
     sharing::share(graph);
     remove_dead(graph);
     Ok(())

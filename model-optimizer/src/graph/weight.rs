@@ -1,6 +1,6 @@
 //! Where a model's weights are: the constant operands of convolutions and matrix products.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{GraphProto, NodeProto, TensorProto, mapping};
@@ -150,13 +150,93 @@ pub fn find(graph: &GraphProto) -> Vec<Weight> {
     weights
 }
 
+/// The names of all that nodes of `graph`, and of the bodies within, use as a weight.
+pub(super) fn names_used(graph: &GraphProto) -> HashSet<String> {
+    let mut names = HashSet::new();
+    for node in &graph.node {
+        let used = node.input.iter().enumerate();
+        let used = used.filter(|(input, _)| is_standard(node) && operator(node, *input).is_some());
+        names.extend(used.map(|(_, name)| name.clone()));
+        subgraphs(node).for_each(|body| names.extend(names_used(body)));
+    }
+    names
+}
+
+/// A weight that branches or the bodies of loops read from the graph around them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Captured {
+    /// Index of the initialiser.
+    pub initializer: usize,
+    /// The tensor's name.
+    pub name: String,
+    /// How nodes use it, in bodies and in the graph itself; `None` where one of them uses it in a way that is not known.
+    pub operators: Option<Vec<Operator>>,
+    /// The names of these nodes.
+    pub nodes: Vec<String>,
+}
+
+/// The weights of `graph` that nodes in branches and loop bodies read.
+#[must_use]
+pub fn captured(graph: &GraphProto) -> Vec<Captured> {
+    let index = graph.initializer.iter().enumerate();
+    let index: HashMap<&str, usize> = index
+        .filter(|(_, tensor)| is_weight(tensor))
+        .map(|(index, tensor)| (tensor.name(), index))
+        .collect();
+    let mut captured: BTreeMap<usize, Captured> = BTreeMap::new();
+    let mut note = |node: &NodeProto, hidden: &HashSet<&str>, within: bool| {
+        for (input, name) in node.input.iter().enumerate().filter(|(_, name)| !hidden.contains(name.as_str())) {
+            let Some(&initializer) = index.get(name.as_str()) else { continue };
+            if !within && !captured.contains_key(&initializer) {
+                continue;
+            }
+            let captured = captured.entry(initializer).or_insert_with(|| Captured {
+                initializer,
+                name: name.clone(),
+                operators: Some(Vec::new()),
+                nodes: Vec::new(),
+            });
+            captured.nodes.push(node.name().to_owned());
+            match (operator(node, input).filter(|_| is_standard(node)), &mut captured.operators) {
+                (Some(operator), Some(operators)) => operators.push(operator),
+                _ => captured.operators = None,
+            }
+        }
+    };
+    for body in graph.node.iter().flat_map(subgraphs) {
+        visit(body, &HashSet::new(), &mut |node, hidden| note(node, hidden, true));
+    }
+    for node in &graph.node {
+        note(node, &HashSet::new(), false);
+    }
+    for output in &graph.output {
+        if let Some(captured) = index.get(output.name()).and_then(|index| captured.get_mut(index)) {
+            captured.operators = None;
+        }
+    }
+    captured.into_values().collect()
+}
+
+/// Calls `see` with each node of `body` and of the bodies within, and with the names that hide those of the graph around.
+fn visit<'a>(body: &'a GraphProto, hidden: &HashSet<&'a str>, see: &mut impl FnMut(&NodeProto, &HashSet<&str>)) {
+    let given = body.input.iter().map(|input| input.name());
+    let constant = body.initializer.iter().map(TensorProto::name);
+    let made = body.node.iter().flat_map(|node| node.output.iter().map(String::as_str));
+    let hidden: HashSet<&str> = hidden.iter().copied().chain(given).chain(constant).chain(made).collect();
+    for node in &body.node {
+        see(node, &hidden);
+        subgraphs(node).for_each(|inner| visit(inner, &hidden, see));
+    }
+}
+
 /// Whether a tensor can be a weight: two or more axes in single precision.
-fn is_weight(tensor: &TensorProto) -> bool {
+pub(super) fn is_weight(tensor: &TensorProto) -> bool {
     tensor.data_type() == DataType::Float as i32 && tensor.dims.len() >= 2
 }
 
-/// How `node` uses what its input of that index is, were it a weight.
-fn operator(node: &NodeProto, input: usize) -> Option<Operator> {
+/// How `node`, of ONNX's own operators, uses what its input of that index is, were it a weight.
+#[must_use]
+pub fn operator(node: &NodeProto, input: usize) -> Option<Operator> {
     match (node.op_type(), input) {
         ("Conv", 1) => Some(Operator::Conv),
         ("ConvTranspose", 1) => Some(Operator::ConvTranspose),

@@ -67,7 +67,10 @@ pub(super) fn change(report: &Report) -> Html {
     for measured in &report.engines {
         if let Some(memory) = measured.memory {
             let name = text(format_args!("memory on {}", measured.engine));
-            let change = text(figure::smaller(memory.before_bytes, memory.after_bytes));
+            let change = match measured.memory_ratio {
+                Some(ratio) => text(format_args!("{} times as much", figure::spread(ratio))),
+                None => text(figure::smaller(memory.before_bytes, memory.after_bytes)),
+            };
             rows.push(row(
                 name,
                 display_size(memory.before_bytes),

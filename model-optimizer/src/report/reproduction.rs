@@ -116,6 +116,10 @@ fn command(inputs: &Inputs) -> String {
     if let Some(teacher) = &inputs.teacher {
         words.extend(["--teacher", &teacher.uri]);
     }
+    let engine = inputs.engine.map(|engine| engine.to_string().to_lowercase());
+    if let Some(engine) = &engine {
+        words.extend(["--engine", engine]);
+    }
     for host in &inputs.plain_http_hosts {
         words.extend(["--plain-http", host]);
     }
@@ -140,6 +144,7 @@ fn quoted(word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use plimsoll_package::manifest::Engine;
     use plimsoll_package::recipe::SourceLocation;
 
     use super::*;
@@ -155,6 +160,7 @@ mod tests {
             source: location("https://models/it's here.onnx"),
             optimize: Default::default(),
             teacher: None,
+            engine: None,
             toolchain: "0".into(),
             repository: String::new(),
             max_fetch_size: "64Gi".parse().unwrap(),
@@ -170,12 +176,13 @@ mod tests {
         inputs.source = location("m.onnx");
         inputs.optimize = serde_yaml_ng::from_str("recipe: [{prune: {amount: 50%}}]").unwrap();
         inputs.teacher = Some(location("t.onnx"));
+        inputs.engine = Some(Engine::OnnxRuntime);
         inputs.plain_http_hosts = vec!["localhost:5000".into()];
         inputs.max_fetch_size = "1Gi".parse().unwrap();
         inputs.no_gate = true;
         assert_eq!(
             command(&inputs),
-            "plimsoll-optimizer optimize m.onnx --output package --recipe recipe.yaml --teacher t.onnx --plain-http localhost:5000 \
+            "plimsoll-optimizer optimize m.onnx --output package --recipe recipe.yaml --teacher t.onnx --engine onnxruntime --plain-http localhost:5000 \
              --max-fetch-size 1Gi --no-gate"
         );
         assert_eq!(recipe(&inputs).unwrap(), "recipe:\n- prune:\n    amount: 50%\n");

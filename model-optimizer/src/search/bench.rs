@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use plimsoll_package::key::ArtifactKey;
 use plimsoll_package::manifest::MODEL_FILE;
 use plimsoll_package::recipe::{Distill, Metric, Quantize, Technique};
 use plimsoll_package::report::front::{Candidate, Front, Outcome, Sensitivity};
@@ -82,7 +83,7 @@ impl<'a> Bench<'a> {
         let original = engines::load_original(context, &mut data.samples)?;
         let folder = context.work.join(FOLDER);
         fs::create_dir_all(&folder).map_err(disk("make", &folder))?;
-        let journal = Journal::open(&folder.join(JOURNAL), &fetched.key).map_err(disk("write", &folder))?;
+        let journal = Journal::open(&folder.join(JOURNAL), &key(context, &fetched)).map_err(disk("write", &folder))?;
         let bench = Self {
             clock: Clock {
                 begun: Instant::now(),
@@ -301,6 +302,15 @@ impl<'a> Bench<'a> {
         };
         sorted(swept, &first.quantize).into_iter().map(|layer| layer.sensitivity).collect()
     }
+}
+
+/// What a search is of: all that its artifact's key covers but the time that it may take, so that one that ran out of time goes on with more.
+fn key(context: &Context, fetched: &Fetched) -> String {
+    let mut inputs = context.inputs.clone();
+    if let Some(search) = &mut inputs.optimize.search {
+        search.max_duration = None;
+    }
+    ArtifactKey::new(&inputs, &fetched.contents()).to_string()
 }
 
 /// The layers that `quantize` changes, the most sensitive first.

@@ -438,6 +438,7 @@ pub(super) mod tests {
             }),
             latency_ratio: None,
             memory: None,
+            memory_ratio: None,
             refused: None,
         };
         let original = [measured(Engine::Tract, 300.0), measured(Engine::OnnxRuntime, 100.0)];

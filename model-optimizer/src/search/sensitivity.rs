@@ -97,6 +97,7 @@ impl Sweep {
             calibration: self.calibration.as_ref(),
             original: &materials.original,
             threads: context.threads,
+            engine: context.inputs.engine,
             console: &silent,
         };
         let mut model = materials.original.clone();

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path};
 
 use plimsoll_package::digest::{Digest, Hasher};
@@ -58,6 +59,21 @@ fn pack(what: &str, folder: &Path, destination: &Path, size_max: u64) -> Result<
     })
 }
 
+/// Gives the file at `path` the name `destination`, too, where the file system can: nothing here writes to it.
+pub(super) fn link(path: &Path, destination: &Path) -> io::Result<bool> {
+    let identity = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    if identity(destination).is_some_and(|known| identity(path) == Some(known)) {
+        return Ok(true);
+    }
+    // What an earlier attempt left may be such a link, too, and must not be written through.
+    match fs::remove_file(destination) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // Of a link it is the file that gets another name.
+    Ok(path.canonicalize().and_then(|file| fs::hard_link(file, destination)).is_ok())
+}
+
 /// Copies the file at `path`, or links to it; of data a folder, too, as an archive.
 pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -> Result<Content, Failure> {
     let shown = path.display().to_string();
@@ -76,16 +92,9 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
         return Err(too_large(what, &shown, Some(metadata.len()), size_max));
     }
     let mut source = File::open(path).map_err(|error| unreadable(&error))?;
-    // The same file under another name, where the file system can: nothing here writes to it.
-    // What an earlier attempt left may be such a link, too, and must not be written through.
-    match fs::remove_file(destination) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk("write", destination)(error)),
-        _ => {}
-    }
-    // Of a link it is the file that gets another name.
-    let mut target = match path.canonicalize().and_then(|file| fs::hard_link(file, destination)) {
-        Ok(()) => None,
-        Err(_) => Some(File::create(destination).map_err(disk("write", destination))?),
+    let mut target = match link(path, destination).map_err(disk("write", destination))? {
+        true => None,
+        false => Some(File::create(destination).map_err(disk("write", destination))?),
     };
     let (mut hasher, mut size, mut piece) = (Hasher::default(), 0, vec![0; PIECE_BYTES]);
     loop {

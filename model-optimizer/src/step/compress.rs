@@ -12,6 +12,7 @@ use super::Context;
 use super::fetch::{TEACHER, calibrates_on_evaluation, distillation_file};
 use crate::calibration::Calibration;
 use crate::compress::Setting;
+use crate::compress::untouched::untouched;
 use crate::evaluate::dataset::{Dataset, Part, SPLIT_SEED};
 use crate::failure::{Failure, FailureReason, failure};
 use crate::progress::Console;
@@ -84,6 +85,7 @@ impl Materials {
                 calibration: self.calibration.as_ref(),
                 original: &self.original,
                 threads: context.threads,
+                engine: context.inputs.engine,
                 console,
             };
             let training;
@@ -114,6 +116,10 @@ impl Materials {
             record.skipped.extend(change.skipped);
             record.fold_dequantize |= change.fold_dequantize;
         }
+        if !recipe.is_empty() {
+            let untouched = untouched(&self.original, &model, &record.steps, &record.skipped);
+            record.skipped.extend(untouched);
+        }
         Ok((model, record))
     }
 }
@@ -140,6 +146,11 @@ fn samples(context: &Context, what: &str, name: &str, model: &ModelProto) -> Res
 /// The teacher, which goes through the same conversion as the model.
 fn teacher_model(context: &Context, teacher: &SourceLocation) -> Result<ModelProto, Failure> {
     let converted = context.work.join("converted").join("teacher.onnx");
-    convert::to_onnx(&teacher.uri, &context.source(TEACHER), &converted, Some(context.threads))?;
+    // It never serves: any engine will do.
+    let trial = convert::Trial {
+        threads: context.threads,
+        engine: None,
+    };
+    convert::to_onnx(&teacher.uri, &context.source(TEACHER), &converted, Some(&trial))?;
     convert::read(&teacher.uri, &converted)
 }

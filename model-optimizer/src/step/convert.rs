@@ -9,10 +9,14 @@ use crate::failure::Failure;
 /// # Errors
 /// Where the file is no model, or one that no engine runs.
 pub fn run(context: &Context) -> Result<(), Failure> {
+    let trial = convert::Trial {
+        threads: context.threads,
+        engine: context.inputs.engine,
+    };
     convert::to_onnx(
         &context.inputs.source.uri,
         &context.source("model"),
         &context.converted(),
-        (!context.inputs.no_gate).then_some(context.threads),
+        Some(&trial).filter(|_| !context.inputs.no_gate),
     )
 }

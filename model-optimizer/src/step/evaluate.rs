@@ -24,7 +24,7 @@ use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
 use crate::evaluate::engines::{self, Candidates};
 use crate::evaluate::judgement::{self, Judgement};
 use crate::evaluate::{budget, layers};
-use crate::failure::{Failure, FailureReason, disk, failure};
+use crate::failure::{Failure, FailureReason, chain, disk, failure};
 use crate::graph::{self, serialize};
 use crate::search::front;
 use crate::{convert, report};
@@ -113,7 +113,8 @@ pub(crate) fn measure(
     data: &Data,
 ) -> Result<Measurement, Failure> {
     let samples = &data.samples[0];
-    let (measured, probe) = engines::compare(candidates, model, &samples.first()?, context)?;
+    let sample = samples.first()?;
+    let (measured, probe) = engines::compare(candidates, model, &sample, context)?;
     let engines: Vec<EngineReport> = measured
         .iter()
         .map(|measured| measured.report.clone())
@@ -121,9 +122,9 @@ pub(crate) fn measure(
         .collect();
     let fastest = measured
         .iter()
-        .filter_map(|measured| Some((measured.pair?, measured.report.latency?, measured.report.latency_ratio)));
-    let fastest = fastest.min_by(|a, b| a.1.after_us.total_cmp(&b.1.after_us));
-    let (chosen, latency, ratio) = fastest.ok_or_else(|| {
+        .filter_map(|measured| Some((measured, measured.pair?, measured.report.latency?)));
+    let fastest = fastest.min_by(|a, b| a.2.after_us.total_cmp(&b.2.after_us));
+    let (measured_chosen, chosen, latency) = fastest.ok_or_else(|| {
         let words = engines
             .iter()
             .filter_map(|engine| Some(format!("{}: {}", engine.engine, engine.refused.as_ref()?)))
@@ -144,11 +145,17 @@ pub(crate) fn measure(
         latency: Some(latency),
         ..summary(context, fetched, path, model, chosen.after.kind())?
     };
-    let optimize = &context.inputs.optimize;
-    let gate = budget::check(optimize.budget.as_ref(), &summary, &judgement, ratio)?;
+    let standing = match engines::limits_latency(context) {
+        true => engines::against_fastest(candidates, &measured, measured_chosen, &sample).map_err(|error| {
+            let message = format!("the latency cannot be compared with the original's: {}", chain(&error));
+            failure(FailureReason::UnsupportedOperator, message)
+        })?,
+        false => None,
+    };
+    let gate = budget::check(context.inputs.optimize.budget.as_ref(), &summary, &judgement, standing.as_ref())?;
     Ok(Measurement {
         summary,
-        ratio,
+        ratio: measured_chosen.report.latency_ratio,
         gate,
         judgement,
         engines,
@@ -186,7 +193,8 @@ fn summary(context: &Context, fetched: &Fetched, path: &Path, model: &ModelProto
 /// Lays out the package without running the model: nothing is measured but sizes, no engine is tried, and there is no probe.
 fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: &ModelProto, begun: Instant) -> Result<(), Failure> {
     let (inputs, outputs) = signature(context, model)?;
-    let engine = convert::engines().last().copied().unwrap_or(EngineKind::Tract);
+    let engines = convert::engines_of(context.inputs.engine);
+    let engine = engines.last().copied().unwrap_or(EngineKind::Tract);
     let report = Report {
         schema_version: 1,
         summary: summary(context, &fetched, &context.compressed(), model, engine)?,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use plimsoll_package::digest::Digest;
 use plimsoll_package::key::{ArtifactKey, Contents};
-use plimsoll_package::recipe::{Dataset, Inputs, SourceLocation};
+use plimsoll_package::recipe::{Dataset, Inputs, Optimization, SourceLocation};
 use plimsoll_package::registry::{Access, Credentials, Registry, RegistryError};
 use plimsoll_package::report::Summary;
 use plimsoll_package::units::display_size;
@@ -40,6 +40,44 @@ pub struct Fetched {
     pub teacher: Option<Content>,
     /// The tag of the artifact.
     pub key: String,
+}
+
+impl Fetched {
+    /// The contents, as an artifact's key covers them.
+    #[must_use]
+    pub fn contents(&self) -> Contents {
+        let digest = |content: &Content| content.digest.clone();
+        Contents {
+            source: digest(&self.source),
+            calibration: self.calibration.as_ref().map(digest),
+            evaluation: self.evaluation.as_ref().map(digest),
+            distillation: self.distillation.iter().chain(&self.teacher).map(digest).collect(),
+        }
+    }
+}
+
+/// Whether the model is there before it is fetched, and nothing else is needed to compress it: it lies on this file system, is all in one file,
+/// and the recipe looks at no data.
+#[must_use]
+pub fn is_ahead(context: &Context) -> bool {
+    let inputs = &context.inputs;
+    let Optimization {
+        recipe,
+        search: None,
+        calibration: None,
+        evaluation: _,
+        budget: _,
+    } = &inputs.optimize
+    else {
+        return false;
+    };
+    let alone = inputs.teacher.is_none() && recipe.iter().all(|technique| technique.distill.is_none());
+    let destination = context.source("model");
+    let linked = || super::make_folder_of(&destination).is_ok() && source::link(&inputs.source.uri, &destination);
+    alone && support::check(inputs).is_ok() && linked() && {
+        let external = onnx::read_alone(&destination).and_then(|mut model| onnx::external::locations(&mut model));
+        external.is_ok_and(|names| names.is_empty())
+    }
 }
 
 /// Whether one dataset is given for calibration and for evaluation.
@@ -151,25 +189,17 @@ async fn fetch<'a>(context: &'a Context) -> Result<Option<Summary>, Failure> {
         optional(teacher),
     );
     let (source, calibration, evaluation, distillation, teacher) = all.await?;
-    let digest = |content: &Content| content.digest.clone();
-    let contents = Contents {
-        source: digest(&source),
-        calibration: calibration.as_ref().map(digest),
-        evaluation: evaluation.as_ref().map(digest),
-        distillation: distillation.iter().chain(&teacher).map(digest).collect(),
+    let mut fetched = Fetched {
+        source,
+        calibration,
+        evaluation,
+        distillation,
+        teacher,
+        key: String::new(),
     };
-    let key = ArtifactKey::new(inputs, &contents);
-    context.write(
-        RECORD,
-        &Fetched {
-            source,
-            calibration,
-            evaluation,
-            distillation,
-            teacher,
-            key: key.to_string(),
-        },
-    )?;
+    let key = ArtifactKey::new(inputs, &fetched.contents());
+    fetched.key = key.to_string();
+    context.write(RECORD, &fetched)?;
     Ok(existing(context, inputs, &key).await)
 }
 

@@ -74,6 +74,7 @@ fn check(name: &str, mut original: ModelProto, data: &Path) {
             calibration: Some(&calibration),
             original: &original,
             threads: 1,
+            engine: None,
             console: &Console::silent(),
         };
         let mut compressed = original.clone();

@@ -182,6 +182,18 @@ fn a_recipe_is_the_yaml_of_spec_optimize() {
     let report = report(&output);
     assert_eq!(report.steps.len(), 2);
     assert!(report.summary.sparsity > 0.299);
+    fs::write(&recipe, "recipe: []\nbudgte: {maxSize: 1Mi}\n").unwrap();
+    let refused = optimize(
+        &model("digits/digits-v2.onnx"),
+        &dir.path().join("package"),
+        &["--recipe", recipe.to_str().unwrap()],
+    );
+    assert_eq!(refused.status.code(), Some(i32::from(exit_code::USAGE)));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        said.contains("recipe.yaml") && said.contains("unknown field `budgte`") && said.contains("did you mean `budget`?"),
+        "{said}"
+    );
 }
 
 fn files(folder: &Path) -> Vec<String> {
@@ -317,6 +329,12 @@ fn both_engines_are_compared_with_the_original_by_their_ratio_and_memory() {
             0.0 < ratio.p10 && ratio.p10 <= ratio.median && ratio.median <= ratio.p90,
             "{engine:?}"
         );
+        let (memory, ratio) = (engine.memory.unwrap(), engine.memory_ratio.unwrap());
+        assert!(memory.before_bytes > 0 && memory.after_bytes > 0);
+        assert!(
+            0.0 < ratio.p10 && ratio.p10 <= ratio.median && ratio.median <= ratio.p90,
+            "{engine:?}"
+        );
     }
     assert!(
         report
@@ -325,6 +343,87 @@ fn both_engines_are_compared_with_the_original_by_their_ratio_and_memory() {
             .iter()
             .any(|limit| limit.limit == "maxLatency" && limit.allowed == 1e7 && limit.passed)
     );
+}
+
+#[test]
+fn the_engine_that_will_serve_is_measured_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let package = dir.path().join("package");
+    let digits = model("digits/digits-v2.onnx");
+    for (name, engine) in [("tract", EngineKind::Tract), ("onnxruntime", EngineKind::OnnxRuntime)] {
+        let report = report(&optimize(&digits, &package, &["--quantize", "int8", "--engine", name, "--json"]));
+        let measured: Vec<EngineKind> = report.engines.iter().map(|measured| measured.engine).collect();
+        assert_eq!((measured, report.summary.engine), (vec![engine], engine));
+        assert_eq!(Manifest::read(&package).unwrap().engine, engine);
+    }
+    // What only the other engine runs is refused.
+    let refused = optimize(&digits, &package, &["--quantize", "int4", "--engine", "tract"]);
+    assert_eq!(refused.status.code(), Some(i32::from(exit_code::UNUSABLE)));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        said.contains("no engine runs the model both before and after compression: Tract: "),
+        "{said}"
+    );
+    let missing = program()
+        .args(["optimize", digits.to_str().unwrap(), "--engine", "onnxruntime", "--output"])
+        .arg(&package)
+        .env_remove("ORT_DYLIB_PATH")
+        .output()
+        .unwrap();
+    assert_eq!(missing.status.code(), Some(i32::from(exit_code::UNUSABLE)));
+    let said = String::from_utf8(missing.stderr).unwrap();
+    assert!(
+        said.contains("the engine OnnxRuntime is asked for, and its library is not here"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_metric_may_count_any_number_of_the_largest_scores() {
+    let dir = tempfile::tempdir().unwrap();
+    let package = dir.path().join("package");
+    let value = |metric: &str| {
+        let flags = ["--quantize", "int8", "--evaluation", &heldout(), "--metric", metric, "--json"];
+        let metric = report(&optimize(&model("digits/digits-v1.onnx"), &package, &flags))
+            .summary
+            .metric
+            .unwrap();
+        (metric.name.to_string(), metric.before)
+    };
+    let [accuracy, first, third, all] = ["accuracy", "top-1", "top3-accuracy", "Top10Accuracy"].map(value);
+    assert_eq!((first.0.as_str(), third.0.as_str()), ("Top1Accuracy", "Top3Accuracy"));
+    assert_eq!(first.1, accuracy.1);
+    assert!(accuracy.1 < third.1 && third.1 < 1.0, "{} and {}", accuracy.1, third.1);
+    assert_eq!(all.1, 1.0, "there are ten classes");
+    let refused = optimize(
+        &model("digits/digits-v1.onnx"),
+        &package,
+        &["--evaluation", &heldout(), "--metric", "top-0"],
+    );
+    assert_eq!(refused.status.code(), Some(i32::from(exit_code::USAGE)));
+    assert!(
+        String::from_utf8(refused.stderr)
+            .unwrap()
+            .contains("it is no metric; write accuracy, top-5")
+    );
+}
+
+#[test]
+fn help_tells_the_exit_codes() {
+    for command in [&[][..], &["optimize"], &["step"]] {
+        let output = program().args(command).arg("--help").output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        for code in [
+            exit_code::DONE,
+            exit_code::TRANSIENT,
+            exit_code::USAGE,
+            exit_code::BUDGET_EXCEEDED,
+            exit_code::UNUSABLE,
+            exit_code::EARLIER_STEP_FAILED,
+        ] {
+            assert!(help.contains(&format!("\n  {code:<4}")), "{code}: {help}");
+        }
+    }
 }
 
 #[test]

@@ -66,6 +66,7 @@ fn inputs(uri: &str, repository: &str) -> Inputs {
         },
         optimize: Optimization::default(),
         teacher: None,
+        engine: None,
         toolchain: "0.1.0".into(),
         repository: repository.into(),
         max_fetch_size: "100Mi".parse().unwrap(),

@@ -138,6 +138,7 @@ proptest! {
                 calibration: Some(&calibration),
                 original: &original,
                 threads: 1,
+                engine: None,
                 console: &Console::silent(),
             };
             let applied = compress::technique(&parsed(entry)).and_then(|technique| technique.apply(&mut model, &setting));

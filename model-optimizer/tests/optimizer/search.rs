@@ -135,6 +135,53 @@ fn without_time_there_is_a_result_all_the_same_and_the_front_says_so() {
 }
 
 #[test]
+fn a_search_goes_on_in_the_folder_that_it_was_told_to_keep() {
+    let dir = tempfile::tempdir().unwrap();
+    let (package, work) = (dir.path().join("package"), dir.path().join("work"));
+    let work_flag = work.to_str().unwrap().to_owned();
+    let recipe = recipe(dir.path(), "{techniques: [Quantize]}");
+    let run = |flags: &[&str]| {
+        let output = search(&package, &[&["--recipe", &recipe, "--work", &work_flag], flags].concat());
+        let front = report(&output).front.unwrap();
+        (front, String::from_utf8(output.stderr).unwrap())
+    };
+    let (cut_off, said) = run(&["--search-time", "1ms"]);
+    assert!(!cut_off.complete && !said.contains("the search goes on"), "{said}");
+    assert_eq!(cut_off.candidates.len(), 2);
+    let (whole, said) = run(&["--search-time", "5m"]);
+    assert!(said.contains("the search goes on: 2 recipes were judged before"), "{said}");
+    assert!(whole.complete && whole.candidates.len() > 2);
+    // What is measured anew would differ.
+    let latencies = |front: &Front| front.candidates[..2].iter().map(|candidate| candidate.latency).collect::<Vec<_>>();
+    assert_eq!(latencies(&cut_off), latencies(&whole));
+    let (again, _) = run(&["--search-time", "5m"]);
+    assert_eq!(latencies(&again), latencies(&whole));
+    assert_eq!(again.candidates.len(), whole.candidates.len());
+    // Of another budget nothing is known.
+    let (_, said) = run(&["--search-time", "1ms", "--min-fidelity", "0.9"]);
+    assert!(!said.contains("the search goes on"), "{said}");
+}
+
+#[test]
+fn a_folder_to_work_in_is_nobody_elses() {
+    let dir = tempfile::tempdir().unwrap();
+    let mine = dir.path().join("mine");
+    fs::create_dir_all(mine.join("package")).unwrap();
+    let refusal = |work: &Path| {
+        let output = search(&dir.path().join("out"), &["--work", work.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(i32::from(exit_code::USAGE)));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(refusal(&mine).contains("it is not empty and was not worked in before"));
+    assert!(mine.join("package").is_dir());
+    let taken = dir.path().join("taken");
+    fs::create_dir(&taken).unwrap();
+    let lock = fs::File::create(taken.join(".plimsoll-work")).unwrap();
+    lock.lock().unwrap();
+    assert!(refusal(&taken).contains("another run is at work there"));
+}
+
+#[test]
 fn an_impossible_budget_names_the_recipe_that_comes_nearest() {
     let dir = tempfile::tempdir().unwrap();
     let package = dir.path().join("package");

@@ -1,7 +1,7 @@
 //! The objects as YAML, held by golden files: a change of what is applied shows in review.
 
 use kube::ResourceExt as _;
-use plimsoll_crds::{ModelDeployment, ModelRevision};
+use plimsoll_crds::{EngineChoice, ModelDeployment, ModelRevision};
 
 use super::{deployment, disruption_budget, job, network_policy, service};
 use crate::decide::optimization::inputs;
@@ -89,6 +89,20 @@ fn a_search_may_take_half_of_the_jobs_time() {
     // The deadline is ten minutes.
     assert_eq!(searching("{}"), "300s");
     assert_eq!(searching("{maxDuration: 2m}"), "2m");
+}
+
+#[test]
+fn the_optimisation_measures_on_the_engine_that_will_serve() {
+    let settings = Settings::fixture();
+    let told = |engine: Option<EngineChoice>| {
+        let mut revision = model_revision(&settings);
+        revision.spec.template.runtime.as_mut().unwrap().engine = engine;
+        serde_json::to_value(inputs(&revision, &settings)).unwrap().get("engine").cloned()
+    };
+    assert_eq!(told(Some(EngineChoice::Tract)), Some("Tract".into()));
+    assert_eq!(told(Some(EngineChoice::OnnxRuntime)), Some("OnnxRuntime".into()));
+    // What is measured decides, and the key of the artifact is as it was before there was a choice.
+    assert_eq!((told(Some(EngineChoice::Auto)), told(None)), (None, None));
 }
 
 #[test]

@@ -138,6 +138,7 @@ pub fn inputs(revision: &ModelRevision, settings: &Settings) -> Inputs {
         source: template.source.location(),
         optimize,
         teacher: None,
+        engine: template.runtime.as_ref().and_then(|runtime| runtime.engine?.settled()),
         toolchain: revision.spec.toolchain.clone(),
         repository: settings.registry_push.clone(),
         max_fetch_size: settings.max_fetch_size.clone(),

@@ -9,7 +9,7 @@ use comfy_table::Table;
 use plimsoll_package::units::display_size;
 use serde::Serialize;
 
-use super::process::{Peers, Took, median};
+use super::process::{Peers, Run, Took, median};
 use crate::images::{self, program};
 use crate::{onnxruntime, progress, workspace};
 
@@ -35,6 +35,8 @@ enum Work {
     Prune,
     /// A sentence encoder of 90 MB.
     Minilm,
+    /// Half precision of real models: whether what comes of it loads and agrees.
+    Half,
     /// A transformer larger than memory.
     Synthetic,
 }
@@ -52,6 +54,8 @@ struct Row {
     memory_to_file: Option<f64>,
     /// Signal to noise of our result and of the peer's, in dB.
     sqnr_db: Option<(f64, Option<f64>)>,
+    /// Of how many models the results load and agree with the original: ours, the peer's, and of how many there are.
+    agreeing: Option<[usize; 3]>,
 }
 
 /// Runs it.
@@ -116,6 +120,9 @@ impl Bench {
         if wants(Work::Minilm) {
             self.minilm()?;
         }
+        if wants(Work::Half) {
+            self.half()?;
+        }
         if wants(Work::Synthetic) && arguments.gigabytes > 0 {
             self.synthetic(arguments.gigabytes)?;
         }
@@ -164,12 +171,13 @@ impl Bench {
                 speedup: torch.then_some(speedup),
                 memory_to_file: Some(own_memory as f64 / (count.parse::<f64>()? * 4.0)),
                 sqnr_db: None,
+                agreeing: None,
             });
         }
         Ok(())
     }
 
-    fn minilm(&mut self) -> Result<()> {
+    fn minilm_model(&self) -> Result<PathBuf> {
         let model = self.models.join("minilm.onnx");
         if !model.is_file() {
             progress::phase("exporting MiniLM", |_| {
@@ -177,6 +185,11 @@ impl Bench {
                 self.peers.ask(export.arg(&self.models).arg("32")).map(drop)
             })?;
         }
+        Ok(model)
+    }
+
+    fn minilm(&mut self) -> Result<()> {
+        let model = self.minilm_model()?;
         let many = self.models.join("many");
         if !many.join("calibration.npz").is_file() {
             progress::phase("making 3,200 samples", |_| {
@@ -253,6 +266,69 @@ impl Bench {
         Ok(())
     }
 
+    fn half(&mut self) -> Result<()> {
+        let folder = self.models.with_file_name("models");
+        let digits = workspace::root().join("tests/models/digits");
+        let minilm = self.minilm_model()?;
+        progress::phase("fetching magika, the recogniser and the detector", |_| {
+            for script in ["models/magika/fetch.py", "models/ddddocr/fetch.py"] {
+                self.peers.ask(self.peers.script(script).arg(&folder))?;
+            }
+            Ok(())
+        })?;
+        let fetched = |name: &str| (folder.join(format!("{name}.onnx")), folder.join(format!("{name}-inputs.npz")));
+        let models = [
+            (digits.join("digits-v2.onnx"), digits.join("digits-heldout.npz")),
+            (minilm, self.models.join("evaluation.npz")),
+            fetched("magika"),
+            fetched("recogniser"),
+            fetched("detector"),
+        ];
+        let (package, other) = (self.work.path().join("half"), self.work.path().join("half.onnx"));
+        let mut agreeing = [0, 0, models.len()];
+        let (mut own, mut others) = (vec![], vec![]);
+        progress::phase("fp16 of real models", |_| {
+            for (model, samples) in &models {
+                let files = Files {
+                    model,
+                    ours: &package,
+                    theirs: &other,
+                    samples: None,
+                };
+                own.push(self.peers.measure(&self.optimize(&files, "Float16", &["--no-gate"])?)?);
+                let mut peer = self.peers.task("fp16");
+                peer.arg(model).arg(&other);
+                // What the peer cannot convert does not agree either.
+                let converted = self.peers.measure(&peer);
+                let agrees = |result: &Path| -> Result<usize> {
+                    let mut agree = self.peers.task("agree");
+                    Ok(self.peers.ask(agree.arg(model).arg(result).arg(samples))?.parse()?)
+                };
+                agreeing[0] += agrees(&package.join("model.onnx"))?;
+                if let Ok(run) = converted {
+                    others.push(run);
+                    agreeing[1] += agrees(&other)?;
+                }
+            }
+            Ok(())
+        })?;
+        let total = |runs: &[Run]| Took {
+            seconds: runs.iter().map(|run| run.seconds).sum(),
+            peak_bytes: Took::of(runs).peak_bytes,
+        };
+        self.rows.push(Row {
+            work: format!("fp16 of {} models, no gate", models.len()),
+            peer: Some("onnxruntime.transformers.float16".to_owned()),
+            ours: total(&own),
+            theirs: Some(total(&others)),
+            speedup: None,
+            memory_to_file: None,
+            sqnr_db: None,
+            agreeing: Some(agreeing),
+        });
+        Ok(())
+    }
+
     fn synthetic(&mut self, gigabytes: u32) -> Result<()> {
         let model = self.work.path().join("synthetic.onnx");
         progress::phase(&format!("writing a transformer of {gigabytes} GB"), |_| {
@@ -267,7 +343,7 @@ impl Bench {
             samples: None,
         };
         let rounds = std::mem::replace(&mut self.rounds, 1);
-        for (scheme, name) in [("Int8Weights", "int8"), ("Int4", "int4")] {
+        for (scheme, name) in [("Int8", "int8"), ("Int4", "int4")] {
             let ours = self.optimize(&files, scheme, &["--no-gate"])?;
             self.compare(
                 &format!("synthetic transformer of {gigabytes} GB, {name}, no gate"),
@@ -329,6 +405,7 @@ impl Bench {
             speedup: peer.map(|_| median(others.iter().zip(&own).map(|(other, own)| other.seconds / own.seconds).collect())),
             memory_to_file: Some(took.peak_bytes as f64 / file as f64),
             sqnr_db: sqnr_db.transpose()?,
+            agreeing: None,
         });
         Ok(())
     }
@@ -348,6 +425,7 @@ fn table(rows: &[Row]) -> Table {
         "speed-up",
         "SQNR",
         "peer's",
+        "load and agree",
     ]);
     let dash = || "-".to_owned();
     for row in rows {
@@ -363,6 +441,8 @@ fn table(rows: &[Row]) -> Table {
             row.speedup.map_or_else(dash, |speedup| format!("{speedup:.1}x")),
             row.sqnr_db.map_or_else(dash, |(ours, _)| decibels(ours)),
             row.sqnr_db.and_then(|(_, theirs)| theirs).map_or_else(dash, decibels),
+            row.agreeing
+                .map_or_else(dash, |[ours, theirs, all]| format!("{ours} of {all}, the peer's {theirs}")),
         ]);
     }
     table

@@ -710,6 +710,7 @@ mod tests {
             calibration: None,
             original: &original,
             threads: 1,
+            engine: None,
             console: &console,
         };
         quantize::technique(&Quantize::of(scheme))

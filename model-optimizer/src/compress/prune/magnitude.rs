@@ -21,6 +21,16 @@ const CHUNK: usize = 1 << 18;
 const MAGNITUDE_BITS: u32 = 0x7fff_ffff;
 const INFINITY_BITS: u32 = 0x7f80_0000;
 
+/// Values that are looked at to learn about where the threshold is; of fewer than [`SAMPLED_MIN`] all are.
+const SAMPLE: usize = 1 << 16;
+const SAMPLED_MIN: usize = 1 << 20;
+/// Standard deviations of the threshold's rank in the sample on either side of it that are taken to hold it.
+const MARGIN: f64 = 6.0;
+/// The part of the sample that may lie around the threshold for the values there to be few.
+const FEW: usize = 8;
+/// Values that are compared at once, before any of them is looked at alone.
+const BLOCK: usize = 16;
+
 /// The digits of a magnitude, most significant first: by how much each is shifted, and how many bits it has.
 const DIGITS: [(u32, u32); 3] = [(20, 11), (10, 10), (0, 10)];
 
@@ -142,24 +152,23 @@ impl Cut {
         let chunks: Vec<&[T]> = tensors.iter().flat_map(|tensor| tensor.chunks(CHUNK)).collect();
         let length: usize = tensors.iter().map(|tensor| tensor.len()).sum();
         let count = ((amount * length as f64).round_ties_even() as usize).min(length);
-        // The threshold, digit by digit; `rank` counts within those that agree with it so far.
-        let (mut threshold, mut rank, mut tied) = (0_u32, count.saturating_sub(1), length);
-        for (round, (shift, bits)) in DIGITS.into_iter().enumerate() {
-            let counts = histogram(&chunks, key, threshold, shift, bits);
-            if round == 0 && counts[(INFINITY_BITS >> shift) as usize..].iter().any(|count| *count > 0) {
-                return Err(NotFinite);
-            }
-            if count == 0 {
-                return Ok(None);
-            }
-            let mut digit = 0;
-            while counts[digit] <= rank {
-                rank -= counts[digit];
-                digit += 1;
-            }
-            threshold |= (digit as u32) << shift;
-            tied = counts[digit];
-        }
+        let sampled = if length < SAMPLED_MIN || count == 0 {
+            None
+        } else {
+            Place::by_sample(&chunks, key, length, count - 1)?
+        };
+        let Place {
+            threshold,
+            rank,
+            tied,
+            by_chunk,
+        } = match sampled {
+            Some(place) => place,
+            None => match Place::by_digits(&chunks, key, count)? {
+                Some(place) => place,
+                None => return Ok(None),
+            },
+        };
         // So many of the tied ones go; a zero is a zero, whether it goes or stays.
         let going = rank + 1;
         let ties = if going == tied || threshold == 0 {
@@ -175,7 +184,8 @@ impl Cut {
             });
             Ties::At(tied.collect())
         } else {
-            Ties::From(nth_tie(&chunks, key, threshold, tied - going))
+            let by_chunk = by_chunk.unwrap_or_else(|| count_ties(&chunks, key, threshold));
+            Ties::From(nth_tie(&chunks, key, threshold, tied - going, &by_chunk))
         };
         Ok(Some(Self { threshold, ties }))
     }
@@ -231,6 +241,131 @@ impl Cut {
     }
 }
 
+/// Where the threshold lies among all magnitudes.
+#[derive(Debug, PartialEq, Eq)]
+struct Place {
+    threshold: u32,
+    /// How many of the threshold's own magnitude come before it.
+    rank: usize,
+    /// How many have the threshold's own magnitude.
+    tied: usize,
+    /// The same of each chunk, where that is known.
+    by_chunk: Option<Vec<usize>>,
+}
+
+impl Place {
+    /// Of the last of the `count` smallest, digit by digit; `None` where that is none.
+    fn by_digits<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Copy + Sync, count: usize) -> Result<Option<Self>, NotFinite> {
+        let mut place = Self {
+            threshold: 0,
+            rank: count.saturating_sub(1),
+            tied: 0,
+            by_chunk: None,
+        };
+        for (round, (shift, bits)) in DIGITS.into_iter().enumerate() {
+            // The rank counts within those that agree with the threshold so far.
+            let counts = histogram(chunks, key, place.threshold, shift, bits);
+            if round == 0 && counts[(INFINITY_BITS >> shift) as usize..].iter().any(|count| *count > 0) {
+                return Err(NotFinite);
+            }
+            if count == 0 {
+                return Ok(None);
+            }
+            let mut digit = 0;
+            while counts[digit] <= place.rank {
+                place.rank -= counts[digit];
+                digit += 1;
+            }
+            place.threshold |= (digit as u32) << shift;
+            place.tied = counts[digit];
+        }
+        Ok(Some(place))
+    }
+
+    /// Of the one of that `rank` among `length` values, in one pass: a sample tells between which two magnitudes it lies, and the few values
+    /// between these are sorted. `None` where the sample misleads, or so many are equal that there are not few.
+    ///
+    /// Floyd and Rivest 1975, "Expected Time Bounds for Selection".
+    fn by_sample<T: Copy + Sync>(
+        chunks: &[&[T]],
+        key: impl Fn(T) -> u32 + Copy + Sync,
+        length: usize,
+        rank: usize,
+    ) -> Result<Option<Self>, NotFinite> {
+        let stride = length / SAMPLE;
+        let mut sample: Vec<u32> = chunks
+            .par_iter()
+            .flat_map_iter(|chunk| chunk.iter().step_by(stride).map(|value| key(*value)))
+            .collect();
+        sample.par_sort_unstable();
+        let share = rank as f64 / length as f64;
+        let (middle, deviation) = (share * sample.len() as f64, (share * (1.0 - share) * sample.len() as f64).sqrt());
+        let (first, last) = (middle - MARGIN * deviation - 1.0, middle + MARGIN * deviation + 1.0);
+        // Beyond the ends of the sample there may be more.
+        let low = if first <= 0.0 { 0 } else { sample[first as usize] };
+        let high = sample.get(last as usize).copied().unwrap_or(MAGNITUDE_BITS);
+        let between = sample.partition_point(|key| *key <= high) - sample.partition_point(|key| *key < low);
+        if between > sample.len() / FEW {
+            return Ok(None);
+        }
+        let near: Vec<Near> = chunks.par_iter().map(|chunk| Near::of(chunk, key, low, high)).collect();
+        if near.iter().any(|near| near.largest >= INFINITY_BITS) {
+            return Err(NotFinite);
+        }
+        let below: usize = near.iter().map(|near| near.below).sum();
+        let mut within: Vec<u32> = near.iter().flat_map(|near| near.within.iter().copied()).collect();
+        let Some(rank) = rank.checked_sub(below).filter(|rank| *rank < within.len()) else {
+            return Ok(None);
+        };
+        let (before, threshold, after) = within.select_nth_unstable(rank);
+        let threshold = *threshold;
+        let equal = |keys: &[u32]| keys.iter().filter(|key| **key == threshold).count();
+        let equal_before = equal(before);
+        Ok(Some(Self {
+            threshold,
+            rank: equal_before,
+            tied: equal_before + 1 + equal(after),
+            by_chunk: Some(near.iter().map(|near| equal(&near.within)).collect()),
+        }))
+    }
+}
+
+/// The keys of a chunk as they lie around two bounds.
+struct Near {
+    /// How many are below the lower one.
+    below: usize,
+    /// Those that are neither below the lower nor above the higher one.
+    within: Vec<u32>,
+    largest: u32,
+}
+
+impl Near {
+    fn of<T: Copy>(chunk: &[T], key: impl Fn(T) -> u32, low: u32, high: u32) -> Self {
+        let mut near = Self {
+            below: 0,
+            within: Vec::new(),
+            largest: 0,
+        };
+        for block in chunk.chunks(BLOCK) {
+            // Signed, for that is how processors compare several at once, and no key has the highest bit.
+            let (mut below, mut above, mut largest) = (0_i32, 0_i32, 0_i32);
+            for value in block {
+                let key = key(*value).cast_signed();
+                below += i32::from(key < low.cast_signed());
+                above += i32::from(key > high.cast_signed());
+                largest = largest.max(key);
+            }
+            near.below += below as usize;
+            near.largest = near.largest.max(largest.cast_unsigned());
+            if (below + above) as usize != block.len() {
+                let keys = block.iter().map(|value| key(*value));
+                near.within.extend(keys.filter(|key| (low..=high).contains(key)));
+            }
+        }
+        near
+    }
+}
+
 fn key_of(value: f32) -> u32 {
     value.to_bits() & MAGNITUDE_BITS
 }
@@ -262,15 +397,17 @@ fn histogram<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, pre
     )
 }
 
-/// The position of the tie that `before` ties come before.
-fn nth_tie<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, threshold: u32, before: usize) -> usize {
-    let counts: Vec<usize> = chunks
-        .par_iter()
-        .map(|chunk| chunk.iter().filter(|value| key(**value) == threshold).count())
-        .collect();
+/// How many values of each chunk have exactly the threshold's magnitude.
+fn count_ties<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, threshold: u32) -> Vec<usize> {
+    let count = |chunk: &&[T]| chunk.iter().filter(|value| key(**value) == threshold).count();
+    chunks.par_iter().map(count).collect()
+}
+
+/// The position of the tie that `before` ties come before; `counts` are those of each chunk.
+fn nth_tie<T: Copy>(chunks: &[&[T]], key: impl Fn(T) -> u32, threshold: u32, before: usize, counts: &[usize]) -> usize {
     let (mut start, mut before) = (0, before);
     for (chunk, count) in chunks.iter().zip(counts) {
-        if count > before {
+        if *count > before {
             let ties = chunk.iter().enumerate().filter(|(_, value)| key(**value) == threshold);
             return start + ties.map(|(position, _)| position).nth(before).unwrap_or_default();
         }
@@ -371,7 +508,8 @@ mod tests {
     fn beyond_the_limit_of_torchs_ties_the_earlier_stay() {
         let mut values = vec![1.0_f32; 3 * CHUNK];
         let chunks: Vec<&[f32]> = values.chunks(CHUNK).collect();
-        let first = nth_tie(&chunks, key_of, key_of(1.0), 2 * CHUNK - 5);
+        let counts = count_ties(&chunks, key_of, key_of(1.0));
+        let first = nth_tie(&chunks, key_of, key_of(1.0), 2 * CHUNK - 5, &counts);
         assert_eq!(first, 2 * CHUNK - 5);
         let cut = Cut {
             threshold: key_of(1.0),
@@ -379,6 +517,50 @@ mod tests {
         };
         cut_values(&mut values, &cut);
         assert!(values[..first].iter().all(|value| *value == 1.0) && values[first..].iter().all(|value| *value == 0.0));
+    }
+
+    #[test]
+    fn a_sample_finds_the_same_threshold_as_all_digits_do() {
+        let length = 3 * SAMPLE + 7;
+        let normal = |seed| {
+            let values = weights(seed, 12 * length, 1 << 15);
+            values
+                .chunks_exact(12)
+                .map(|twelve| twelve.iter().sum::<f32>())
+                .collect::<Vec<f32>>()
+        };
+        let mut sorted = normal(3);
+        sorted.sort_by(f32::total_cmp);
+        // Of eight levels each is an eighth of all: too many to be sorted.
+        for (values, is_few) in [
+            (normal(1), true),
+            (weights(2, length, 200), true),
+            (sorted, true),
+            (weights(4, length, 4), false),
+        ] {
+            let chunks: Vec<&[f32]> = values.chunks(CHUNK / 64).collect();
+            for share in [0.0, 0.001, 0.3, 0.5, 0.99, 1.0] {
+                let rank = ((share * length as f64) as usize).min(length - 1);
+                let expected = Place::by_digits(&chunks, key_of, rank + 1).unwrap().unwrap();
+                let by_chunk = Some(count_ties(&chunks, key_of, expected.threshold));
+                let expected = is_few.then_some(Place { by_chunk, ..expected });
+                assert_eq!(Place::by_sample(&chunks, key_of, length, rank).unwrap(), expected, "{share}");
+            }
+        }
+        let mut bad = normal(5);
+        bad[length / 2] = f32::NAN;
+        assert_eq!(Place::by_sample(&[&bad], key_of, length, 10), Err(NotFinite));
+    }
+
+    #[test]
+    fn a_sample_that_misleads_is_not_trusted() {
+        let length = 2 * SAMPLE;
+        // Every second value is looked at, and the others are larger.
+        let values: Vec<f32> = (0..length).map(|index| (index % 2 * length + index + 1) as f32).collect();
+        assert_eq!(Place::by_sample(&[&values], key_of, length, length / 4 * 3), Ok(None));
+        let mut pruned = values.repeat(SAMPLED_MIN / length);
+        prune_magnitude(&mut [&mut pruned], 0.75).unwrap();
+        assert_eq!(pruned.iter().filter(|value| **value == 0.0).count(), pruned.len() / 4 * 3);
     }
 
     #[test]

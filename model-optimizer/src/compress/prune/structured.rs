@@ -509,6 +509,7 @@ mod tests {
             calibration: None,
             original: model,
             threads: 1,
+            engine: None,
             console: &console,
         };
         let change = structured.apply(&mut pruned, &setting)?;

@@ -79,7 +79,8 @@ impl Technique for Blocks {
         };
         self.rewrite(graph, quantized, &mut change);
         let tables = Int8 {
-            products: Products::WeightOnly { fold: false },
+            products: Products::WeightOnly,
+            fold: false,
             granularity: Granularity::PerChannel,
             in_floats: vec![],
             exclude: vec![],

@@ -25,8 +25,9 @@ const SAMPLES: usize = 16;
 /// The seed by which they are chosen.
 const SEED: u64 = 0x1278;
 
-/// The names of the nodes of `model` whose products are not to be taken in integers: the fewest, those with the noisiest activations first,
-/// without which every output keeps what the default budget asks for. None where no engine tells, and all where even that is too few.
+/// The names of the nodes of `model` whose products are not to be taken in integers, beside those that `technique` takes in floats anyway: the
+/// fewest, those with the noisiest activations first, without which every output keeps what the default budget asks for. None where no
+/// engine tells, and all where even that is too few.
 pub(super) fn in_floats(technique: &Int8, model: &ModelProto, setting: &Setting) -> Result<Vec<String>, Failure> {
     let Some(trial) = Trial::new(technique, model, setting)? else {
         return Ok(vec![]);
@@ -65,7 +66,7 @@ struct Trial<'a> {
 impl<'a> Trial<'a> {
     /// On the first engine that runs the model, ONNX Runtime where it is; `None` where there is no product in question or no engine runs it.
     fn new(technique: &'a Int8, model: &'a ModelProto, setting: &'a Setting<'a>) -> Result<Option<Self>, Failure> {
-        if products(model).is_empty() {
+        if products(technique, model).is_empty() {
             return Ok(None);
         }
         let folder = tempfile::tempdir().map_err(|error| internal("cannot make a folder for candidates", &error))?;
@@ -75,7 +76,7 @@ impl<'a> Trial<'a> {
             threads: setting.threads,
             ..LoadOptions::default()
         };
-        for kind in convert::engines().into_iter().rev() {
+        for kind in convert::engines_of(setting.engine).into_iter().rev() {
             let Ok(engine) = engine::load(kind, &path, &options) else {
                 continue;
             };
@@ -100,7 +101,7 @@ impl<'a> Trial<'a> {
     /// gate to refuse.
     fn passes(&self, in_floats: &[String]) -> Result<bool, Failure> {
         let technique = Int8 {
-            in_floats: in_floats.to_vec(),
+            in_floats: [&self.technique.in_floats, in_floats].concat(),
             ..self.technique.clone()
         };
         let mut model = self.model.clone();
@@ -129,7 +130,7 @@ impl<'a> Trial<'a> {
 
     /// The nodes of the products, the noisiest first: by the variance that rounding adds to its output, to that of the output itself.
     fn noisiest(&self) -> Result<Vec<String>, Failure> {
-        let products = products(self.model);
+        let products = products(self.technique, self.model);
         let mut values: Vec<String> = products
             .iter()
             .flat_map(|product| [product.activation.clone(), product.output.clone()])
@@ -172,8 +173,8 @@ struct Candidate {
     gain: f64,
 }
 
-/// The products of nodes that have a name.
-fn products(model: &ModelProto) -> Vec<Candidate> {
+/// The products of nodes that have a name and are taken in integers.
+fn products(technique: &Int8, model: &ModelProto) -> Vec<Candidate> {
     let Some(graph) = &model.graph else { return vec![] };
     let mut products = Vec::new();
     for found in weight::find(graph) {
@@ -182,7 +183,7 @@ fn products(model: &ModelProto) -> Vec<Candidate> {
         let mut gain = None;
         for used in &found.uses {
             let node = &graph.node[used.node];
-            if node.name().is_empty() {
+            if node.name().is_empty() || technique.in_floats.iter().any(|name| name == node.name()) {
                 continue;
             }
             let Some(product) = Product::of(node, used, &shape) else { continue };

@@ -94,6 +94,7 @@ pub(super) fn apply(original: &ModelProto, quantize: &Quantize, samples: Option<
         calibration: calibration.as_ref(),
         original,
         threads: 1,
+        engine: None,
         console: &Console::silent(),
     };
     let mut model = original.clone();

@@ -2,7 +2,7 @@
 //!
 //! Weight-only: the weight is stored in `int8` and a `DequantizeLinear` gives the floats, which engines fold at load. Dynamic: the
 //! activations are quantised as they come (`DynamicQuantizeLinear`) and the product is taken in integers (`MatMulInteger`).
-//! Convolutions are always weight-only, since dynamic quantisation makes them slower. Of a table, rows are looked up as integers and
+//! Convolutions are always weight-only, since dynamic quantisation makes them slower, as is what branches and loop bodies read. Of a table, rows are looked up as integers and
 //! become floats afterwards, so that the table is never expanded.
 
 use std::collections::{HashMap, HashSet};
@@ -16,7 +16,7 @@ use super::integers::{self, Float, NotFinite, Quantized, WEIGHT_MAX};
 use super::{Exclusion, nothing_to_quantize, raise, skipped, unreadable};
 use crate::compress::{Change, Setting, Technique};
 use crate::failure::Failure;
-use crate::graph::weight::{Operator, Use, Weight};
+use crate::graph::weight::{Captured, Operator, Use, Weight};
 use crate::graph::{Names, attribute, float_tensor, integer, node, reads, simplify, tensor, weight};
 
 /// How matrix products with a constant weight are computed.
@@ -25,10 +25,7 @@ pub enum Products {
     /// In integers, with activations quantised as they come.
     Dynamic,
     /// In floats.
-    WeightOnly {
-        /// Whether the engine makes floats of the weights when it loads them, rather than at every inference.
-        fold: bool,
-    },
+    WeightOnly,
 }
 
 /// 8-bit weights without calibration.
@@ -36,6 +33,9 @@ pub enum Products {
 pub struct Int8 {
     /// How matrix products are computed.
     pub products: Products,
+    /// Whether the engine makes floats of weights that are computed with in floats when it loads them, rather than at every inference. Where
+    /// there is a convolution or a recurrence it does so anyway.
+    pub fold: bool,
     /// What shares a scale.
     pub granularity: Granularity,
     /// Names of nodes whose products are computed in floats even where others are not.
@@ -51,7 +51,14 @@ impl Technique for Int8 {
             return Ok(Change::default());
         };
         let exclusion = Exclusion::of(&self.exclude, graph)?;
-        let change = self.rewrite(graph, &exclusion, |_| true)?;
+        let mut change = Change::default();
+        let mut rewriting = Rewriting::new(self, graph);
+        let captured = weight::captured(graph);
+        let is_captured = |name: &str| captured.iter().any(|captured| captured.name == name);
+        let found = weight::find(graph).into_iter().filter(|found| !is_captured(&found.name));
+        rewriting.weights(graph, &exclusion, found, &mut change)?;
+        rewriting.captured(graph, &exclusion, &captured, &mut change)?;
+        rewriting.finish(graph, &mut change);
         if change.changed.is_empty() {
             return Err(nothing_to_quantize());
         }
@@ -68,41 +75,11 @@ impl Int8 {
         wanted: impl Fn(Operator) -> bool,
     ) -> Result<Change, Failure> {
         let mut change = Change::default();
-        let mut rewriting = Rewriting {
-            technique: self,
-            names: Names::of(graph),
-            activations: HashMap::new(),
-            replaced: HashMap::new(),
-            added: Vec::new(),
-            expands: false,
-        };
-        let read_counts: HashMap<String, usize> = reads(graph).into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
-        let found = weight::find(graph);
-        for found in found
-            .into_iter()
-            .filter(|found| found.uses.iter().all(|used| wanted(used.operator)))
-        {
-            let excluded = found
-                .uses
-                .iter()
-                .map(|used| &graph.node[used.node])
-                .find(|node| exclusion.contains(node));
-            let refused = if let Some(node) = excluded {
-                Some(format!("its node `{}` is excluded", node.name()))
-            } else if read_counts.get(&found.name) == Some(&found.uses.len()) {
-                rewriting.weight(graph, &found)?.err().map(str::to_owned)
-            } else {
-                Some("something else reads this weight, too".to_owned())
-            };
-            match refused {
-                None => change.changed.push(found.name),
-                Some(why) => change.skipped.push(skipped(&found.name, why)),
-            }
-        }
-        // An engine that shall fold does not fuse a static graph.
-        let is_static = graph.node.iter().any(|node| node.op_type() == "QuantizeLinear");
-        change.fold_dequantize = rewriting.expands && !is_static;
-        rewriting.finish(graph);
+        let mut rewriting = Rewriting::new(self, graph);
+        let found = weight::find(graph).into_iter();
+        let found = found.filter(|found| found.uses.iter().all(|used| wanted(used.operator)));
+        rewriting.weights(graph, exclusion, found, &mut change)?;
+        rewriting.finish(graph, &mut change);
         Ok(change)
     }
 }
@@ -130,6 +107,10 @@ struct Rewriting<'a> {
     /// What becomes of the nodes, by their index.
     replaced: HashMap<usize, Replacement>,
     added: Vec<TensorProto>,
+    /// Nodes that come before all others.
+    first: Vec<NodeProto>,
+    /// Initialisers that nodes make now.
+    made: HashSet<String>,
     /// Whether a `DequantizeLinear` is to be folded.
     expands: bool,
 }
@@ -142,18 +123,113 @@ struct Stored<'a> {
     quantized: Quantized,
 }
 
-impl Rewriting<'_> {
+impl<'a> Rewriting<'a> {
+    fn new(technique: &'a Int8, graph: &GraphProto) -> Self {
+        Self {
+            technique,
+            names: Names::of(graph),
+            activations: HashMap::new(),
+            replaced: HashMap::new(),
+            added: Vec::new(),
+            first: Vec::new(),
+            made: HashSet::new(),
+            expands: false,
+        }
+    }
+
+    /// Quantises what is `found` in the graph itself.
+    fn weights(
+        &mut self,
+        graph: &GraphProto,
+        exclusion: &Exclusion,
+        found: impl Iterator<Item = Weight>,
+        change: &mut Change,
+    ) -> Result<(), Failure> {
+        let read_counts = reads(graph);
+        for found in found {
+            let nodes = found.uses.iter().map(|used| &graph.node[used.node]);
+            let excluded = nodes.map(NodeProto::name).find(|name| exclusion.contains_name(name));
+            let refused = if let Some(name) = excluded {
+                Some(format!("its node `{name}` is excluded"))
+            } else if read_counts.get(found.name.as_str()) == Some(&found.uses.len()) {
+                self.weight(graph, &found)?.err().map(str::to_owned)
+            } else {
+                Some("something else reads this weight, too".to_owned())
+            };
+            note(change, found.name, refused);
+        }
+        Ok(())
+    }
+
+    /// Quantises what branches and loop bodies read. The floats that are made of it have the weight's own name, so that nothing within a body
+    /// changes, and a loop makes them once.
+    fn captured(&mut self, graph: &GraphProto, exclusion: &Exclusion, captured: &[Captured], change: &mut Change) -> Result<(), Failure> {
+        for captured in captured {
+            let excluded = captured.nodes.iter().find(|name| exclusion.contains_name(name));
+            let refused = match (excluded, &captured.operators) {
+                (Some(name), _) => Some(format!("its node `{name}` is excluded")),
+                (None, Some(operators)) => self.under_its_name(graph, captured, operators)?.err().map(str::to_owned),
+                (None, None) => Some("something else reads this weight, too".to_owned()),
+            };
+            note(change, captured.name.clone(), refused);
+        }
+        Ok(())
+    }
+
+    fn under_its_name(
+        &mut self,
+        graph: &GraphProto,
+        captured: &Captured,
+        operators: &[Operator],
+    ) -> Result<Result<(), &'static str>, Failure> {
+        let original = &graph.initializer[captured.initializer];
+        let (shape, axis) = match layout(original, operators.iter().copied())? {
+            Ok(layout) => layout,
+            Err(why) => return Ok(Err(why)),
+        };
+        let quantized = self.quantized(original, &shape, axis, None)?;
+        let stem = &captured.name;
+        let (name, scale) = (
+            self.names.fresh(&format!("{stem}_int8")),
+            self.names.fresh(&format!("{stem}_scale")),
+        );
+        let scales = scale_tensor(&scale, &quantized.scales);
+        let dequantize = dequantize(&name, &scale, stem, axis, &quantized.scales);
+        let tensors = [tensor(&name, DataType::Int8, &shape, quantized.into_bytes()), scales];
+        let after = tensors.iter().map(TensorProto::encoded_len).sum::<usize>() + dequantize.encoded_len();
+        if after >= original.encoded_len() {
+            return Ok(Err(TOO_SMALL));
+        }
+        self.added.extend(tensors);
+        self.first.push(dequantize);
+        self.made.insert(captured.name.clone());
+        self.expands = true;
+        Ok(Ok(()))
+    }
+
+    /// The integers of a weight whose channels lie along `axis`, of a product in integers those that `product` takes.
+    fn quantized(&self, original: &TensorProto, shape: &[usize], axis: usize, product: Option<Operator>) -> Result<Quantized, Failure> {
+        let channels = (self.technique.granularity == Granularity::PerChannel).then_some(axis);
+        // The bytes of a file are floats wherever they lie; a copy would take as much memory again.
+        let bytes = original.raw_data().as_chunks::<4>().0;
+        let in_place = original.data_type() == DataType::Float as i32 && bytes.len() == shape.iter().product::<usize>();
+        let quantized = if in_place {
+            quantize(bytes, shape, channels, product)
+        } else {
+            let values = weights::floats(original).map_err(|error| unreadable(original.name(), &error.to_string()))?;
+            quantize(&values, shape, channels, product)
+        };
+        mapping::release(original.raw_data());
+        quantized.map_err(|_| unreadable(original.name(), "it holds NaN or infinity"))
+    }
+
     /// Quantises one weight with all its uses; or says why it is left alone.
     fn weight(&mut self, graph: &GraphProto, found: &Weight) -> Result<Result<(), &'static str>, Failure> {
         let original = &graph.initializer[found.initializer];
-        let shape = weights::shape(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
-        if shape.contains(&0) {
-            return Ok(Err("it is empty"));
-        }
-        let axis = found.uses[0].operator.channel_axis(shape.len());
-        if found.uses.iter().any(|used| used.operator.channel_axis(shape.len()) != axis) {
-            return Ok(Err("its uses disagree about which axis its channels are"));
-        }
+        let (shape, axis) = match layout(original, found.uses.iter().map(|used| used.operator))? {
+            Ok(layout) => layout,
+            Err(why) => return Ok(Err(why)),
+        };
         // A node of which both operands are weights is rewritten for one of them.
         let taken = |used: &Use| used.operator != Operator::Recurrent && self.replaced.contains_key(&used.node);
         if found.uses.iter().any(taken) {
@@ -166,20 +242,9 @@ impl Rewriting<'_> {
         let in_floats = |used: &Use| self.technique.in_floats.iter().any(|name| name == graph.node[used.node].name());
         let is_dynamic = self.technique.products == Products::Dynamic && !found.uses.iter().any(in_floats);
         let products = is_dynamic.then(products).flatten();
-        let channels = (self.technique.granularity == Granularity::PerChannel).then_some(axis);
-        // The bytes of a file are floats wherever they lie; a copy would take as much memory again.
-        let bytes = original.raw_data().as_chunks::<4>().0;
-        let in_place = original.data_type() == DataType::Float as i32 && bytes.len() == shape.iter().product::<usize>();
         // All uses sum over the axis that is not the channels'.
         let product = products.is_some().then_some(found.uses[0].operator);
-        let quantized = if in_place {
-            quantize(bytes, &shape, channels, product)
-        } else {
-            let values = weights::floats(original).map_err(|error| unreadable(&found.name, &error.to_string()))?;
-            quantize(&values, &shape, channels, product)
-        };
-        let quantized = quantized.map_err(|_| unreadable(&found.name, "it holds NaN or infinity"))?;
-        mapping::release(original.raw_data());
+        let quantized = self.quantized(original, &shape, axis, product)?;
         let stored = Stored {
             found,
             shape: &shape,
@@ -191,7 +256,7 @@ impl Rewriting<'_> {
             None => self.weight_only(graph, stored),
         };
         if !smaller(graph, original, &tensors, &replacements) {
-            return Ok(Err("it is so small that quantisation would make the file larger"));
+            return Ok(Err(TOO_SMALL));
         }
         let in_floats = |used: &Use| used.operator != Operator::Gather;
         self.expands |= products.is_none() && found.uses.iter().any(in_floats) && self.folds(found);
@@ -202,7 +267,7 @@ impl Rewriting<'_> {
 
     fn folds(&self, found: &Weight) -> bool {
         let by_floats = |used: &Use| matches!(used.operator, Operator::Conv | Operator::ConvTranspose | Operator::Recurrent);
-        self.technique.products != Products::WeightOnly { fold: false } || found.uses.iter().any(by_floats)
+        self.technique.fold || found.uses.iter().any(by_floats)
     }
 
     fn dynamic(&mut self, stored: Stored, products: &[Product]) -> (Vec<TensorProto>, Vec<(usize, Replacement)>) {
@@ -273,12 +338,7 @@ impl Rewriting<'_> {
         let mut replacements: Vec<(usize, Replacement)> = Vec::new();
         if !others.is_empty() {
             tensors.push(scale_tensor(&scale, &scales));
-            let axis = if scales.len() > 1 {
-                vec![integer("axis", stored.axis as i64)]
-            } else {
-                vec![]
-            };
-            let mut dequantize = Some(node("DequantizeLinear", &[&name, &scale], &floats, axis));
+            let mut dequantize = Some(dequantize(&name, &scale, &floats, stored.axis, &scales));
             for used in others {
                 // A recurrence has two weights: what stands in its place for the first is changed again for the second.
                 let replaced = self.replaced.get(&used.node).map(|replacement| replacement.nodes.clone());
@@ -331,8 +391,12 @@ impl Rewriting<'_> {
         nodes
     }
 
-    fn finish(mut self, graph: &mut GraphProto) {
-        let nodes = std::mem::take(&mut graph.node);
+    fn finish(mut self, graph: &mut GraphProto, change: &mut Change) {
+        // An engine that shall fold does not fuse a static graph.
+        let is_static = graph.node.iter().any(|node| node.op_type() == "QuantizeLinear");
+        change.fold_dequantize = self.expands && !is_static;
+        let nodes = std::mem::replace(&mut graph.node, self.first);
+        graph.initializer.retain(|tensor| !self.made.contains(tensor.name()));
         let mut quantized = HashSet::new();
         for (index, original) in nodes.into_iter().enumerate() {
             let Some(Replacement { activation, nodes }) = self.replaced.remove(&index) else {
@@ -353,6 +417,35 @@ impl Rewriting<'_> {
         graph.initializer.extend(self.added);
         simplify::remove_dead(graph);
     }
+}
+
+/// Why a weight stays as it is.
+const TOO_SMALL: &str = "it is so small that quantisation would make the file larger";
+
+fn note(change: &mut Change, name: String, refused: Option<String>) {
+    match refused {
+        None => change.changed.push(name),
+        Some(why) => change.skipped.push(skipped(&name, why)),
+    }
+}
+
+/// The shape of a weight, and the axis of its channels, on which all that use it must agree.
+fn layout(original: &TensorProto, operators: impl Iterator<Item = Operator>) -> Result<Result<(Vec<usize>, usize), &'static str>, Failure> {
+    let shape = weights::shape(original).map_err(|error| unreadable(original.name(), &error.to_string()))?;
+    if shape.contains(&0) {
+        return Ok(Err("it is empty"));
+    }
+    let mut axes = operators.map(|operator| operator.channel_axis(shape.len()));
+    Ok(match axes.next() {
+        Some(axis) if axes.all(|other| other == axis) => Ok((shape, axis)),
+        _ => Err("its uses disagree about which axis its channels are"),
+    })
+}
+
+/// The node that makes the floats called `output` of integers.
+fn dequantize(integers: &str, scale: &str, output: &str, axis: usize, scales: &[f32]) -> NodeProto {
+    let axis = (scales.len() > 1).then(|| integer("axis", axis as i64));
+    node("DequantizeLinear", &[integers, scale], output, axis.into_iter().collect())
 }
 
 /// A product that can be taken in integers: of an activation with a weight of two axes.
@@ -438,6 +531,7 @@ mod tests {
     use super::super::fixture::{apply, model, named, numbers, operators, run, sqnr, value};
     use super::*;
     use crate::failure::FailureReason;
+    use crate::graph::generator;
 
     /// Two rows of a table of 40, a matrix product, and a product with a bias, transposed.
     fn tables_and_products() -> ModelProto {
@@ -551,6 +645,27 @@ mod tests {
         let failed = apply(&tables_and_products(), &quantize, None).unwrap_err();
         assert_eq!(failed.reason, FailureReason::InvalidInputs);
         assert!(failed.message.contains("no node of the model has the name `prodct`"), "{failed}");
+    }
+
+    #[test]
+    fn the_weights_of_branches_and_loops_are_stored_in_integers_and_computed_in_floats() {
+        for (mut original, weights) in [(generator::branching(), vec!["w_2", "w_3"]), (generator::looping(), vec!["w"])] {
+            simplify::simplify(&mut original).unwrap();
+            for scheme in [QuantizeScheme::Int8Dynamic, QuantizeScheme::Int8Weights, QuantizeScheme::Int8] {
+                let (model, change) = apply(&original, &Quantize::of(scheme), None).unwrap();
+                assert_eq!(change.changed, weights);
+                assert!(change.fold_dequantize && model.encoded_len() < original.encoded_len());
+                let inputs = generator::inputs(&original);
+                for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
+                    let Ok(before) = generator::try_run(kind, &original, &inputs) else {
+                        continue;
+                    };
+                    let after = generator::try_run(kind, &model, &inputs).unwrap_or_else(|why| panic!("{scheme} on {kind}: {why}"));
+                    let sqnr = sqnr(before[0].as_f32().unwrap(), after[0].as_f32().unwrap());
+                    assert!(sqnr > 30.0, "{scheme} on {kind}: {sqnr:.1} dB");
+                }
+            }
+        }
     }
 
     #[test]

@@ -110,7 +110,8 @@ impl Technique for Static {
         };
         let mut change = Rewriting::new(self, graph, &plan, &statistics).apply(graph)?;
         let weight_only = Int8 {
-            products: Products::WeightOnly { fold: false },
+            products: Products::WeightOnly,
+            fold: false,
             granularity: self.granularity,
             in_floats: vec![],
             exclude: vec![],

@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use parquet::basic::Compression;
 use parquet::file::reader::{FileReader as _, SerializedFileReader};
 use parquet::record::Field;
+use parquet::schema::types::ColumnPath;
 
 use super::Dataset;
 use super::format::{Request, too_large};
@@ -33,6 +35,10 @@ fn read_rows(request: &Request, file: File) -> Result<Dataset, String> {
     if size > request.bytes_max {
         return Err(too_large(request.bytes_max));
     }
+    let mut columns = metadata.row_groups().iter().flat_map(|group| group.columns());
+    if let Some(why) = columns.find_map(|column| unread(column.compression(), column.column_path())) {
+        return Err(why);
+    }
     let fields = metadata.file_metadata().schema().get_fields();
     if fields.len() > COLUMNS_MAX {
         return Err(format!("it has {} columns; at most {COLUMNS_MAX} are read", fields.len()));
@@ -56,6 +62,19 @@ fn read_rows(request: &Request, file: File) -> Result<Dataset, String> {
             .map_err(|why| format!("row {}: {why}", index + 1))?;
     }
     rows.finish()
+}
+
+/// In words, where a column is compressed by what is not read.
+fn unread(compression: Compression, column: &ColumnPath) -> Option<String> {
+    let name = match compression {
+        // The one reader of it that the crate knows is in C.
+        Compression::ZSTD(_) => "ZSTD",
+        Compression::LZO => "LZO",
+        _ => return None,
+    };
+    Some(format!(
+        "its column `{column}` is compressed by {name}, which is not read; write it with SNAPPY, GZIP, LZ4_RAW, BROTLI or uncompressed"
+    ))
 }
 
 fn field_value(field: &Field) -> Result<Value, String> {
@@ -114,4 +133,22 @@ fn number(field: &Field) -> Option<f64> {
         Field::Double(value) => *value,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_compressed_otherwise_is_refused_by_its_name() {
+        let column = ColumnPath::from("image.list.element");
+        for (compression, name) in [(Compression::ZSTD(Default::default()), "ZSTD"), (Compression::LZO, "LZO")] {
+            let why = unread(compression, &column).unwrap();
+            assert!(
+                why.starts_with(&format!("its column `image.list.element` is compressed by {name}, ")),
+                "{why}"
+            );
+        }
+        assert_eq!(unread(Compression::LZ4_RAW, &column), None);
+    }
 }

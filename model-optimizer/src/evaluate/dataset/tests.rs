@@ -172,8 +172,9 @@ fn json_lines_hold_nested_lists() {
     assert_eq!(dataset.batch(1..2).unwrap()[0].data(), &Data::Bytes(vec![b"two".to_vec()]));
 }
 
-fn parquet_file() -> Vec<u8> {
+fn parquet_file(codec: ::parquet::basic::Compression) -> Vec<u8> {
     use ::parquet::data_type::{DoubleType, Int64Type};
+    use ::parquet::file::properties::WriterProperties;
     use ::parquet::file::writer::SerializedFileWriter;
     use ::parquet::schema::parser::parse_message_type;
     let schema = "message rows {
@@ -182,7 +183,8 @@ fn parquet_file() -> Vec<u8> {
     }";
     let schema = Arc::new(parse_message_type(schema).unwrap());
     let mut bytes = Vec::new();
-    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Default::default()).unwrap();
+    let properties = WriterProperties::builder().set_compression(codec).build();
+    let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::new(properties)).unwrap();
     let mut group = writer.next_row_group().unwrap();
     let mut column = group.next_column().unwrap().unwrap();
     column
@@ -199,9 +201,24 @@ fn parquet_file() -> Vec<u8> {
 }
 
 #[test]
-fn a_parquet_list_is_a_vector() {
-    let dataset = read(parquet_file(), &[spec("image", Datatype::Fp32, &IMAGE)]).unwrap();
-    assert_eq!((all(&dataset), dataset.labels()), (vec![1.0, 2.0, 3.0, 4.0], Some(&[7.0, 8.0][..])));
+fn a_parquet_list_is_a_vector_however_the_file_is_compressed() {
+    use ::parquet::basic::Compression;
+    for codec in [
+        Compression::UNCOMPRESSED,
+        Compression::SNAPPY,
+        Compression::GZIP(Default::default()),
+        Compression::BROTLI(Default::default()),
+        Compression::LZ4,
+        Compression::LZ4_RAW,
+    ] {
+        let read = read(parquet_file(codec), &[spec("image", Datatype::Fp32, &IMAGE)]);
+        let dataset = read.unwrap_or_else(|why| panic!("{codec}: {why}"));
+        assert_eq!(
+            (all(&dataset), dataset.labels()),
+            (vec![1.0, 2.0, 3.0, 4.0], Some(&[7.0, 8.0][..])),
+            "{codec}"
+        );
+    }
 }
 
 fn png(pixels: &[u8], width: u32, height: u32) -> Vec<u8> {
@@ -377,7 +394,7 @@ proptest! {
     ) {
         let mut bytes = match form {
             0 => zipped(&[("image.npy", npy("<f4", "(2, 2)", &floats([1.0, 2.0, 3.0, 4.0])))], CompressionMethod::Stored),
-            1 => parquet_file(),
+            1 => parquet_file(::parquet::basic::Compression::SNAPPY),
             2 => b"a,b,y\n1,2,0\n3,4.5,1\n".to_vec(),
             3 => b"{\"image\": [1, 2], \"y\": 3}\n{\"image\": [4, 5], \"y\": 3}\n".to_vec(),
             _ => tarred(&[("a.png", png(&[1, 2, 3], 1, 1)), ("labels.csv", b"file,label\na.png,1\n".to_vec())]),

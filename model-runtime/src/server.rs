@@ -29,6 +29,8 @@ mod shadow;
 mod signature;
 mod statistics;
 mod tls;
+#[doc(hidden)]
+pub mod untrusted;
 mod watched;
 
 use authentication::Tokens;

@@ -19,6 +19,7 @@ use super::grpc::proto::model_infer_request::InferInputTensor;
 use super::grpc::proto::{InferTensorContents, ModelInferRequest, ModelInferResponse};
 use super::model::Model;
 use super::scheduler::{Batching, Client};
+use super::untrusted::as_request;
 use super::{Config, Limits, State, grpc, http};
 use crate::engine::{Data, Device, Engine, EngineError, EngineKind, Tensor};
 
@@ -234,20 +235,7 @@ async fn through_grpc(state: &Arc<State>, tensors: &[Tensor], typed: bool) -> Ve
     assert!(!headers.contains_key("grpc-status"), "{headers:?}");
     let answer = ModelInferResponse::decode(&body[5..]).unwrap();
     assert_eq!(answer.raw_output_contents.is_empty(), typed || tensors.is_empty());
-    // An answer's tensors are a request's.
-    let inputs = answer.outputs.into_iter().map(|output| InferInputTensor {
-        name: output.name,
-        datatype: output.datatype,
-        shape: output.shape,
-        contents: output.contents,
-        ..InferInputTensor::default()
-    });
-    let echoed = ModelInferRequest {
-        inputs: inputs.collect(),
-        raw_input_contents: answer.raw_output_contents.into_iter().map(Bytes::from).collect(),
-        ..ModelInferRequest::default()
-    };
-    let (request, _) = grpc::message::read(echoed).unwrap();
+    let (request, _) = grpc::message::read(as_request(answer)).unwrap();
     request.inputs.into_iter().map(|(_, tensor)| tensor).collect()
 }
 

@@ -27,7 +27,7 @@ use super::refusal::{Reason, Refusal};
 use frame::Messages;
 
 mod describe;
-mod frame;
+pub(super) mod frame;
 mod infer;
 pub(super) mod message;
 #[allow(clippy::all, missing_docs, unreachable_pub)]
@@ -140,9 +140,7 @@ where
         let patience = grpc.state.config.limits.request_timeout;
         let answered = async {
             let mut messages = Messages::new(&headers, body, QUESTION_BYTES_MAX)?;
-            let none = || Refusal::invalid("the call has no message");
-            let prefix = messages.prefix().await?.ok_or_else(none)?;
-            let sent = messages.message(prefix).await?.decompressed_here(QUESTION_BYTES_MAX)?;
+            let sent = messages.only(|_| Ok(())).await?.decompressed_here(QUESTION_BYTES_MAX)?;
             let question = Q::decode(sent).map_err(|error| Refusal::invalid(format!("the message is not of the method: {error}")))?;
             answer(grpc.state, question).await
         };

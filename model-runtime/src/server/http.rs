@@ -22,7 +22,7 @@ mod infer;
 mod openapi;
 mod page;
 pub(super) mod request;
-mod response;
+pub(super) mod response;
 
 /// Routes of the protocol, and `/metrics` where `with_metrics`.
 pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {

@@ -1,4 +1,4 @@
-"""Runs the tests of a folder and prints their results as Rust's tests do: python run.py FOLDER"""
+"""Runs the tests of a folder, or those whose name holds a word, and prints their results as Rust's tests do: python run.py FOLDER [WORD]"""
 
 import sys
 import traceback
@@ -35,8 +35,10 @@ class Result(unittest.TestResult):
 
 
 def main():
-    folder = sys.argv[1]
-    suite = unittest.TestLoader().discover(folder)
+    folder, *words = sys.argv[1:]
+    loader = unittest.TestLoader()
+    loader.testNamePatterns = [f"*{word}*" for word in words] or None
+    suite = loader.discover(folder)
     result = Result()
     suite.run(result)
     if result.texts:
@@ -44,7 +46,7 @@ def main():
         print("\n".join(result.texts))
     state = "FAILED" if result.texts else "ok"
     print(f"test result: {state}. {result.passed} passed; {len(result.texts)} failed")
-    sys.exit(1 if result.texts or result.passed == 0 else 0)
+    sys.exit(1 if result.texts or (result.passed == 0 and not words) else 0)
 
 
 main()

@@ -102,6 +102,21 @@ impl Messages {
         })
     }
 
+    /// Reads the one message of a call; `admit` is told its length before.
+    ///
+    /// # Errors
+    /// Where there is none, or more than one; and what `admit` refuses.
+    pub(super) async fn only(&mut self, admit: impl FnOnce(usize) -> Result<(), Refusal>) -> Result<Sent, Refusal> {
+        let none = || Refusal::invalid("the call has no message");
+        let prefix = self.prefix().await?.ok_or_else(none)?;
+        admit(prefix.length)?;
+        let sent = self.message(prefix).await?;
+        match self.prefix().await? {
+            None => Ok(sent),
+            Some(_) => Err(Refusal::invalid("the call has more than one message")),
+        }
+    }
+
     /// Passes over the message that `prefix` began, without keeping it.
     ///
     /// # Errors
@@ -177,7 +192,7 @@ pub(super) fn extend(frame: &mut Vec<u8>, append: impl FnOnce(&mut Vec<u8>)) {
 }
 
 /// The message within a frame.
-pub(super) fn message(frame: &[u8]) -> &[u8] {
+pub(in crate::server) fn message(frame: &[u8]) -> &[u8] {
     &frame[PREFIX..]
 }
 
@@ -241,6 +256,23 @@ mod tests {
             }
             assert_eq!(messages.prefix().await.unwrap(), None);
         }
+    }
+
+    #[tokio::test]
+    async fn a_call_has_one_message() {
+        let one = frame(&text(), 0);
+        let length = one.len() - PREFIX;
+        let only = async |bytes: &[u8], room: usize| {
+            let admit = |length| if length <= room { Ok(()) } else { Err(Refusal::overloaded("much")) };
+            messages(&HeaderMap::new(), &[bytes])
+                .only(admit)
+                .await
+                .map_err(|refusal| refusal.reason)
+        };
+        assert!(only(&one, length).await.is_ok());
+        assert_eq!(only(&one, length - 1).await.err(), Some(Reason::Overloaded));
+        assert_eq!(only(&[], length).await.err(), Some(Reason::InvalidArgument));
+        assert_eq!(only(&[&one[..], &one].concat(), length).await.err(), Some(Reason::InvalidArgument));
     }
 
     #[tokio::test]

@@ -132,13 +132,7 @@ async fn next(grpc: &mut Grpc, messages: &mut Messages, deadline: Option<Instant
 /// The one message of a call, within its time.
 async fn only(messages: &mut Messages, mut admission: Admission) -> Result<Call, Refusal> {
     let deadline = admission.deadline;
-    let read = async {
-        let none = || Refusal::invalid("the call has no message");
-        let prefix = messages.prefix().await?.ok_or_else(none)?;
-        admission.hold(prefix.length)?;
-        messages.message(prefix).await
-    };
-    let read = timeout_at(deadline, read).await;
+    let read = timeout_at(deadline, messages.only(|length| admission.hold(length))).await;
     let sent = read.map_err(|_| late(&admission)).flatten()?;
     Ok(Call { admission, sent })
 }

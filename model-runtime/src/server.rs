@@ -249,7 +249,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             stopped.clone(),
         ))
     });
-    let (over_grpc, health) = grpc::router(Arc::clone(&state), stopped.clone()).await;
+    let (ready, readiness) = watch::channel(false);
+    let over_grpc = grpc::router(Arc::clone(&state), readiness, stopped.clone());
     let over_http = http::router(Arc::clone(&state), !separate);
     let mut serving = tokio::task::JoinSet::new();
     let tls = tls.map(Arc::new);
@@ -278,14 +279,14 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             state.metrics.loaded(&model, &state.config, seconds);
             // Loaded once, so this cannot be the second time.
             let _ = state.model.set(model);
-            health.set(true).await;
+            ready.send_replace(true);
             tracing::info!(model = state.config.name, %engine, seconds, "ready");
             signals.recv().await;
         }
     }
     state.draining.store(true, Ordering::Relaxed);
     state.metrics.ready.set(0);
-    health.set(false).await;
+    ready.send_replace(false);
     tracing::info!(delay_s = state.config.drain_delay.as_secs_f64(), "draining");
     if state.model().is_some() {
         tokio::time::sleep(state.config.drain_delay).await;

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use strum::IntoEnumIterator as _;
 use tokio::sync::watch;
 
-use super::grpc::proto::model_infer_request::InferInputTensor;
-use super::grpc::proto::{InferTensorContents, ModelInferRequest, ModelInferResponse};
+use super::grpc::proto::inference::model_infer_request::InferInputTensor;
+use super::grpc::proto::inference::{InferTensorContents, ModelInferRequest, ModelInferResponse};
 use super::model::Model;
 use super::scheduler::{Batching, Client};
 use super::untrusted::as_request;
@@ -229,7 +229,7 @@ async fn through_grpc(state: &Arc<State>, tensors: &[Tensor], typed: bool) -> Ve
     let mut body = vec![0];
     body.extend((message.len() as u32).to_be_bytes());
     body.extend(message);
-    let (router, _) = grpc::router(Arc::clone(state), watch::channel(false).1).await;
+    let router = grpc::router(Arc::clone(state), watch::channel(true).1, watch::channel(false).1);
     let path = "/inference.GRPCInferenceService/ModelInfer";
     let (headers, body) = call(router, path, &[("content-type", "application/grpc")], body).await;
     assert!(!headers.contains_key("grpc-status"), "{headers:?}");

@@ -4,8 +4,8 @@
 use bytes::Bytes;
 use prost::Message as _;
 
-use super::grpc::proto::model_infer_request::InferInputTensor;
-use super::grpc::proto::{ModelInferRequest, ModelInferResponse};
+use super::grpc::proto::inference::model_infer_request::InferInputTensor;
+use super::grpc::proto::inference::{ModelInferRequest, ModelInferResponse};
 use super::grpc::{frame, message};
 use super::http::{request, response};
 use super::inference::{InferRequest, Output};

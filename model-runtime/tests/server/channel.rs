@@ -15,7 +15,7 @@ use prost::Message;
 use tokio::runtime::Runtime;
 
 #[allow(dead_code, unreachable_pub, clippy::all)]
-#[path = "../../src/server/grpc/proto.rs"]
+#[path = "../../src/server/grpc/proto/inference.rs"]
 pub(crate) mod proto;
 
 /// The status of a call that failed.

@@ -1,14 +1,13 @@
 //! The methods that ask something: whether the server is live and ready, and what the model is.
 
-use std::sync::Arc;
-
 use plimsoll_package::manifest::{Datatype, TensorSpec};
 
+use super::Grpc;
 use super::message::version;
-use super::proto::model_config::SchedulingChoice;
-use super::proto::model_metadata_response::TensorMetadata;
-use super::proto::repository_index_response::ModelIndex;
-use super::proto::{self, model_instance_group, model_version_policy};
+use super::proto::inference::model_config::SchedulingChoice;
+use super::proto::inference::model_metadata_response::TensorMetadata;
+use super::proto::inference::repository_index_response::ModelIndex;
+use super::proto::inference::{self as proto, model_instance_group, model_version_policy};
 use crate::server::model::Model;
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::statistics::Total;
@@ -16,25 +15,29 @@ use crate::server::{self, Config, State, signature};
 
 type Answer<A> = Result<A, Refusal>;
 
-pub(super) async fn live(state: Arc<State>, _: proto::ServerLiveRequest) -> Answer<proto::ServerLiveResponse> {
-    Ok(proto::ServerLiveResponse { live: state.is_live() })
+pub(super) async fn live(grpc: Grpc, _: proto::ServerLiveRequest) -> Answer<proto::ServerLiveResponse> {
+    Ok(proto::ServerLiveResponse {
+        live: grpc.state.is_live(),
+    })
 }
 
-pub(super) async fn ready(state: Arc<State>, _: proto::ServerReadyRequest) -> Answer<proto::ServerReadyResponse> {
-    state.settle().await;
-    Ok(proto::ServerReadyResponse { ready: state.is_ready() })
+pub(super) async fn ready(grpc: Grpc, _: proto::ServerReadyRequest) -> Answer<proto::ServerReadyResponse> {
+    grpc.state.settle().await;
+    Ok(proto::ServerReadyResponse {
+        ready: grpc.state.is_ready(),
+    })
 }
 
 /// Another model than the one that is served is not ready, as Triton says of those that it has not.
-pub(super) async fn model_ready(state: Arc<State>, asked: proto::ModelReadyRequest) -> Answer<proto::ModelReadyResponse> {
-    let ready = state.config.check_target(&asked.name, version(&asked.version)).is_ok() && {
-        state.settle().await;
-        state.is_ready()
+pub(super) async fn model_ready(grpc: Grpc, asked: proto::ModelReadyRequest) -> Answer<proto::ModelReadyResponse> {
+    let ready = grpc.state.config.check_target(&asked.name, version(&asked.version)).is_ok() && {
+        grpc.state.settle().await;
+        grpc.state.is_ready()
     };
     Ok(proto::ModelReadyResponse { ready })
 }
 
-pub(super) async fn server(_: Arc<State>, _: proto::ServerMetadataRequest) -> Answer<proto::ServerMetadataResponse> {
+pub(super) async fn server(_: Grpc, _: proto::ServerMetadataRequest) -> Answer<proto::ServerMetadataResponse> {
     Ok(proto::ServerMetadataResponse {
         name: server::NAME.to_owned(),
         version: server::VERSION.to_owned(),
@@ -42,8 +45,8 @@ pub(super) async fn server(_: Arc<State>, _: proto::ServerMetadataRequest) -> An
     })
 }
 
-pub(super) async fn model(state: Arc<State>, asked: proto::ModelMetadataRequest) -> Answer<proto::ModelMetadataResponse> {
-    let model = find(&state, &asked.name, &asked.version)?;
+pub(super) async fn model(grpc: Grpc, asked: proto::ModelMetadataRequest) -> Answer<proto::ModelMetadataResponse> {
+    let model = find(&grpc.state, &asked.name, &asked.version)?;
     let tensors = |specs: &[TensorSpec]| {
         let tensor = |spec: &TensorSpec| TensorMetadata {
             name: spec.name.clone(),
@@ -53,18 +56,18 @@ pub(super) async fn model(state: Arc<State>, asked: proto::ModelMetadataRequest)
         specs.iter().map(tensor).collect()
     };
     Ok(proto::ModelMetadataResponse {
-        name: state.config.name.clone(),
-        versions: vec![state.config.version.clone()],
+        name: grpc.state.config.name.clone(),
+        versions: vec![grpc.state.config.version.clone()],
         platform: signature::platform(model.kind()),
         inputs: tensors(model.inputs()),
         outputs: tensors(model.outputs()),
     })
 }
 
-pub(super) async fn configuration(state: Arc<State>, asked: proto::ModelConfigRequest) -> Answer<proto::ModelConfigResponse> {
-    let model = find(&state, &asked.name, &asked.version)?;
+pub(super) async fn configuration(grpc: Grpc, asked: proto::ModelConfigRequest) -> Answer<proto::ModelConfigResponse> {
+    let model = find(&grpc.state, &asked.name, &asked.version)?;
     Ok(proto::ModelConfigResponse {
-        config: Some(model_config(&state.config, model)),
+        config: Some(model_config(&grpc.state.config, model)),
     })
 }
 
@@ -127,11 +130,11 @@ fn data_type(datatype: Datatype) -> proto::DataType {
     }
 }
 
-pub(super) async fn statistics(state: Arc<State>, asked: proto::ModelStatisticsRequest) -> Answer<proto::ModelStatisticsResponse> {
+pub(super) async fn statistics(grpc: Grpc, asked: proto::ModelStatisticsRequest) -> Answer<proto::ModelStatisticsResponse> {
     if !asked.name.is_empty() {
-        state.config.check_target(&asked.name, version(&asked.version))?;
+        grpc.state.config.check_target(&asked.name, version(&asked.version))?;
     }
-    let snapshot = state.statistics.snapshot();
+    let snapshot = grpc.state.statistics.snapshot();
     let total = |total: Total| {
         Some(proto::StatisticDuration {
             count: total.count,
@@ -146,8 +149,8 @@ pub(super) async fn statistics(state: Arc<State>, asked: proto::ModelStatisticsR
     };
     let totals = &snapshot.inference_stats;
     let of_model = proto::ModelStatistics {
-        name: state.config.name.clone(),
-        version: state.config.version.clone(),
+        name: grpc.state.config.name.clone(),
+        version: grpc.state.config.version.clone(),
         last_inference: snapshot.last_inference,
         inference_count: snapshot.inference_count,
         execution_count: snapshot.execution_count,
@@ -166,15 +169,15 @@ pub(super) async fn statistics(state: Arc<State>, asked: proto::ModelStatisticsR
     })
 }
 
-pub(super) async fn index(state: Arc<State>, asked: proto::RepositoryIndexRequest) -> Answer<proto::RepositoryIndexResponse> {
-    let (standing, reason) = state.standing();
+pub(super) async fn index(grpc: Grpc, asked: proto::RepositoryIndexRequest) -> Answer<proto::RepositoryIndexResponse> {
+    let (standing, reason) = grpc.state.standing();
     let model = ModelIndex {
-        name: state.config.name.clone(),
-        version: state.config.version.clone(),
+        name: grpc.state.config.name.clone(),
+        version: grpc.state.config.version.clone(),
         state: standing.to_owned(),
         reason: reason.to_owned(),
     };
-    let left_out = asked.ready && state.model().is_none();
+    let left_out = asked.ready && grpc.state.model().is_none();
     Ok(proto::RepositoryIndexResponse {
         models: if left_out { vec![] } else { vec![model] },
     })

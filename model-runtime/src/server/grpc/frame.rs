@@ -1,8 +1,5 @@
 //! Messages on the wire ("gRPC over HTTP2", Length-Prefixed-Message): a byte that says whether it is compressed, its length in 32 bits, big
 //! endian, and its bytes.
-//!
-//! They are read here rather than by tonic, which takes a message whole before the server can say whether there is room for it, and
-//! decompresses it without a bound.
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
@@ -216,7 +213,7 @@ fn set_length(frame: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::server::grpc::proto::ModelReadyRequest;
+    use crate::server::grpc::proto::inference::ModelReadyRequest;
     use crate::server::refusal::Reason;
 
     fn messages(headers: &HeaderMap, parts: &[&[u8]]) -> Messages {

@@ -49,7 +49,7 @@ pub(super) async fn stream(Shared(grpc): Shared<Grpc>, Extension(client): Extens
     let opened = timeout(&headers).and_then(|timeout| Ok((timeout, messages(&grpc.state, &headers, body)?)));
     let (timeout, messages) = match opened {
         Ok(opened) => opened,
-        Err(refusal) => return reply::refused(&refusal),
+        Err(refusal) => return reply::refused(refusal),
     };
     let deadline = timeout.map(|timeout| Instant::now() + timeout);
     let calls = stream::unfold(Some((grpc.clone(), messages)), move |reader| async move {

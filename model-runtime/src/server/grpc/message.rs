@@ -8,10 +8,10 @@ use prost::Message as _;
 use prost::encoding::{WireType, decode_key, decode_varint, encode_key, encode_varint};
 
 use super::frame;
-use super::proto::infer_parameter::ParameterChoice;
-use super::proto::model_infer_request::InferInputTensor;
-use super::proto::model_infer_response::InferOutputTensor;
-use super::proto::{InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
+use super::proto::inference::infer_parameter::ParameterChoice;
+use super::proto::inference::model_infer_request::InferInputTensor;
+use super::proto::inference::model_infer_response::InferOutputTensor;
+use super::proto::inference::{InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse, ModelStreamInferResponse};
 use crate::engine::{Data, Tensor};
 use crate::server::Config;
 use crate::server::inference::{InferRequest, LENGTH_MAX, Options, Output, RequestedOutput, check_extensions};

@@ -1,4 +1,4 @@
-//! Answers on the wire: messages, and the status behind them.
+//! Answers on the wire: messages, and behind them how the call ended.
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -10,9 +10,9 @@ use axum::response::Response;
 use futures::{Stream, StreamExt as _};
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::Frame;
-use tonic::Status;
 
 use super::frame::{ACCEPT_ENCODING, ENCODING, ENCODINGS};
+use super::status;
 use crate::server::encoding::Encoding;
 use crate::server::refusal::Refusal;
 
@@ -27,11 +27,11 @@ pub(super) fn encoding(headers: &HeaderMap) -> Option<Encoding> {
 /// The answer of a call that has one message: its frame, and that all is well.
 pub(super) fn one(frame: Result<Bytes, Refusal>, encoding: Option<Encoding>) -> Response {
     match frame {
-        Ok(frame) => response(
-            Body::new(Full::new(frame).with_trailers(ready(Some(Ok(trailers(&Ok(()))))))),
-            encoding,
-        ),
-        Err(refusal) => refused(&refusal),
+        Ok(frame) => {
+            let end = ready(Some(Ok(status::headers(&Ok(())))));
+            response(Body::new(Full::new(frame).with_trailers(end)), encoding)
+        }
+        Err(refusal) => refused(refusal),
     }
 }
 
@@ -43,27 +43,17 @@ pub(super) fn many(
     let frames = frames.map(|frame| {
         Ok::<_, Infallible>(match frame {
             Ok(frame) => Frame::data(frame),
-            Err(end) => Frame::trailers(trailers(&end)),
+            Err(end) => Frame::trailers(status::headers(&end)),
         })
     });
     response(Body::new(StreamBody::new(frames)), encoding)
 }
 
 /// The answer of a call that has no message.
-pub(super) fn refused(refusal: &Refusal) -> Response {
-    Status::from(refusal).into_http()
-}
-
-/// How a call ends.
-pub(super) fn trailers(end: &Result<(), Refusal>) -> HeaderMap {
-    let status = match end {
-        Ok(()) => Status::ok(""),
-        Err(refusal) => Status::from(refusal),
-    };
-    let mut trailers = HeaderMap::new();
-    // Only what cannot be written in a header fails, and texts are escaped.
-    let _ = status.add_header(&mut trailers);
-    trailers
+pub(super) fn refused(refusal: Refusal) -> Response {
+    let mut response = response(Body::empty(), None);
+    response.headers_mut().extend(status::headers(&Err(refusal)));
+    response
 }
 
 fn response(body: Body, encoding: Option<Encoding>) -> Response {

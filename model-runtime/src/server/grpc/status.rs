@@ -1,21 +1,59 @@
-//! Refusals as gRPC has them: a status, and when to come back.
+//! Refusals as gRPC has them: a status code, its text, and when to come back ("gRPC over HTTP2", Responses).
 
-use std::time::Duration;
-
-use tonic::metadata::MetadataValue;
-use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, StatusExt as _};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use prost::Message;
+use prost_types::{Any, Duration};
 
 use crate::server::refusal::{Reason, Refusal};
 
-/// When a client is to try again that was refused for want of room or for the time being.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// The status code.
+pub(super) const STATUS: HeaderName = HeaderName::from_static("grpc-status");
+/// The text, with what a header cannot hold escaped.
+const TEXT: HeaderName = HeaderName::from_static("grpc-message");
+/// A [`Details`] in Base64.
+const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+/// What the clients' own retries go by, in milliseconds (gRFC A6, "Pushback").
+const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 
-/// What the clients' own retries go by (gRFC A6, "Pushback").
-const RETRY_PUSHBACK: &str = "grpc-retry-pushback-ms";
+/// When a client is to try again that was refused for want of room or for the time being, in seconds.
+const RETRY_SECONDS: i64 = 1;
+
+/// A status code of gRPC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Code {
+    Ok = 0,
+    InvalidArgument = 3,
+    DeadlineExceeded = 4,
+    NotFound = 5,
+    ResourceExhausted = 8,
+    Unimplemented = 12,
+    Internal = 13,
+    Unavailable = 14,
+    Unauthenticated = 16,
+}
+
+/// `google.rpc.Status`.
+#[derive(Clone, PartialEq, Message)]
+struct Details {
+    #[prost(int32, tag = "1")]
+    code: i32,
+    #[prost(string, tag = "2")]
+    message: String,
+    #[prost(message, repeated, tag = "3")]
+    details: Vec<Any>,
+}
+
+/// `google.rpc.RetryInfo`.
+#[derive(Clone, PartialEq, Message)]
+struct RetryInfo {
+    #[prost(message, optional, tag = "1")]
+    retry_delay: Option<Duration>,
+}
 
 impl Reason {
-    fn code(self) -> Code {
+    pub(super) fn code(self) -> Code {
         match self {
             Self::InvalidArgument => Code::InvalidArgument,
             Self::Unauthenticated => Code::Unauthenticated,
@@ -29,18 +67,45 @@ impl Reason {
     }
 }
 
-impl From<&Refusal> for Status {
-    fn from(refusal: &Refusal) -> Self {
-        let code = refusal.reason.code();
-        let text = refusal.text.as_ref();
-        if !matches!(refusal.reason, Reason::Overloaded | Reason::Unavailable) {
-            return Self::new(code, text);
-        }
-        let mut status = Self::with_error_details(code, text, ErrorDetails::with_retry_info(Some(RETRY_AFTER)));
-        let pushback = MetadataValue::from(RETRY_AFTER.as_millis() as u64);
-        status.metadata_mut().insert(RETRY_PUSHBACK, pushback);
-        status
+/// The headers that tell how a call ended.
+pub(super) fn headers(end: &Result<(), Refusal>) -> HeaderMap {
+    let code = end.as_ref().err().map_or(Code::Ok, |refusal| refusal.reason.code());
+    let mut headers = HeaderMap::from_iter([(STATUS, HeaderValue::from(code as u16))]);
+    let Err(refusal) = end else { return headers };
+    let mut insert = |name, value: String| headers.extend(HeaderValue::try_from(value).ok().map(|value| (name, value)));
+    insert(TEXT, escaped(&refusal.text));
+    if matches!(refusal.reason, Reason::Overloaded | Reason::Unavailable) {
+        let info = RetryInfo {
+            retry_delay: Some(Duration {
+                seconds: RETRY_SECONDS,
+                nanos: 0,
+            }),
+        };
+        let details = Details {
+            code: code as i32,
+            message: refusal.text.to_string(),
+            details: vec![Any {
+                type_url: "type.googleapis.com/google.rpc.RetryInfo".to_owned(),
+                value: info.encode_to_vec(),
+            }],
+        };
+        insert(DETAILS, STANDARD_NO_PAD.encode(details.encode_to_vec()));
+        insert(PUSHBACK, (RETRY_SECONDS * 1000).to_string());
     }
+    headers
+}
+
+/// The text with all but printable ASCII, and the escaping sign itself, as `%` and two digits.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if matches!(byte, b' '..=b'~') && byte != b'%' {
+            out.push(byte.into());
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -49,13 +114,20 @@ mod tests {
 
     #[test]
     fn what_passes_says_when_to_come_back() {
-        let status = Status::from(&Refusal::overloaded("many requests"));
-        assert_eq!(status.code(), Code::ResourceExhausted);
-        let retry = status.get_details_retry_info().unwrap();
-        assert_eq!(retry.retry_delay, Some(RETRY_AFTER));
-        assert_eq!(status.metadata().get(RETRY_PUSHBACK).unwrap(), "1000");
+        let told = headers(&Err(Refusal::overloaded("many requests")));
+        assert_eq!((&told[STATUS], &told[PUSHBACK]), (&HeaderValue::from(8), &HeaderValue::from(1000)));
+        let details = Details::decode(&*STANDARD_NO_PAD.decode(&told[DETAILS]).unwrap()).unwrap();
+        assert_eq!((details.code, details.message.as_bytes()), (8, told[TEXT].as_bytes()));
+        let info = RetryInfo::decode(&*details.details[0].value).unwrap();
+        assert_eq!(info.retry_delay.unwrap().seconds, 1);
         // A larger message does not fit the next time either.
-        let status = Status::from(&Refusal::too_large(5));
-        assert_eq!((status.code(), status.metadata().len()), (Code::ResourceExhausted, 0));
+        assert_eq!(headers(&Err(Refusal::too_large(5))).len(), 2);
+        assert_eq!(headers(&Ok(())), HeaderMap::from_iter([(STATUS, HeaderValue::from(0))]));
+    }
+
+    #[test]
+    fn texts_are_escaped() {
+        let told = headers(&Err(Refusal::invalid("input `grüß`: 100%\n")));
+        assert_eq!(told[TEXT], "input `gr%C3%BC%C3%9F`: 100%25%0A");
     }
 }

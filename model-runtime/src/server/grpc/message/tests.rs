@@ -2,7 +2,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use strum::IntoEnumIterator as _;
 
-use super::super::proto::model_infer_request::InferRequestedOutputTensor;
+use super::super::proto::inference::model_infer_request::InferRequestedOutputTensor;
 use super::*;
 
 fn input(datatype: &str, shape: &[i64], contents: InferTensorContents) -> ModelInferRequest {

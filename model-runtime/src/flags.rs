@@ -1,12 +1,13 @@
 //! The command line as it is written, and what it resolves to.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_package::units;
 use plimsoll_runtime::engine::{Device, EngineKind};
-use plimsoll_runtime::server::{Address, Batching, Config, Limits, Shadow, Tls, log, quota};
+use plimsoll_runtime::server::{Address, AddressError, Batching, Config, Limits, Shadow, Tls, log, quota};
 
 /// Serves an optimised model over the Open Inference Protocol V2.
 #[derive(Parser)]
@@ -62,6 +63,10 @@ pub(crate) struct Serve {
     /// Address of the protocol over HTTP/1.1 and HTTP/2: IP:PORT, or unix:PATH for a socket in the file system.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
     http: Address,
+
+    /// Address of the protocol over gRPC: IP:PORT, unix:PATH, or none.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8081")]
+    grpc: Optional,
 
     /// Address of the metrics; without it they are at /metrics of the protocol's.
     #[arg(long, value_name = "ADDRESS")]
@@ -180,6 +185,21 @@ enum Engine {
     OnnxRuntime,
 }
 
+/// An address, or that there is none.
+#[derive(Clone)]
+struct Optional(Option<Address>);
+
+impl FromStr for Optional {
+    type Err = AddressError;
+
+    fn from_str(written: &str) -> Result<Self, AddressError> {
+        match written {
+            "none" => Ok(Self(None)),
+            address => address.parse().map(Some).map(Self),
+        }
+    }
+}
+
 fn size(written: &str) -> Result<u64, units::UnitError> {
     written.parse::<units::Size>()?.value()
 }
@@ -229,6 +249,7 @@ impl Serve {
             },
             device: self.device,
             http: self.http,
+            grpc: self.grpc.0,
             metrics: self.metrics,
             threads: self.threads.map_or_else(|| (quota::processors() / instances).max(1), usize::from),
             instances,

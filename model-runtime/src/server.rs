@@ -9,8 +9,12 @@ use tokio::sync::{Semaphore, SetOnce, oneshot, watch};
 
 use crate::engine::{Device, EngineKind};
 
+#[cfg(test)]
+mod agreement;
 mod authentication;
 mod classification;
+mod encoding;
+mod grpc;
 mod http;
 mod inference;
 mod listener;
@@ -25,11 +29,13 @@ mod shadow;
 mod signature;
 mod statistics;
 mod tls;
+#[doc(hidden)]
+pub mod untrusted;
 mod watched;
 
 use authentication::Tokens;
-pub use listener::Address;
 use listener::Listener;
+pub use listener::{Address, AddressError};
 use metrics::Metrics;
 use model::Model;
 pub use scheduler::Batching;
@@ -67,6 +73,8 @@ pub struct Config {
     pub device: Device,
     /// Address of the protocol over HTTP.
     pub http: Address,
+    /// Address of the protocol over gRPC; `None` is none.
+    pub grpc: Option<Address>,
     /// Address of the metrics; `None` serves them at `/metrics` of the protocol's.
     pub metrics: Option<Address>,
     /// Threads of one inference, 1 or more.
@@ -152,6 +160,24 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Needs the async runtime.
+    fn new(config: Config, tokens: Option<Tokens>) -> Result<Self, ServeError> {
+        let memory = inference::memory_units(config.limits.memory_bytes_max.max(config.limits.body_bytes_max));
+        let metrics = Metrics::default();
+        let shadowing = config.shadow.as_ref().map(|shadow| Shadowing::start(shadow, &metrics)).transpose();
+        Ok(Self {
+            shadowing: shadowing.map_err(ServeError::Shadow)?,
+            metrics,
+            model: SetOnce::new(),
+            draining: AtomicBool::new(false),
+            statistics: Statistics::default(),
+            tokens,
+            slots: Arc::new(Semaphore::new(config.limits.concurrency_max)),
+            memory: Arc::new(Semaphore::new(memory as usize)),
+            config,
+        })
+    }
+
     /// The model, once it is proven; it stays while the server drains.
     fn model(&self) -> Option<&Model> {
         self.model.get()
@@ -170,6 +196,14 @@ impl State {
     fn is_live(&self) -> bool {
         self.model()
             .is_none_or(|model| model.scheduler.busy_for() < self.config.stuck_after)
+    }
+
+    /// How the model stands, in the words of Triton's "Model Repository Extension", and why.
+    fn standing(&self) -> (&'static str, &'static str) {
+        match self.model() {
+            Some(_) => ("READY", ""),
+            None => ("LOADING", "the model is loading"),
+        }
     }
 
     /// Whether new traffic should come.
@@ -196,28 +230,13 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let tokens = config.tokens.clone().map(Tokens::new).transpose().map_err(ServeError::Secret)?;
     let tls = config.tls.clone().map(Acceptor::new).transpose().map_err(ServeError::Secret)?;
     let http = Listener::bind(&config.http).await?;
-    let scrape = match &config.metrics {
-        Some(address) => Some(Listener::bind(address).await?),
-        None => None,
-    };
-    tracing::info!(http = http.address(), metrics = scrape.as_ref().map(Listener::address), "listening");
+    let grpc = bind(config.grpc.as_ref()).await?;
+    let scrape = bind(config.metrics.as_ref()).await?;
+    let (grpc_address, metrics_address) = (grpc.as_ref().map(Listener::address), scrape.as_ref().map(Listener::address));
+    tracing::info!(http = http.address(), grpc = grpc_address, metrics = metrics_address, "listening");
 
     let (stop, stopped) = watch::channel(false);
-    let slots = Arc::new(Semaphore::new(config.limits.concurrency_max));
-    let memory = inference::memory_units(config.limits.memory_bytes_max.max(config.limits.body_bytes_max));
-    let metrics = Metrics::default();
-    let shadowing = config.shadow.as_ref().map(|shadow| Shadowing::start(shadow, &metrics)).transpose();
-    let state = Arc::new(State {
-        shadowing: shadowing.map_err(ServeError::Shadow)?,
-        metrics,
-        model: SetOnce::new(),
-        draining: AtomicBool::new(false),
-        statistics: Statistics::default(),
-        tokens,
-        slots,
-        memory: Arc::new(Semaphore::new(memory as usize)),
-        config,
-    });
+    let state = Arc::new(State::new(config, tokens)?);
     let separate = scrape.is_some();
     let scraping = scrape.map(|scrape| {
         let router = http::metrics_router(Arc::clone(&state));
@@ -230,15 +249,24 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             stopped.clone(),
         ))
     });
-    let router = http::router(Arc::clone(&state), !separate);
-    let serving = tokio::spawn(listener::serve(
-        http,
-        tls.map(Arc::new),
-        router,
-        state.config.limits.clone(),
-        state.config.grace,
-        stopped,
-    ));
+    let (ready, readiness) = watch::channel(false);
+    let over_grpc = grpc::router(Arc::clone(&state), readiness, stopped.clone());
+    let over_http = http::router(Arc::clone(&state), !separate);
+    let mut serving = tokio::task::JoinSet::new();
+    let tls = tls.map(Arc::new);
+    for (listener, router) in [(Some(http), over_http), (grpc, over_grpc)] {
+        if let Some(listener) = listener {
+            let limits = state.config.limits.clone();
+            serving.spawn(listener::serve(
+                listener,
+                tls.clone(),
+                router,
+                limits,
+                state.config.grace,
+                stopped.clone(),
+            ));
+        }
+    }
 
     let loaded = load(&state.config);
     tokio::select! {
@@ -251,26 +279,34 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             state.metrics.loaded(&model, &state.config, seconds);
             // Loaded once, so this cannot be the second time.
             let _ = state.model.set(model);
+            ready.send_replace(true);
             tracing::info!(model = state.config.name, %engine, seconds, "ready");
             signals.recv().await;
         }
     }
     state.draining.store(true, Ordering::Relaxed);
     state.metrics.ready.set(0);
+    ready.send_replace(false);
     tracing::info!(delay_s = state.config.drain_delay.as_secs_f64(), "draining");
     if state.model().is_some() {
         tokio::time::sleep(state.config.drain_delay).await;
     }
     let _ = stop.send(true);
-    match serving.await {
-        Ok(0) => tracing::info!("stopped"),
-        Ok(open) => tracing::warn!(connections = open, "stopped with requests in flight"),
-        Err(error) => tracing::error!(%error, "the listener failed"),
+    match serving.join_all().await.into_iter().sum() {
+        0 => tracing::info!("stopped"),
+        open => tracing::warn!(connections = open, "stopped with requests in flight"),
     }
     if let Some(scraping) = scraping {
         let _ = scraping.await;
     }
     Ok(())
+}
+
+async fn bind(address: Option<&Address>) -> Result<Option<Listener>, ServeError> {
+    match address {
+        Some(address) => Listener::bind(address).await.map(Some),
+        None => Ok(None),
+    }
 }
 
 fn load(config: &Config) -> oneshot::Receiver<Result<Model, model::ModelError>> {

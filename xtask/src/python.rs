@@ -1,11 +1,12 @@
 //! The machine's Python, with the parts that Debian keeps in packages of their own.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
 
-use crate::debian;
+use crate::{debian, progress, workspace};
 
 /// A part of Python: what is said to it to see whether it is there, and its package.
 struct Part {
@@ -37,6 +38,33 @@ pub(crate) fn with_pip() -> Result<Command> {
 /// Where Python or that part of it is missing and cannot be installed.
 pub(crate) fn with_venv() -> Result<Command> {
     ensure(&VENV)
+}
+
+/// The interpreter of the virtual environment of that name in the user's cache, with what the file `requirements` lists installed into it
+/// unless it is there. What pip says goes to the file `log`.
+///
+/// # Errors
+/// Without Python, and where a package cannot be had.
+pub(crate) fn environment(name: &str, requirements: &Path, log: &Path) -> Result<PathBuf> {
+    let environment = workspace::cache().join("venvs").join(name);
+    let python = environment.join("bin/python");
+    let mark = environment.join("requirements.txt");
+    let wanted = fs::read(requirements).with_context(|| format!("cannot read {}", requirements.display()))?;
+    if fs::read(&mark).ok().as_ref() == Some(&wanted) {
+        return Ok(python);
+    }
+    progress::phase(&format!("installing the Python packages of {name}"), |bar| {
+        let mut create = with_venv()?;
+        create.args(["-m", "venv", "--clear"]).arg(&environment);
+        progress::run_logged(&mut create, log, bar).context("cannot make a virtual environment")?;
+        let mut install = Command::new(&python);
+        install
+            .args(["-m", "pip", "install", "--disable-pip-version-check", "--requirement"])
+            .arg(requirements);
+        progress::run_logged(&mut install, log, bar)?;
+        Ok(fs::write(&mark, &wanted)?)
+    })?;
+    Ok(python)
 }
 
 fn ensure(part: &Part) -> Result<Command> {

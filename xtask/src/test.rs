@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result};
 
 use crate::progress::{phase, run_logged};
-use crate::{chart, cluster, images, onnxruntime, workspace};
+use crate::{chart, cluster, images, onnxruntime, python, workspace};
 use tally::Tally;
 
 /// Options of `cargo xtask test`.
@@ -41,19 +41,22 @@ enum Part {
     Dependencies,
     /// Unit, property and integration tests.
     Unit,
+    /// Clients of the protocol from PyPI against the runtime.
+    Clients,
     /// The embedded cluster's own Go tests.
     Go,
     /// The end-to-end tests on the cluster.
     EndToEnd,
 }
 
-const PARTS: [Part; 8] = [
+const PARTS: [Part; 9] = [
     Part::Format,
     Part::Generated,
     Part::Chart,
     Part::Clippy,
     Part::Dependencies,
     Part::Unit,
+    Part::Clients,
     Part::Go,
     Part::EndToEnd,
 ];
@@ -63,6 +66,9 @@ const TEST_GROUPS: [&[&str]; 2] = [
     &["plimsoll-operator", "plimsoll-crds"],
     &["plimsoll-package", "plimsoll-runtime", "plimsoll-optimizer"],
 ];
+
+/// Folders of `model-runtime/tests/clients`, each with packages of its own: they do not fit into one environment.
+const CLIENTS: [&str; 3] = ["triton", "kserve", "mlserver"];
 
 /// Version of cargo-deny, installed into the user's cache.
 const CARGO_DENY: &str = "0.20.2";
@@ -80,6 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
             Part::Clippy => clippy(&mut tally),
             Part::Dependencies => dependencies(&mut tally),
             Part::Unit => unit(arguments, &mut tally),
+            Part::Clients => clients(arguments, &mut tally),
             Part::Go => go(&mut tally),
             Part::EndToEnd => end_to_end::run(arguments.filter.as_deref(), arguments.keep, &mut tally),
         };
@@ -212,6 +219,26 @@ fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
         .args(["test", "--locked", "--no-fail-fast", "--package", "xtask"])
         .args(arguments.filter.as_deref());
     tally.cargo_test("tests of xtask", &mut command, &log("xtask"))
+}
+
+fn clients(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
+    let library = onnxruntime::library()?;
+    let runtime = images::program::build(&["plimsoll-runtime"], images::Profile::Release)?;
+    let folder = workspace::root().join("model-runtime/tests/clients");
+    for client in CLIENTS {
+        let name = format!("clients-{client}");
+        let requirements = folder.join(client).join("requirements.txt");
+        let python = python::environment(&name, &requirements, &log(&format!("{name}-installation")))?;
+        let mut command = Command::new(python);
+        command
+            .current_dir(&folder)
+            .args(["run.py", client])
+            .args(arguments.filter.as_deref())
+            .envs(runtime.first().map(|runtime| ("PLIMSOLL_RUNTIME", runtime)))
+            .env("ORT_DYLIB_PATH", &library);
+        tally.cargo_test(&format!("clients of {client}"), &mut command, &log(&name))?;
+    }
+    Ok(())
 }
 
 fn go(tally: &mut Tally) -> Result<()> {

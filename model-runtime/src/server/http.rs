@@ -17,13 +17,12 @@ use serde_json::{Value, json};
 use super::refusal::{Reason, Refusal};
 use super::{State, metrics, signature};
 
-mod encoding;
 mod error;
 mod infer;
 mod openapi;
 mod page;
-mod request;
-mod response;
+pub(super) mod request;
+pub(super) mod response;
 
 /// Routes of the protocol, and `/metrics` where `with_metrics`.
 pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
@@ -111,13 +110,6 @@ impl Target {
     }
 }
 
-fn too_large(body_bytes_max: usize) -> Refusal {
-    Refusal::new(
-        Reason::TooLarge,
-        format!("the body is larger than the {body_bytes_max} bytes that this server takes"),
-    )
-}
-
 async fn server() -> impl IntoResponse {
     Json(json!({"name": super::NAME, "version": super::VERSION, "extensions": super::EXTENSIONS}))
 }
@@ -167,11 +159,8 @@ async fn models(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
 }
 
 async fn index(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
-    let (ready, reason) = match state.model() {
-        Some(_) => ("READY", ""),
-        None => ("LOADING", "the model is loading"),
-    };
-    Json(json!([{"name": state.config.name, "version": state.config.version, "state": ready, "reason": reason}]))
+    let (standing, reason) = state.standing();
+    Json(json!([{"name": state.config.name, "version": state.config.version, "state": standing, "reason": reason}]))
 }
 
 async fn configuration(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) -> Result<impl IntoResponse, Refusal> {

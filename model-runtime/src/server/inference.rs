@@ -63,10 +63,13 @@ pub(super) struct Admission {
     state: Arc<State>,
     _slot: OwnedSemaphorePermit,
     memory: Option<OwnedSemaphorePermit>,
-    started: Instant,
+    pub(super) started: Instant,
     /// When it is given up.
     pub(super) deadline: Instant,
 }
+
+/// Bodies and answers of more bytes than this are parsed and written off the threads that serve connections.
+const INLINE_BYTES_MAX: usize = 64 << 10;
 
 /// Memory is counted in units of so many bytes.
 const MEMORY_UNIT: usize = 1 << 10;
@@ -174,6 +177,50 @@ impl Drop for Admission {
     fn drop(&mut self) {
         self.state.metrics.in_flight.dec();
     }
+}
+
+impl State {
+    /// Counts and logs a request that is answered.
+    pub(super) fn answered<'a>(&self, took: Duration, refusal: Option<&Refusal>, trace: impl FnOnce() -> Option<&'a str>) {
+        self.metrics.answered(took, refusal.map(|refusal| refusal.reason));
+        self.statistics.answered(refusal.is_none(), took);
+        let milliseconds = took.as_secs_f64() * 1e3;
+        match refusal {
+            None if tracing::enabled!(tracing::Level::DEBUG) => tracing::debug!(milliseconds, trace = trace(), "inference"),
+            None => {}
+            Some(Refusal { reason, text }) => {
+                let code = reason.status().as_u16();
+                let reason: &str = reason.into();
+                if code < 500 {
+                    tracing::info!(code, reason, milliseconds, trace = trace(), error = %text, "inference refused");
+                } else {
+                    tracing::warn!(code, reason, milliseconds, trace = trace(), error = %text, "inference failed");
+                }
+            }
+        }
+    }
+}
+
+/// Runs `work` on `bytes` bytes, off the threads that serve connections where they are many.
+pub(super) async fn off_thread<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+    if bytes <= INLINE_BYTES_MAX {
+        return Ok(work());
+    }
+    let failed = |_| Refusal::new(Reason::Internal, "the request could not be processed");
+    tokio::task::spawn_blocking(work).await.map_err(failed)
+}
+
+/// Refuses extensions that change the meaning of a request and are not there: tensors in shared memory, and requests that belong together.
+///
+/// # Errors
+/// In words for the client.
+pub(super) fn check_extensions(shared_memory: bool, sequence: bool) -> Result<(), String> {
+    let (extension, instead) = match (shared_memory, sequence) {
+        (true, _) => ("shared memory", "send the tensors in the request"),
+        (false, true) => ("sequences", "the model keeps no state between requests"),
+        (false, false) => return Ok(()),
+    };
+    Err(format!("the extension for {extension} is not supported; {instead}"))
 }
 
 /// Puts the tensors into the model's order; each refusal names what is wrong.

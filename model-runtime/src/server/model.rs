@@ -72,6 +72,20 @@ impl Model {
         })
     }
 
+    /// A model of one engine that proved itself elsewhere.
+    #[cfg(test)]
+    pub(super) fn of(engine: Arc<dyn Engine>, batching: Batching) -> Self {
+        Self {
+            labels: vec![],
+            fell_back: false,
+            manifest: None,
+            kind: engine.kind(),
+            inputs: engine.inputs().to_vec(),
+            outputs: engine.outputs().to_vec(),
+            scheduler: Scheduler::start(vec![engine], batching),
+        }
+    }
+
     pub(super) fn kind(&self) -> EngineKind {
         self.kind
     }

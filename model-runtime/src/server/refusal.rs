@@ -51,6 +51,13 @@ impl Refusal {
         Self::new(Reason::Unavailable, "the model is loading")
     }
 
+    pub(crate) fn too_large(body_bytes_max: usize) -> Self {
+        Self::new(
+            Reason::TooLarge,
+            format!("the body is larger than the {body_bytes_max} bytes that this server takes"),
+        )
+    }
+
     pub(crate) fn overloaded(what: &str) -> Self {
         Self::new(
             Reason::Overloaded,

@@ -1,7 +1,9 @@
 //! The real binary on 127.0.0.1, as a client and as Kubernetes see it.
 
+mod channel;
 mod client;
 mod drain;
+mod grpc;
 mod limits;
 mod process;
 mod protocol;

@@ -80,6 +80,7 @@ pub(crate) struct Server {
     child: Child,
     lines: Receiver<Value>,
     pub(crate) http: SocketAddr,
+    pub(crate) grpc: SocketAddr,
     pub(crate) metrics: Option<SocketAddr>,
 }
 
@@ -107,11 +108,13 @@ impl Server {
             child,
             lines,
             http: "0.0.0.0:0".parse().unwrap(),
+            grpc: "0.0.0.0:0".parse().unwrap(),
             metrics: None,
         };
         let line = server.line("listening");
         let address = |name: &str| line[name].as_str().and_then(|address| address.parse().ok());
         server.http = address("http").unwrap();
+        server.grpc = address("grpc").unwrap_or(server.grpc);
         server.metrics = address("metrics");
         server
     }
@@ -152,7 +155,7 @@ impl Drop for Server {
     }
 }
 
-/// `serve PATH ARGUMENTS` on a port of its own, without ONNX Runtime.
+/// `serve PATH ARGUMENTS` on ports of its own, without ONNX Runtime.
 pub(crate) fn command(path: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll-runtime"));
     command
@@ -160,6 +163,9 @@ pub(crate) fn command(path: &Path, arguments: &[&str]) -> Command {
         .arg(path)
         .args(["--http", "127.0.0.1:0", "--threads", "1"])
         .args(arguments);
+    if !arguments.contains(&"--grpc") {
+        command.args(["--grpc", "127.0.0.1:0"]);
+    }
     command.env_remove(engine::LIBRARY_VARIABLE);
     command
 }

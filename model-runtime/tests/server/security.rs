@@ -7,6 +7,8 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair}
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
+use crate::channel::proto::{ServerMetadataRequest, ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse};
+use crate::channel::{Channel, UNAUTHENTICATED};
 use crate::client::Connection;
 use crate::process::{Server, failure, model};
 
@@ -133,4 +135,26 @@ fn a_token_is_asked_for_by_all_but_probes() {
     assert_eq!(status("/v2/models/mlp", ""), (401, Some("Bearer".to_owned())));
     assert_eq!(status("/metrics", "authorization: Bearer wrong\r\n").0, 401);
     assert_eq!(status("/v2/models/mlp", "authorization: Bearer secret\r\n").0, 200);
+}
+
+#[test]
+fn a_token_is_asked_for_over_grpc_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tokens");
+    std::fs::write(&path, "secret\n").unwrap();
+    let server = Server::ready(&model("mlp"), &["--engine", "tract", "--token-file", path.to_str().unwrap()]);
+    let channel = Channel::open(server.grpc);
+    let ask = |headers: &[(&str, &str)]| channel.call::<ServerMetadataResponse>("ServerMetadata", headers, &ServerMetadataRequest {});
+    assert!(
+        channel
+            .call::<ServerReadyResponse>("ServerReady", &[], &ServerReadyRequest {})
+            .unwrap()
+            .ready
+    );
+    assert_eq!(ask(&[]).unwrap_err().code, UNAUTHENTICATED);
+    assert_eq!(
+        ask(&[("authorization", "Bearer wrong")]).unwrap_err().text,
+        "this token is not known"
+    );
+    assert_eq!(ask(&[("authorization", "Bearer secret")]).unwrap().name, "plimsoll-runtime");
 }

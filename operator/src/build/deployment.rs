@@ -20,6 +20,8 @@ use crate::settings::Settings;
 
 /// The port of the Open Inference Protocol.
 pub const HTTP_PORT: i32 = 8080;
+/// The port of the protocol over gRPC.
+pub const GRPC_PORT: i32 = 8081;
 /// The port of the metrics.
 pub const METRICS_PORT: i32 = 8082;
 /// Where the artifact is mounted; its layers hold `model/`.
@@ -117,6 +119,8 @@ fn server(revision: &ModelRevision, runtime: &Runtime, accelerator: Option<&Acce
         engine,
         "--http",
         &format!("0.0.0.0:{HTTP_PORT}"),
+        "--grpc",
+        &format!("0.0.0.0:{GRPC_PORT}"),
         "--metrics",
         &format!("0.0.0.0:{METRICS_PORT}"),
     ];
@@ -153,7 +157,11 @@ fn server(revision: &ModelRevision, runtime: &Runtime, accelerator: Option<&Acce
         image_pull_policy: Some(settings.image_pull_policy.clone()),
         args: Some(args.map(Into::into).into_iter().chain(batching(runtime)).collect()),
         env: Some(env).filter(|env| !env.is_empty()),
-        ports: Some(vec![port("http", HTTP_PORT), port("metrics", METRICS_PORT)]),
+        ports: Some(vec![
+            port("http", HTTP_PORT),
+            port("grpc", GRPC_PORT),
+            port("metrics", METRICS_PORT),
+        ]),
         readiness_probe: Some(probe(format!("/v2/models/{name}/ready"), 1, 2)),
         liveness_probe: Some(probe("/v2/health/live".into(), 10, 6)),
         resources: Some(resources(runtime, accelerator)),

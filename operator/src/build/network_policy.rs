@@ -1,4 +1,4 @@
-//! The NetworkPolicies of a model: nobody reaches the Jobs; the runtimes are reached on their two ports and reach nobody.
+//! The NetworkPolicies of a model: nobody reaches the Jobs; the runtimes are reached on their three ports and reach nobody.
 
 use k8s_openapi::api::networking::v1::{NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPort, NetworkPolicySpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -6,14 +6,14 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt as _;
 use plimsoll_crds::{MODEL_LABEL, ModelDeployment};
 
-use super::deployment::{HTTP_PORT, METRICS_PORT};
+use super::deployment::{GRPC_PORT, HTTP_PORT, METRICS_PORT};
 use super::metadata::{Component, labels, metadata};
 use crate::settings::Settings;
 
 /// The NetworkPolicies of `model`.
 #[must_use]
 pub fn network_policies(model: &ModelDeployment, settings: &Settings) -> [NetworkPolicy; 2] {
-    let ports = [HTTP_PORT, METRICS_PORT].map(|port| NetworkPolicyPort {
+    let ports = [HTTP_PORT, GRPC_PORT, METRICS_PORT].map(|port| NetworkPolicyPort {
         port: Some(IntOrString::Int(port)),
         protocol: Some("TCP".into()),
         end_port: None,

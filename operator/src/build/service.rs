@@ -5,6 +5,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt as _;
 use plimsoll_crds::{MODEL_LABEL, ModelDeployment};
 
+use super::deployment::GRPC_PORT;
 use super::metadata::{Component, labels, metadata};
 
 /// The Service of `model`.
@@ -21,16 +22,24 @@ pub fn service(model: &ModelDeployment) -> Service {
                 ]
                 .into(),
             ),
-            ports: Some(vec![ServicePort {
-                name: Some("http".into()),
-                port: 80,
-                protocol: Some("TCP".into()),
-                target_port: Some(IntOrString::String("http".into())),
-                app_protocol: Some("http".into()),
-                ..ServicePort::default()
-            }]),
+            ports: Some(vec![
+                port("http", 80, "http"),
+                // HTTP/2 without TLS, as Kubernetes names it.
+                port("grpc", GRPC_PORT, "kubernetes.io/h2c"),
+            ]),
             ..ServiceSpec::default()
         }),
         status: None,
+    }
+}
+
+fn port(name: &str, port: i32, protocol: &str) -> ServicePort {
+    ServicePort {
+        name: Some(name.into()),
+        port,
+        protocol: Some("TCP".into()),
+        target_port: Some(IntOrString::String(name.into())),
+        app_protocol: Some(protocol.into()),
+        ..ServicePort::default()
     }
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::{progress, python, workspace};
+use crate::{python, workspace};
 
 /// What one run of a program took.
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -61,24 +61,9 @@ impl Peers {
     pub(super) fn install(folder: &str, log: &Path) -> Result<Self> {
         let name = folder.replace('/', "-");
         let folder = workspace::root().join("tests").join(folder);
-        let requirements = fs::read(folder.join("requirements.txt"))?;
-        let environment = workspace::cache().join("venvs").join(name);
-        let mark = environment.join("requirements.txt");
-        if fs::read(&mark).ok().as_ref() != Some(&requirements) {
-            progress::phase("installing the peers", |bar| {
-                let mut create = python::with_venv()?;
-                create.args(["-m", "venv", "--clear"]).arg(&environment);
-                progress::run_logged(&mut create, log, bar).context("cannot make a virtual environment")?;
-                let mut install = Command::new(environment.join("bin/python"));
-                install
-                    .args(["-m", "pip", "install", "--disable-pip-version-check", "--requirement"])
-                    .arg(folder.join("requirements.txt"));
-                progress::run_logged(&mut install, log, bar)?;
-                Ok(fs::write(&mark, &requirements)?)
-            })?;
-        }
+        let python = python::environment(&name, &folder.join("requirements.txt"), log)?;
         Ok(Self {
-            python: environment.join("bin/python"),
+            python,
             folder,
             log: log.to_owned(),
         })

@@ -407,7 +407,7 @@ impl Bench {
                     .arg(&model.path)
                     .args(["--name", model.name, "--threads", "1", "--engine", "onnxruntime"]);
                 command
-                    .args(["--http", &format!("127.0.0.1:{port}")])
+                    .args(["--http", &format!("127.0.0.1:{port}"), "--grpc", "none"])
                     .args(arguments)
                     .env("ORT_DYLIB_PATH", &self.library);
                 command

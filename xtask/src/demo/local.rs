@@ -40,7 +40,7 @@ pub(super) fn run() -> Result<()> {
     command
         .arg("serve")
         .arg(&package)
-        .args(["--name", MODEL, "--http", "127.0.0.1:0", "--drain-delay", "0"]);
+        .args(["--name", MODEL, "--http", "127.0.0.1:0", "--grpc", "none", "--drain-delay", "0"]);
     let server = phase("starting the server", |_| Server::start(&mut command))?;
     let answer = held_out.ask(&Client::of(&server.address), &format!("/v2/models/{MODEL}/infer"), held_out.any())?;
     let mut table = record::before_and_after(&report);

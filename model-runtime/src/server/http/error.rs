@@ -9,7 +9,7 @@ use super::Json;
 use crate::server::refusal::{Reason, Refusal};
 
 impl Reason {
-    pub(super) fn status(self) -> StatusCode {
+    pub(in crate::server) fn status(self) -> StatusCode {
         match self {
             Self::InvalidArgument => StatusCode::BAD_REQUEST,
             Self::Unauthenticated => StatusCode::UNAUTHORIZED,

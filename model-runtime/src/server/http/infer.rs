@@ -1,7 +1,6 @@
 //! `POST /v2/models/NAME/infer`: admitted, read, run, answered.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Extension;
 use axum::body::{Body, Bytes};
@@ -13,18 +12,15 @@ use bytes::BytesMut;
 use http_body_util::BodyExt as _;
 use tokio::time::{Instant, timeout_at};
 
-use super::encoding::Encoding;
-use super::{Target, request, response, too_large};
-use crate::server::inference::Admission;
+use super::{Target, request, response};
+use crate::server::encoding::Encoding;
+use crate::server::inference::{Admission, off_thread};
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::scheduler::Client;
 use crate::server::{State, log};
 
 /// Length of the JSON before the binary tensors (Triton, "Binary Tensor Data Extension").
 const JSON_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
-
-/// Bodies and answers of more bytes than this are parsed and written off the threads that serve connections.
-const INLINE_BYTES_MAX: usize = 64 << 10;
 
 pub(super) async fn infer(
     Shared(state): Shared<Arc<State>>,
@@ -53,7 +49,7 @@ async fn answer(
 ) -> Result<Response, Refusal> {
     target.check(state)?;
     let limits = &state.config.limits;
-    let encoding = Encoding::of_request(headers)?;
+    let encoding = Encoding::of_request(headers, &CONTENT_ENCODING)?;
     let json_length = json_length(headers)?;
     let declared = declared_length(headers, limits.body_bytes_max)?;
     // Before the body is read, so that a flood takes no memory.
@@ -67,14 +63,7 @@ async fn answer(
     };
     let mut body = body.map_err(late)??;
     if let Some(encoding) = encoding {
-        let bytes_max = limits.body_bytes_max;
-        let decompress = move || {
-            let body = encoding.decompress(&body, bytes_max, |bytes| admission.hold(bytes));
-            body.map(|body| (body, admission))
-        };
-        let decompressed;
-        (decompressed, admission) = off_thread(usize::MAX, decompress).await??;
-        body = Bytes::from(decompressed);
+        (body, admission) = encoding.decompress_admitted(body, limits.body_bytes_max, admission).await?;
     }
     let parsed = off_thread(body.len(), move || request::parse(&body, json_length)).await?;
     let (request, binary) = parsed.map_err(Refusal::invalid)?;
@@ -123,7 +112,7 @@ fn declared_length(headers: &HeaderMap, body_bytes_max: usize) -> Result<usize, 
         .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     match length {
         None => Ok(0),
-        Some(length) if length > body_bytes_max as u64 => Err(too_large(body_bytes_max)),
+        Some(length) if length > body_bytes_max as u64 => Err(Refusal::too_large(body_bytes_max)),
         Some(length) => Ok(usize::try_from(length).unwrap_or(usize::MAX)),
     }
 }
@@ -137,7 +126,7 @@ async fn read(mut body: Body, bytes_max: usize, admission: &mut Admission) -> Re
         let Ok(part) = frame.into_data() else { continue };
         let length = whole.len() + parts.len() + part.len();
         if length > bytes_max {
-            return Err(too_large(bytes_max));
+            return Err(Refusal::too_large(bytes_max));
         }
         admission.hold(length)?;
         if length == part.len() {
@@ -149,34 +138,4 @@ async fn read(mut body: Body, bytes_max: usize, admission: &mut Admission) -> Re
         parts.extend_from_slice(&part);
     }
     Ok(if parts.is_empty() { whole } else { parts.freeze() })
-}
-
-async fn off_thread<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
-    if bytes <= INLINE_BYTES_MAX {
-        return Ok(work());
-    }
-    let failed = |_| Refusal::new(Reason::Internal, "the request could not be processed");
-    tokio::task::spawn_blocking(work).await.map_err(failed)
-}
-
-impl State {
-    /// Counts and logs a request that is answered.
-    fn answered<'a>(&self, took: Duration, refusal: Option<&Refusal>, trace: impl FnOnce() -> Option<&'a str>) {
-        self.metrics.answered(took, refusal.map(|refusal| refusal.reason));
-        self.statistics.answered(refusal.is_none(), took);
-        let milliseconds = took.as_secs_f64() * 1e3;
-        match refusal {
-            None if tracing::enabled!(tracing::Level::DEBUG) => tracing::debug!(milliseconds, trace = trace(), "inference"),
-            None => {}
-            Some(Refusal { reason, text }) => {
-                let code = reason.status().as_u16();
-                let reason: &str = reason.into();
-                if code < 500 {
-                    tracing::info!(code, reason, milliseconds, trace = trace(), error = %text, "inference refused");
-                } else {
-                    tracing::warn!(code, reason, milliseconds, trace = trace(), error = %text, "inference failed");
-                }
-            }
-        }
-    }
 }

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 
 use crate::engine::tensor::element_count;
 use crate::engine::{Data, Tensor};
-use crate::server::inference::{InferRequest, LENGTH_MAX, Options, RequestedOutput};
+use crate::server::inference::{InferRequest, LENGTH_MAX, Options, RequestedOutput, check_extensions};
 
 /// Reads the body of a request: JSON of `json_length` bytes and tensors as bytes behind it, or JSON alone. Gives the request, and whether
 /// outputs of which it says nothing come as bytes.
@@ -18,7 +18,7 @@ use crate::server::inference::{InferRequest, LENGTH_MAX, Options, RequestedOutpu
 /// # Errors
 /// In words for the client: not JSON, a field of the wrong kind, values that do not fill the shape or fit the datatype, an extension
 /// that is not there.
-pub(super) fn parse(body: &[u8], json_length: Option<usize>) -> Result<(InferRequest, bool), String> {
+pub(in crate::server) fn parse(body: &[u8], json_length: Option<usize>) -> Result<(InferRequest, bool), String> {
     #[derive(Deserialize)]
     struct Raw {
         #[serde(default)]
@@ -103,18 +103,7 @@ fn sequence<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error
 impl Parameters {
     /// Refuses what changes the meaning of a request and is not there.
     fn check(&self) -> Result<(), String> {
-        let asked = [
-            (
-                self.shared_memory_region.is_some(),
-                "shared memory",
-                "send the tensors in the request",
-            ),
-            (self.sequence_id, "sequences", "the model keeps no state between requests"),
-        ];
-        let asked = asked.into_iter().find(|(asked, _, _)| *asked);
-        asked.map_or(Ok(()), |(_, extension, instead)| {
-            Err(format!("the extension for {extension} is not supported; {instead}"))
-        })
+        check_extensions(self.shared_memory_region.is_some(), self.sequence_id)
     }
 }
 

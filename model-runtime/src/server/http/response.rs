@@ -7,10 +7,10 @@ use crate::engine::Data;
 use crate::server::inference::Output;
 
 /// An answer's body.
-pub(super) struct Written {
-    pub(super) body: Vec<u8>,
+pub(in crate::server) struct Written {
+    pub(in crate::server) body: Vec<u8>,
     /// Length of the JSON at its start, where tensors follow as bytes.
-    pub(super) json_length: Option<usize>,
+    pub(in crate::server) json_length: Option<usize>,
 }
 
 #[derive(Serialize)]
@@ -44,7 +44,13 @@ struct Values<'a>(&'a Data);
 ///
 /// # Errors
 /// Where a string of bytes is not UTF-8, which JSON cannot hold.
-pub(super) fn write(name: &str, version: &str, id: Option<&str>, outputs: &[Output], binary: bool) -> serde_json::Result<Written> {
+pub(in crate::server) fn write(
+    name: &str,
+    version: &str,
+    id: Option<&str>,
+    outputs: &[Output],
+    binary: bool,
+) -> serde_json::Result<Written> {
     let is_binary = |output: &&Output| output.binary.unwrap_or(binary);
     let describe = |output| {
         let binary = is_binary(&output);

@@ -2,11 +2,13 @@
 
 use std::io::{self, Read as _, Write as _};
 
-use axum::http::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
-use axum::http::{HeaderMap, HeaderValue};
+use axum::body::Bytes;
+use axum::http::header::ACCEPT_ENCODING;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use flate2::Compression;
 
-use crate::server::refusal::{Reason, Refusal};
+use super::inference::{Admission, off_thread};
+use super::refusal::{Reason, Refusal};
 
 /// How a body is compressed (RFC 9110, section 8.4.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,12 +25,12 @@ const ANSWER_BYTES_MIN: usize = 1 << 10;
 const STEP: u64 = 1 << 18;
 
 impl Encoding {
-    /// How the body of a request is compressed; `None` where it is not.
+    /// How the body of a request is compressed, by that header; `None` where it is not.
     ///
     /// # Errors
     /// Where it is in another way.
-    pub(super) fn of_request(headers: &HeaderMap) -> Result<Option<Self>, Refusal> {
-        let Some(name) = headers.get(CONTENT_ENCODING) else {
+    pub(super) fn of_request(headers: &HeaderMap, header: &HeaderName) -> Result<Option<Self>, Refusal> {
+        let Some(name) = headers.get(header) else {
             return Ok(None);
         };
         match name.to_str().map(str::trim) {
@@ -85,13 +87,27 @@ impl Encoding {
             let read = reader.by_ref().take(STEP).read_to_end(&mut out);
             read.map_err(|error| Refusal::invalid(format!("the body cannot be decompressed: {error}")))?;
             if out.len() > bytes_max {
-                return Err(super::too_large(bytes_max));
+                return Err(Refusal::too_large(bytes_max));
             }
             if out.len() == before {
                 return Ok(out);
             }
             hold(out.len())?;
         }
+    }
+
+    /// As [`decompress`](Self::decompress), off the threads that serve connections and within the memory that is held for the request.
+    pub(super) async fn decompress_admitted(
+        self,
+        body: Bytes,
+        bytes_max: usize,
+        mut admission: Admission,
+    ) -> Result<(Bytes, Admission), Refusal> {
+        let decompress = move || {
+            let body = self.decompress(&body, bytes_max, |bytes| admission.hold(bytes))?;
+            Ok((Bytes::from(body), admission))
+        };
+        off_thread(usize::MAX, decompress).await?
     }
 
     /// The answer, compressed as fast as can be.
@@ -114,6 +130,8 @@ impl Encoding {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::header::CONTENT_ENCODING;
+
     use super::*;
 
     #[test]
@@ -145,7 +163,7 @@ mod tests {
         assert_eq!(answer("gzip", 10), None);
         assert_eq!(answer("identity", 5000), None);
         assert_eq!(Encoding::of_answer(&HeaderMap::new(), 5000), None);
-        let request = |value| Encoding::of_request(&headers(CONTENT_ENCODING, value));
+        let request = |value| Encoding::of_request(&headers(CONTENT_ENCODING, value), &CONTENT_ENCODING);
         assert_eq!(request("gzip").unwrap(), Some(Encoding::Gzip));
         assert_eq!(request("identity").unwrap(), None);
         assert_eq!(request("br").unwrap_err().reason, Reason::UnsupportedEncoding);

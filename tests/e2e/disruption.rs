@@ -79,11 +79,20 @@ fn an_operator_killed_in_each_phase_goes_on_without_a_second_job() {
     namespace.wait_reason("rolling-out", "Unschedulable");
 
     // What the others read must not lie in the registry, which goes away for a while so that publishing takes as long.
-    let model = fixture("models/digits/digits-v1.onnx");
-    let data = fixture("models/digits/digits-training.npz");
-    let host = file_server(&namespace, &[("digits.onnx", &model), ("training.npz", &data)], 1);
+    let digits = |file: &str| fixture("models/digits").join(file);
+    let (model, data, heldout) = (
+        digits("digits-v1.onnx"),
+        digits("digits-training.npz"),
+        digits("digits-heldout.npz"),
+    );
+    let files: [(&str, &std::path::Path); 3] = [("digits.onnx", &model), ("training.npz", &data), ("heldout.npz", &heldout)];
+    let host = file_server(&namespace, &files, 1);
     let down = RegistryDown::cut();
-    let spec = |path: &str, recipe: Value| json!({ "source": { "uri": format!("{host}/{path}") }, "optimize": { "recipe": recipe } });
+    let spec = |path: &str, recipe: Value| {
+        let evaluation = json!({ "dataset": { "uri": format!("{host}/heldout.npz") }, "metric": "Accuracy" });
+        let optimize = json!({ "recipe": recipe, "evaluation": evaluation, "budget": { "maxAccuracyDrop": "5%" } });
+        json!({ "source": { "uri": format!("{host}/{path}") }, "optimize": optimize })
+    };
     namespace.apply_model("publishing", &spec("digits.onnx", json!([{ "prune": { "amount": "13%" } }])));
     pods.until("one publishes", |pods| publishes(pods, "publishing").then_some(()));
     let slow = "slow?seconds=25&path=digits.onnx";

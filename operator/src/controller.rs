@@ -95,12 +95,15 @@ async fn reconcile(model: Arc<ModelDeployment>, scope: Arc<Scope>) -> Result<Act
         "reconcile",
         trace_id = %trace_id(),
         namespace = model.namespace(),
-        name = %model.name_any(),
+        // Not `name`, which in JSON is the span's own.
+        model = %model.name_any(),
         generation = model.metadata.generation
     );
-    let result = pass(&model, &scope).instrument(span).await;
-    if result.is_ok() {
-        scope.backoffs.reset(&ObjectRef::from_obj(model.as_ref()));
+    let result = pass(&model, &scope).instrument(span.clone()).await;
+    match &result {
+        Ok(_) => scope.backoffs.reset(&ObjectRef::from_obj(model.as_ref())),
+        // Said here, for what decides on the retry knows nothing of the trace.
+        Err(error) => span.in_scope(|| tracing::warn!(cause = causes(error), "a pass failed")),
     }
     scope
         .context
@@ -174,14 +177,12 @@ fn report(model: &ModelDeployment, plan: &Plan, metrics: &Metrics) {
         metrics.set_model(&model.namespace().unwrap_or_default(), &model.name_any(), &ready.reason);
     }
     for notice in &plan.events {
-        tracing::info!(reason = %notice.reason, message = notice.message, "standing");
+        tracing::info!(reason = %notice.reason, detail = notice.message, "standing");
     }
 }
 
-fn retry(model: Arc<ModelDeployment>, error: &Error, scope: Arc<Scope>) -> Action {
-    let wait = scope.backoffs.failed(ObjectRef::from_obj(model.as_ref()));
-    tracing::warn!(namespace = model.namespace(), name = %model.name_any(), cause = causes(error), wait_s = wait.as_secs_f64(), "a pass failed");
-    Action::requeue(wait)
+fn retry(model: Arc<ModelDeployment>, _: &Error, scope: Arc<Scope>) -> Action {
+    Action::requeue(scope.backoffs.failed(ObjectRef::from_obj(model.as_ref())))
 }
 
 /// What an error says, and what each of its sources adds.

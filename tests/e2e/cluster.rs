@@ -1,13 +1,16 @@
 //! The cluster as a user sees it: kubectl, a namespace a test, models in the registry and behind a file server.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+
+use crate::watch::Watch;
 
 /// The registry as pods reach it.
 pub(crate) const REGISTRY: &str = "plimsoll-registry.plimsoll-system.svc.cluster.local:5000";
@@ -33,29 +36,38 @@ enum Turn {
 /// A namespace that goes with the test.
 pub(crate) struct Namespace {
     pub(crate) name: String,
+    /// More namespaces of the test.
+    others: Mutex<Vec<String>>,
     _turn: Turn,
 }
 
 impl Namespace {
     /// A namespace beside other tests.
     pub(crate) fn new(name: &str) -> Self {
-        Self::create(name, Turn::Shared(SHARED.read().unwrap_or_else(std::sync::PoisonError::into_inner)))
+        Self::create(name, Turn::Shared(SHARED.read().unwrap_or_else(PoisonError::into_inner)))
     }
 
     /// A namespace with the cluster for itself.
     pub(crate) fn alone(name: &str) -> Self {
-        Self::create(name, Turn::Alone(SHARED.write().unwrap_or_else(std::sync::PoisonError::into_inner)))
+        Self::create(name, Turn::Alone(SHARED.write().unwrap_or_else(PoisonError::into_inner)))
     }
 
     fn create(name: &str, turn: Turn) -> Self {
         let name = format!("e2e-{name}");
-        kubectl(&["delete", "namespace", &name, "--ignore-not-found", "--wait"]);
-        // Every pod of a model must pass the strictest profile.
-        apply(&json!({
-            "apiVersion": "v1", "kind": "Namespace",
-            "metadata": { "name": name, "labels": { "pod-security.kubernetes.io/enforce": "restricted", "plimsoll.dev/test": "true" } },
-        }));
-        Self { name, _turn: turn }
+        make_namespace(&name);
+        Self {
+            name,
+            others: Mutex::default(),
+            _turn: turn,
+        }
+    }
+
+    /// The name of a further namespace that goes with the test.
+    pub(crate) fn beside(&self, name: &str) -> String {
+        let name = format!("{}-{name}", self.name);
+        make_namespace(&name);
+        self.others.lock().unwrap_or_else(PoisonError::into_inner).push(name.clone());
+        name
     }
 
     /// Applies a ModelDeployment named `name` with `spec`.
@@ -70,6 +82,11 @@ impl Namespace {
     /// kubectl in this namespace.
     pub(crate) fn kubectl(&self, arguments: &[&str]) -> String {
         kubectl(&[&["-n", &self.name], arguments].concat())
+    }
+
+    /// `kubectl apply` of a manifest in this namespace; the error is what the user would read.
+    pub(crate) fn try_apply(&self, manifest: &str) -> Result<String, String> {
+        feed(&["-n", &self.name], manifest)
     }
 
     pub(crate) fn get(&self, arguments: &[&str]) -> Value {
@@ -95,7 +112,7 @@ impl Namespace {
             output.status.success(),
             "{}\n{}",
             String::from_utf8_lossy(&output.stderr),
-            self.story(model)
+            story(&self.name)
         );
     }
 
@@ -106,22 +123,50 @@ impl Namespace {
         });
     }
 
+    /// Waits until `holds` of a ModelDeployment, and returns it.
     pub(crate) fn wait_until(&self, model: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
-        let started = Instant::now();
-        loop {
-            let md = self.get(&["md", model]);
-            if holds(&md) {
-                return md;
-            }
-            assert!(started.elapsed() < PATIENCE, "waited in vain until {what}\n{}", self.story(model));
-            std::thread::sleep(Duration::from_millis(200));
+        self.watch("md").until(what, |models| {
+            let named = models.iter().find(|md| md["metadata"]["name"] == model);
+            named.filter(|md| holds(md)).map(|md| (*md).clone())
+        })
+    }
+
+    /// kind/name and resource version of all that the operator writes here, its Events among them.
+    pub(crate) fn versions(&self) -> BTreeMap<String, String> {
+        let kinds = "md,mr,jobs,deployments,services,poddisruptionbudgets,networkpolicies";
+        let mut written = self.items(&[kinds]);
+        let is_news = |event: &Value| event["reportingController"] == "plimsoll-operator";
+        written.extend(self.items(&["events.events.k8s.io"]).into_iter().filter(is_news));
+        let named = |object: &Value| format!("{}/{}", text(&object["kind"]), text(&object["metadata"]["name"]));
+        let version = |object: &Value| text(&object["metadata"]["resourceVersion"]).to_owned();
+        written.iter().map(|object| (named(object), version(object))).collect()
+    }
+
+    /// Waits until the Kubernetes controllers have written down what the start of a model brought about.
+    pub(crate) fn wait_settled(&self) {
+        if !self.items(&["jobs"]).is_empty() {
+            self.kubectl(&["wait", "--for=condition=complete", "job", "--all", "--timeout=60s"]);
         }
+        let mut before = self.versions();
+        loop {
+            std::thread::sleep(Duration::from_secs(2));
+            let now = self.versions();
+            if now == before {
+                return;
+            }
+            before = now;
+        }
+    }
+
+    /// A watch of the objects of `kind` in this namespace.
+    pub(crate) fn watch(&self, kind: &str) -> Watch {
+        Watch::start(&self.name, kind)
     }
 
     /// Waits for the reason of `Ready`, and returns the object.
     pub(crate) fn wait_reason(&self, model: &str, reason: &str) -> Value {
         self.wait_until(model, &format!("Ready's reason is {reason}"), |md| {
-            condition(md, "Ready")["reason"] == reason
+            md["status"]["observedGeneration"] == md["metadata"]["generation"] && condition(md, "Ready")["reason"] == reason
         })
     }
 
@@ -132,53 +177,61 @@ impl Namespace {
         let address = service["spec"]["clusterIP"].as_str().expect("a ClusterIP");
         let begun = Instant::now();
         while let Err(error) = TcpStream::connect((address, 80)) {
-            assert!(begun.elapsed() < FORWARDED_MAX, "{address}: {error}\n{}", self.story(model));
+            assert!(begun.elapsed() < FORWARDED_MAX, "{address}: {error}\n{}", story(&self.name));
             std::thread::sleep(Duration::from_millis(50));
         }
         format!("http://{address}")
     }
+}
 
-    /// All that a person would look at, for a failed test's message.
-    pub(crate) fn story(&self, model: &str) -> String {
-        let show = |arguments: &[&str]| {
-            let output = run(program("PLIMSOLL_KUBECTL").args(["-n", &self.name]).args(arguments));
-            format!(
-                "$ kubectl {}\n{}{}",
-                arguments.join(" "),
-                String::from_utf8_lossy(&output.stdout),
-                String::from_utf8_lossy(&output.stderr)
-            )
-        };
-        [
-            show(&["get", "md,mr,jobs,deploy,pods", "-o", "wide"]),
-            show(&[
-                "get",
-                "md",
-                model,
-                "-o",
-                "jsonpath={range .status.conditions[*]}{.type}={.status} {.reason}: {.message}{\"\\n\"}{end}",
-            ]),
-            show(&["get", "events", "--sort-by=.lastTimestamp"]),
-            show(&[
-                "logs",
-                "-l",
-                "app.kubernetes.io/component=optimizer",
-                "--all-containers",
-                "--tail=10",
-            ]),
-            show(&["logs", "-l", "app.kubernetes.io/component=runtime", "--tail=10"]),
-            show(&["logs", "-n", SYSTEM, "-l", "app.kubernetes.io/component=operator", "--tail=15"]),
-        ]
-        .join("\n")
-    }
+/// All that a person would look at in a namespace, for a failed test's message.
+pub(crate) fn story(namespace: &str) -> String {
+    let show = |arguments: &[&str]| {
+        let output = run(program("PLIMSOLL_KUBECTL").args(["-n", namespace]).args(arguments));
+        format!(
+            "$ kubectl {}\n{}{}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        )
+    };
+    const CONDITIONS: &str = "jsonpath={range .items[*]}{.metadata.name}:{\"\\n\"}{range .status.conditions[*]}  {.type}={.status} {.reason}: \
+                              {.message}{\"\\n\"}{end}{end}";
+    [
+        show(&["get", "md,mr,jobs,deploy,pods", "-o", "wide"]),
+        show(&["get", "md", "-o", CONDITIONS]),
+        show(&["get", "events", "--sort-by=.lastTimestamp"]),
+        show(&[
+            "logs",
+            "-l",
+            "app.kubernetes.io/component=optimizer",
+            "--all-containers",
+            "--tail=10",
+        ]),
+        show(&["logs", "-l", "app.kubernetes.io/component=runtime", "--tail=10"]),
+        show(&["logs", "-n", SYSTEM, "-l", "app.kubernetes.io/component=operator", "--tail=15"]),
+    ]
+    .join("\n")
 }
 
 impl Drop for Namespace {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            run(program("PLIMSOLL_KUBECTL").args(["delete", "namespace", &self.name, "--wait=false"]));
+            let others = self.others.lock().unwrap_or_else(PoisonError::into_inner);
+            run(program("PLIMSOLL_KUBECTL")
+                .args(["delete", "namespace", &self.name, "--wait=false"])
+                .args(others.iter()));
         }
     }
+}
+
+fn make_namespace(name: &str) {
+    kubectl(&["delete", "namespace", name, "--ignore-not-found", "--wait"]);
+    // Every pod of a model must pass the strictest profile.
+    apply(&json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": { "name": name, "labels": { "pod-security.kubernetes.io/enforce": "restricted", "plimsoll.dev/test": "true" } },
+    }));
 }
 
 /// A condition of an object; null where it is missing.
@@ -190,7 +243,13 @@ pub(crate) fn condition(object: &Value, kind: &str) -> Value {
         .unwrap_or(Value::Null)
 }
 
-fn program(variable: &str) -> Command {
+/// Text of a field; empty where it is missing.
+pub(crate) fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+/// One of the programs that `cargo xtask test` names.
+pub(crate) fn program(variable: &str) -> Command {
     Command::new(std::env::var(variable).unwrap_or_else(|_| panic!("{variable} is not set; run these tests with `cargo xtask test`")))
 }
 
@@ -204,6 +263,12 @@ fn run(command: &mut Command) -> Output {
 /// Runs kubectl and returns what it printed; panics where it fails.
 pub(crate) fn kubectl(arguments: &[&str]) -> String {
     succeed(run(program("PLIMSOLL_KUBECTL").args(arguments)), arguments)
+}
+
+/// What kubectl prints to a question, whether the answer is yes or no.
+pub(crate) fn answer(arguments: &[&str]) -> String {
+    let output = run(program("PLIMSOLL_KUBECTL").args(arguments));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
 /// Runs helm and returns what it printed; panics where it fails.
@@ -225,10 +290,21 @@ pub(crate) fn apply(object: &Value) {
     try_apply(&object.to_string()).unwrap_or_else(|error| panic!("refused: {error}\n{object}"));
 }
 
+/// `kubectl apply` of `object` with more arguments that make it print JSON; panics where it is refused.
+pub(crate) fn apply_with(arguments: &[&str], object: &Value) -> Value {
+    let printed = feed(arguments, &object.to_string()).unwrap_or_else(|error| panic!("refused: {error}\n{object}"));
+    serde_json::from_str(&printed).expect("kubectl prints JSON")
+}
+
 /// `kubectl apply` of a manifest; the error is what the user would read.
 pub(crate) fn try_apply(manifest: &str) -> Result<String, String> {
+    feed(&[], manifest)
+}
+
+fn feed(arguments: &[&str], manifest: &str) -> Result<String, String> {
     let mut child = program("PLIMSOLL_KUBECTL")
         .args(["apply", "-f", "-"])
+        .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -268,7 +344,7 @@ pub(crate) fn push(file: &Path, reference: &str) -> String {
     // One tar a push, whose name carries the reference: tests push side by side.
     static PUSHES: Mutex<u32> = Mutex::new(0);
     let number = {
-        let mut pushes = PUSHES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut pushes = PUSHES.lock().unwrap_or_else(PoisonError::into_inner);
         *pushes += 1;
         *pushes
     };
@@ -304,17 +380,37 @@ pub(crate) fn file_of_artifact(artifact: &str, path: &str) -> String {
     succeed(output, &["tar", "-xO", path])
 }
 
+/// As [`push`], of what never changes and many tests read: once is enough.
+fn pushed(file: &str, reference: &str) -> String {
+    static PUSHED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut pushed = PUSHED.lock().unwrap_or_else(PoisonError::into_inner);
+    if pushed.insert(reference.to_owned()) {
+        push(&fixture(file), reference);
+    }
+    format!("oci://{REGISTRY}/{reference}")
+}
+
 /// The digits model of `version` (`v1`, `v2`) in the registry.
 pub(crate) fn digits(version: &str) -> String {
-    push(
-        &fixture(&format!("models/digits/digits-{version}.onnx")),
-        &format!("e2e/digits:{version}"),
-    )
+    pushed(&format!("models/digits/digits-{version}.onnx"), &format!("e2e/digits:{version}"))
 }
 
 /// The held-out digits in the registry.
 pub(crate) fn heldout() -> String {
-    push(&fixture("models/digits/digits-heldout.npz"), "e2e/digits-heldout:v1")
+    pushed("models/digits/digits-heldout.npz", "e2e/digits-heldout:v1")
+}
+
+/// The digits to train on, in the registry.
+pub(crate) fn training() -> String {
+    pushed("models/digits/digits-training.npz", "e2e/digits-training:v1")
+}
+
+/// [`digits_spec`] with the contents of model and data pinned, so that the operator knows the artifact before any Job runs.
+pub(crate) fn pinned_spec(version: &str) -> Value {
+    let mut spec = digits_spec(version);
+    spec["source"]["digest"] = json!(digest(&fixture(&format!("models/digits/digits-{version}.onnx"))));
+    spec["optimize"]["evaluation"]["dataset"]["digest"] = json!(digest(&fixture("models/digits/digits-heldout.npz")));
+    spec
 }
 
 /// A spec that compresses digits of `version` within one point of accuracy.

@@ -1,11 +1,9 @@
 //! What needs no container: the API's rules, what the operator makes of a model and what it refuses, and the commands that people type. No model
 //! here is ever optimised: its source is nowhere.
 
-use std::time::Instant;
-
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, PATIENCE, apply, condition, fixture, kubectl, try_apply};
+use crate::cluster::{Namespace, apply, condition, fixture, kubectl, try_apply};
 
 /// A source that no name server knows.
 const NOWHERE: &str = "https://models.invalid/digits.onnx";
@@ -16,20 +14,11 @@ fn spec() -> Value {
 
 /// Waits until as many objects of a kind belong to `model`, and returns them.
 fn wait_count(namespace: &Namespace, kind: &str, model: &str, count: usize) -> Vec<Value> {
-    let begun = Instant::now();
-    loop {
-        let items = namespace.items(&[kind, "-l", &format!("plimsoll.dev/model={model}")]);
-        if items.len() == count {
-            return items;
-        }
-        assert!(
-            begun.elapsed() < PATIENCE,
-            "{} {kind} instead of {count}\n{}",
-            items.len(),
-            namespace.story(model)
-        );
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
+    namespace.watch(kind).until(&format!("{count} {kind} are {model}'s"), |objects| {
+        let is_of_model = |object: &&&Value| object["metadata"]["labels"]["plimsoll.dev/model"] == model;
+        let of_model: Vec<Value> = objects.iter().filter(is_of_model).map(|object| (*object).clone()).collect();
+        (of_model.len() == count).then_some(of_model)
+    })
 }
 
 #[test]
@@ -164,11 +153,7 @@ fn a_model_gets_one_revision_and_one_job_of_five_steps_without_a_token() {
     assert_eq!(steps, ["fetch", "convert", "compress", "evaluate", "publish"]);
     assert_eq!(pod["automountServiceAccountToken"], false);
     // The namespace enforces the restricted profile: a pod that breaks it is never made.
-    let begun = Instant::now();
-    while namespace.items(&["pods", "-l", "app.kubernetes.io/component=optimizer"]).is_empty() {
-        assert!(begun.elapsed() < PATIENCE, "no pod\n{}", namespace.story("digits"));
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
+    wait_count(&namespace, "pods", "digits", 1);
     let reasons: Vec<Value> = namespace
         .items(&["events.events.k8s.io"])
         .iter()

@@ -1,6 +1,6 @@
 //! Revisions: the next one under load, undo, and the history.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cluster::{Namespace, digits_spec};
 use crate::traffic::Load;
@@ -23,6 +23,11 @@ fn a_second_revision_and_its_undo_lose_no_request() {
     next["replicas"] = json!(2);
     namespace.apply_model("digits", &next);
     namespace.wait_ready("digits");
+    let during_rollout = load.answered();
+    assert!(
+        during_rollout > 20,
+        "only {during_rollout} requests went through during the rollout"
+    );
     let second = namespace.get(&["md", "digits"]);
     assert_eq!(second["status"]["revision"], 2);
     assert_ne!(second["status"]["artifact"], first["status"]["artifact"]);
@@ -36,6 +41,7 @@ fn a_second_revision_and_its_undo_lose_no_request() {
     assert_eq!(third["status"]["artifact"], first["status"]["artifact"]);
     assert_eq!(third["status"]["servingRevision"], first["status"]["servingRevision"]);
     assert_eq!(namespace.items(&["jobs"]).len(), jobs_before, "an undo needs no Job");
+    assert!(load.answered() > during_rollout + 20, "the load went on during the undo");
     load.expect_no_failure();
 
     let mut numbers: Vec<String> = namespace
@@ -57,23 +63,8 @@ fn revisions_beyond_the_history_limit_go_with_all_that_they_own() {
         namespace.apply_model("digits", &spec);
         namespace.wait_ready("digits");
     }
-    namespace.wait_until("digits", "only two revisions are left", |_| namespace.items(&["mr"]).len() == 2);
-    namespace.wait_until("digits", "only two Deployments are left", |_| {
-        namespace.items(&["deployments"]).len() == 2
-    });
-}
-
-#[test]
-fn a_revisions_spec_cannot_be_edited() {
-    let namespace = Namespace::new("immutable");
-    namespace.apply_model("digits", &digits_spec("v1"));
-    namespace.wait_ready("digits");
-    let mut revision = namespace.items(&["mr"])[0].clone();
-    revision["spec"]["source"]["uri"] = json!("oci://elsewhere.example/m:v1");
-    revision["metadata"]["managedFields"] = json!(null);
-    let refused = crate::cluster::try_apply(&revision.to_string()).expect_err("an edit of a revision");
-    assert!(
-        refused.contains("a ModelRevision's spec never changes; change the ModelDeployment, which makes a new revision"),
-        "{refused}"
-    );
+    for kind in ["mr", "deployments"] {
+        let two = |objects: &[&Value]| (objects.len() == 2).then_some(());
+        namespace.watch(kind).until(&format!("only two {kind} are left"), two);
+    }
 }

@@ -7,7 +7,7 @@
 //! | `KUBECONFIG` | the cluster, with the chart installed as release `plimsoll` in `plimsoll-system` |
 //! | `PLIMSOLL_KUBECTL`, `PLIMSOLL_HELM`, `PLIMSOLL_CRANE` | the programs |
 //! | `PLIMSOLL_FIXTURE_SERVER_IMAGE` | the file server's image, on the node |
-//! | `PLIMSOLL_MAGIKA` | magika's ONNX file |
+//! | `PLIMSOLL_MAGIKA` | magika's ONNX file; the names of its outputs lie beside it |
 //!
 //! `control_plane` needs nothing but an apiserver and the operator: where a machine can run no containers, `cargo xtask test` runs it beside a
 //! control plane alone, with `KUBECONFIG` and `PLIMSOLL_KUBECTL` set.
@@ -20,6 +20,8 @@ mod control_plane;
 mod disruption;
 mod history;
 mod installation;
+mod logs;
+mod operator;
 mod placement;
 mod refusal;
 mod reuse;
@@ -27,3 +29,4 @@ mod serving;
 mod source;
 mod techniques;
 mod traffic;
+mod watch;

@@ -1,31 +1,24 @@
 //! Artifacts are of contents: the same content in the same way is optimised once, and a tag that moved is a new one.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::cluster::{Namespace, digest, digits_spec, fixture, push};
-
-fn pinned() -> Value {
-    let mut spec = digits_spec("v1");
-    spec["source"]["digest"] = json!(digest(&fixture("models/digits/digits-v1.onnx")));
-    spec["optimize"]["evaluation"]["dataset"]["digest"] = json!(digest(&fixture("models/digits/digits-heldout.npz")));
-    spec
-}
+use crate::cluster::{Namespace, digest, digits_spec, fixture, pinned_spec, push};
 
 #[test]
 fn a_pinned_model_that_was_optimised_before_needs_no_job() {
     let namespace = Namespace::new("pinned");
-    namespace.apply_model("digits", &pinned());
+    namespace.apply_model("digits", &pinned_spec("v1"));
     namespace.wait_ready("digits");
     let artifact = namespace.get(&["md", "digits"])["status"]["artifact"].clone();
     namespace.kubectl(&["delete", "md", "digits", "--cascade=foreground"]);
-    namespace.apply_model("digits", &pinned());
+    namespace.apply_model("digits", &pinned_spec("v1"));
     namespace.wait_ready("digits");
     assert_eq!(namespace.get(&["md", "digits"])["status"]["artifact"], artifact);
     assert!(namespace.items(&["jobs"]).is_empty(), "no Job runs where the artifact is there");
     assert_eq!(namespace.items(&["mr"])[0]["status"]["reused"], true);
 
     // Another ModelDeployment of the same content shares it.
-    namespace.apply_model("copy", &pinned());
+    namespace.apply_model("copy", &pinned_spec("v1"));
     namespace.wait_ready("copy");
     assert_eq!(namespace.get(&["md", "copy"])["status"]["artifact"], artifact);
     assert!(namespace.items(&["jobs"]).is_empty());

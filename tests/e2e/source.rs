@@ -1,10 +1,12 @@
-//! Sources that misbehave.
+//! Sources, and how they misbehave.
 
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::cluster::{Namespace, condition, file_server, fixture};
+use crate::cluster::{Namespace, apply, condition, digest, digits_spec, file_server, fixture, kubectl, text};
+use crate::traffic::infer;
 
 #[test]
 fn a_source_that_is_away_is_waited_for_and_served_once_it_is_back() {
@@ -24,6 +26,68 @@ fn a_source_that_is_away_is_waited_for_and_served_once_it_is_back() {
     );
     namespace.kubectl(&["scale", "deployment/fixtures", "--replicas=1"]);
     namespace.wait_ready("m");
+    infer(&namespace.address("m"), "m").unwrap();
+}
+
+#[test]
+fn a_model_and_its_data_are_read_from_a_volume() {
+    let namespace = Namespace::new("volume");
+    apply(&json!({
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": { "name": "models", "namespace": namespace.name },
+        "spec": { "accessModes": ["ReadWriteOnce"], "resources": { "requests": { "storage": "1Gi" } } },
+    }));
+    namespace.kubectl(&["wait", "pvc/models", "--for=jsonpath={.status.phase}=Bound", "--timeout=60s"]);
+    // The cluster's volumes are folders of this machine.
+    let volume = text(&namespace.get(&["pvc", "models"])["spec"]["volumeName"]).to_owned();
+    let folder = PathBuf::from(kubectl(&["get", "pv", &volume, "-o", "jsonpath={.spec.local.path}"]));
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::create_dir(folder.join("digits")).unwrap();
+    for file in ["digits-v1.onnx", "digits-heldout.npz"] {
+        std::fs::copy(fixture("models/digits").join(file), folder.join("digits").join(file)).unwrap();
+    }
+    std::os::unix::fs::symlink("/dev/null", folder.join("leaves.onnx")).unwrap();
+
+    let mut spec = digits_spec("v1");
+    spec["source"]["uri"] = json!("pvc://models/digits/digits-v1.onnx");
+    spec["optimize"]["evaluation"]["dataset"]["uri"] = json!("pvc://models/digits/digits-heldout.npz");
+    namespace.apply_model("m", &spec);
+    namespace.apply_model("missing", &json!({ "source": { "uri": "pvc://models/digits/absent.onnx" } }));
+    namespace.apply_model("leaves", &json!({ "source": { "uri": "pvc://models/leaves.onnx" } }));
+    namespace.apply_model("unclaimed", &json!({ "source": { "uri": "pvc://nobody/digits.onnx" } }));
+    namespace.wait_ready("m");
+    let revisions = namespace.items(&["mr", "-l", "plimsoll.dev/model=m"]);
+    let status = &revisions[0]["status"];
+    assert_eq!(status["sourceDigest"], digest(&fixture("models/digits/digits-v1.onnx")));
+    assert!(text(&status["accuracy"]).starts_with("98.4% -> "), "{status}");
+    infer(&namespace.address("m"), "m").unwrap();
+    let jobs = namespace.items(&["jobs", "-l", "plimsoll.dev/model=m"]);
+    for container in jobs[0]["spec"]["template"]["spec"]["containers"].as_array().unwrap() {
+        let mounts = container["volumeMounts"].as_array().unwrap();
+        let claim = mounts.iter().find(|mount| mount["mountPath"] == "/pvc/models");
+        assert_eq!(
+            claim.is_some(),
+            container["name"] == "fetch",
+            "only the step that reads it mounts it"
+        );
+        assert!(claim.is_none_or(|claim| claim["readOnly"] == true));
+    }
+    for (model, words) in [
+        ("missing", "pvc://models/digits/absent.onnx"),
+        ("leaves", "is a link that leaves its volume"),
+    ] {
+        let md = namespace.wait_reason(model, "SourceRefused");
+        let stalled = condition(&md, "Stalled");
+        assert!(
+            stalled["status"] == "True" && text(&stalled["message"]).contains(words),
+            "{stalled}"
+        );
+    }
+    let md = namespace.wait_reason("unclaimed", "Unschedulable");
+    assert!(
+        text(&condition(&md, "Ready")["message"]).contains("\"nobody\" not found"),
+        "{}",
+        condition(&md, "Ready")
+    );
 }
 
 #[test]
@@ -34,6 +98,15 @@ fn a_source_larger_than_the_limit_is_cut_off() {
     let md = namespace.wait_reason("m", "SourceTooLarge");
     let message = condition(&md, "Stalled")["message"].as_str().unwrap().to_owned();
     assert!(message.contains("67108864 bytes") && message.contains("maxFetchSize"), "{message}");
+    let revision = &namespace.items(&["mr"])[0];
+    assert_eq!(
+        (&revision["status"]["phase"], &revision["status"]["artifact"]),
+        (&json!("Failed"), &json!(null))
+    );
+    assert!(
+        namespace.items(&["deployments", "-l", "plimsoll.dev/model=m"]).is_empty(),
+        "nothing is served"
+    );
 }
 
 #[test]
@@ -44,8 +117,10 @@ fn a_source_that_says_no_is_not_asked_again() {
     let md = namespace.wait_reason("m", "SourceRefused");
     assert_eq!(condition(&md, "Stalled")["status"], "True");
     assert!(condition(&md, "Stalled")["message"].as_str().unwrap().contains("403"));
-    std::thread::sleep(Duration::from_secs(3));
+    namespace.kubectl(&["wait", "--for=condition=failed", "job", "--all", "--timeout=60s"]);
     assert_eq!(namespace.items(&["jobs"]).len(), 1);
+    let log = namespace.kubectl(&["logs", "deployment/fixtures"]);
+    assert_eq!(log.matches("/status/403").count(), 1, "{log}");
 }
 
 #[test]
@@ -55,7 +130,7 @@ fn a_connection_that_breaks_is_resumed() {
     let host = file_server(&namespace, &[("digits.onnx", &model)], 1);
     namespace.apply_model(
         "m",
-        &json!({ "source": { "uri": format!("{host}/fail?path=digits.onnx&times=2"), "digest": crate::cluster::digest(&model) } }),
+        &json!({ "source": { "uri": format!("{host}/fail?path=digits.onnx&times=2"), "digest": digest(&model) } }),
     );
     namespace.wait_ready("m");
     let log = namespace.kubectl(&["logs", "deployment/fixtures"]);

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, digits_spec, file_of_artifact, fixture, push};
+use crate::cluster::{Namespace, digits_spec, file_of_artifact, training};
 use crate::traffic::infer;
 
 /// What is applied to digits, and how much smaller its file must get.
@@ -48,7 +48,7 @@ fn recipes(training: &str) -> Vec<(&'static str, Value, f64)> {
 #[test]
 fn each_technique_goes_the_whole_way() {
     let namespace = Namespace::new("techniques");
-    let training = push(&fixture("models/digits/digits-training.npz"), "e2e/digits-training:v1");
+    let training = training();
     let recipes = recipes(&training);
     for (name, recipe, _) in &recipes {
         let mut spec = digits_spec("v1");

@@ -33,33 +33,59 @@ pub(crate) fn infer(address: &str, model: &str) -> Result<Vec<f64>, String> {
 }
 
 fn infer_with(agent: &ureq::Agent, address: &str, model: &str) -> Result<Vec<f64>, String> {
-    let body = json!({ "inputs": [{ "name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": picture() }] });
-    let mut response = agent
-        .post(format!("{address}/v2/models/{model}/infer"))
-        .send_json(&body)
-        .map_err(|error| error.to_string())?;
-    let status = response.status();
-    let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
-    let answer: Value = serde_json::from_str(&text).map_err(|error| format!("{status}: `{text}` is no JSON: {error}"))?;
-    if status != 200 {
-        return Err(format!("{status}: {answer}"));
-    }
-    let logits: Vec<f64> = answer["outputs"][0]["data"]
+    let outputs = ask_with(
+        agent,
+        address,
+        model,
+        &json!([{ "name": "image", "datatype": "FP32", "shape": [1, 1, 8, 8], "data": picture() }]),
+    )?;
+    let logits: Vec<f64> = outputs[0]["data"]
         .as_array()
         .ok_or("no data")?
         .iter()
         .filter_map(Value::as_f64)
         .collect();
-    if logits.len() == 10 && answer["outputs"][0]["shape"] == json!([1, 10]) {
+    if logits.len() == 10 && outputs[0]["shape"] == json!([1, 10]) {
         Ok(logits)
     } else {
-        Err(format!("not ten logits: {answer}"))
+        Err(format!("not ten logits: {outputs}"))
     }
+}
+
+/// Asks the model at `address` about `inputs`, and returns its outputs.
+pub(crate) fn ask(address: &str, model: &str, inputs: &Value) -> Result<Value, String> {
+    ask_with(&agent(), address, model, inputs)
+}
+
+fn ask_with(agent: &ureq::Agent, address: &str, model: &str, inputs: &Value) -> Result<Value, String> {
+    let mut response = agent
+        .post(format!("{address}/v2/models/{model}/infer"))
+        .send_json(json!({ "inputs": inputs }))
+        .map_err(|error| error.to_string())?;
+    let status = response.status();
+    let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
+    let mut answer: Value = serde_json::from_str(&text).map_err(|error| format!("{status}: `{text}` is no JSON: {error}"))?;
+    if status != 200 {
+        return Err(format!("{status}: {answer}"));
+    }
+    Ok(answer["outputs"].take())
 }
 
 /// GET of a path, as status and JSON.
 pub(crate) fn get(url: &str) -> (u16, Value) {
     let mut response = agent().get(url).call().unwrap_or_else(|error| panic!("GET {url}: {error}"));
+    (response.status().as_u16(), response.body_mut().read_json().unwrap_or(Value::Null))
+}
+
+/// GET of a path as a user with a password, or as nobody.
+pub(crate) fn get_as(user: Option<(&str, &str)>, url: &str) -> (u16, Value) {
+    use base64::Engine as _;
+    let mut request = agent().get(url);
+    if let Some((user, password)) = user {
+        let login = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
+        request = request.header("Authorization", format!("Basic {login}"));
+    }
+    let mut response = request.call().unwrap_or_else(|error| panic!("GET {url}: {error}"));
     (response.status().as_u16(), response.body_mut().read_json().unwrap_or(Value::Null))
 }
 
@@ -98,6 +124,11 @@ impl Load {
             })
             .collect();
         Self { stop, answered, clients }
+    }
+
+    /// Requests that were answered so far.
+    pub(crate) fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
     }
 
     /// Stops the clients; panics where any request failed or none was answered.

@@ -2,8 +2,8 @@
 
     python fetch.py FOLDER [FILE...]
 
-downloads the wheel that `requirements.txt` pins by version and hash, writes `magika.onnx` and `magika-inputs.npz` into FOLDER, and
-prints the paths of the two. The inputs are made of the FILEs, by default of files of this repository, few of each kind. Nothing is downloaded
+downloads the wheel that `requirements.txt` pins by version and hash, writes `magika.onnx`, the names of its outputs as
+`magika-labels.txt`, and `magika-inputs.npz` into FOLDER, and prints the paths of the model and the inputs. The inputs are made of the FILEs, by default of files of this repository, few of each kind. Nothing is downloaded
 where the model is there already. Needs Python 3.11 with pip, and nothing else.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
 MODEL_MEMBER = "magika/models/standard_v3_3/model.onnx"
+CONFIG_MEMBER = "magika/models/standard_v3_3/config.min.json"
 MODEL_SHA256 = "fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c"
 
 # What the model was trained on, from the package's `config.min.json`: tokens from each end of the file, taken from blocks at its two
@@ -37,9 +39,9 @@ BUILT_FOLDERS = {"target", "node_modules", "__pycache__"}
 
 
 def model(folder: Path) -> Path:
-    """The model's file, downloaded where it is missing or differs."""
-    path = folder / "magika.onnx"
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == MODEL_SHA256:
+    """The model's file, downloaded with the names of its outputs where it is missing or differs."""
+    path, labels = folder / "magika.onnx", folder / "magika-labels.txt"
+    if path.exists() and labels.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == MODEL_SHA256:
         return path
     with tempfile.TemporaryDirectory() as downloads:
         # `--platform any` chooses the wheel without the native command-line tool: 3 MB in place of 16.
@@ -50,9 +52,12 @@ def model(folder: Path) -> Path:
             stdout=sys.stderr,
         )
         (wheel,) = Path(downloads).glob("magika-*.whl")
-        content = zipfile.ZipFile(wheel).read(MODEL_MEMBER)
+        archive = zipfile.ZipFile(wheel)
+        content = archive.read(MODEL_MEMBER)
+        names = json.loads(archive.read(CONFIG_MEMBER))["target_labels_space"]
     if hashlib.sha256(content).hexdigest() != MODEL_SHA256:
         sys.exit(f"{MODEL_MEMBER} of the wheel is not the model that was pinned")
+    labels.write_text("".join(f"{name}\n" for name in names))
     unfinished = path.with_suffix(".part")
     unfinished.write_bytes(content)
     unfinished.rename(path)

@@ -15,7 +15,15 @@ use installation::Installation;
 mod installation;
 
 /// Namespaces of tests with a file server of their own, which is spoken to in plain HTTP.
-const FILE_SERVER_NAMESPACES: [&str; 6] = ["unreachable", "too-large", "refused", "resumed", "registry-publish", "deleted"];
+const FILE_SERVER_NAMESPACES: [&str; 7] = [
+    "unreachable",
+    "too-large",
+    "refused",
+    "resumed",
+    "registry-publish",
+    "killed",
+    "deleted",
+];
 
 /// The module of the tests that need an apiserver and the operator, and no container.
 const CONTROL_PLANE_TESTS: &str = "control_plane::";
@@ -100,12 +108,7 @@ fn install(kubeconfig: &Path) -> Result<()> {
     helm.args(["upgrade", "--install", installation::RELEASE])
         .arg(workspace::root().join("charts/plimsoll"));
     helm.args(["--create-namespace", "--wait", "--timeout", "5m"]);
-    helm.args([
-        "--set",
-        "registry.internal.persistence.enabled=false",
-        "--set",
-        "models.maxFetchSize=64Mi",
-    ]);
+    helm.args(["--set", "models.maxFetchSize=64Mi"]);
     helm.arg("--set-json")
         .arg(format!("models.plainHttpHosts={}", serde_json::to_string(&hosts)?));
     for (image, key) in [("operator", "operator"), ("registry", "registry.internal")] {

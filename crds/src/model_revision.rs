@@ -26,6 +26,7 @@ use crate::{Accelerator, Optimize, Runtime, Source};
     printcolumn(name = "Revision", type_ = "string", json_path = ".metadata.labels.plimsoll\\.dev/revision"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Size", type_ = "string", json_path = ".status.size", priority = 1),
+    printcolumn(name = "Pulled", type_ = "string", json_path = ".status.pulled", priority = 1),
     printcolumn(name = "Accuracy", type_ = "string", json_path = ".status.accuracy", priority = 1),
     printcolumn(name = "Source", type_ = "string", json_path = ".status.sourceDigest", priority = 1),
     printcolumn(name = "Artifact", type_ = "string", json_path = ".status.artifact"),
@@ -129,6 +130,18 @@ pub struct ModelRevisionStatus {
     /// Size before and after, `1.2Mi -> 310Ki`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<String>,
+
+    /// Size of the source model as the compressed layer that a node would pull, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_layer_before: Option<i64>,
+
+    /// Size of the optimised model as the compressed layer that a node pulls, in bytes: smaller than `sizeAfter` where many weights are zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_layer_after: Option<i64>,
+
+    /// What a node pulls, before and after, `1.1Mi -> 180Ki`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pulled: Option<String>,
 
     /// The metric before and after, `98.1% -> 97.9%`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

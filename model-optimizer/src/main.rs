@@ -333,17 +333,8 @@ fn inputs(arguments: OptimizeArgs) -> Result<Inputs, Failure> {
         });
     }
     if let Some(epochs) = arguments.epochs {
-        let distill = Distill {
-            epochs,
-            loss: None,
-            temperature: None,
-            batch_size: None,
-            learning_rate: None,
-            data: None,
-            prune_to: None,
-        };
         optimize.recipe.push(Technique {
-            distill: Some(distill),
+            distill: Some(Distill::of(epochs)),
             ..Technique::default()
         });
     }

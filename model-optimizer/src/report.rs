@@ -48,7 +48,8 @@ pub fn page(report: &Report) -> String {
         verdict::limits(report),
         Some(measured::change(report)),
         searched.map(|front| front::candidates(report, front)),
-        searched.and_then(|front| front::sensitivity(&front.sensitivity)),
+        searched.and_then(|front| front::sensitivity(&front.sensitivity, None)),
+        report.sensitivity.as_ref().and_then(front::sweep),
         weights::layers(&report.layers),
         weights::distributions(&report.layers),
         measured::outputs(&report.outputs),
@@ -73,7 +74,7 @@ mod tests {
     use plimsoll_package::digest::Digest;
     use plimsoll_package::manifest::Engine;
     use plimsoll_package::recipe::{Inputs, Metric, SourceLocation, Technique};
-    use plimsoll_package::report::front::{Candidate, Front, Outcome, Sensitivity};
+    use plimsoll_package::report::front::{Candidate, Front, Outcome, Sensitivity, Sweep};
     use plimsoll_package::report::layer::{Distribution, LayerChange, LayerState};
     use plimsoll_package::report::{
         ClassChange, EngineReport, Gate, LatencyChange, LimitCheck, MemoryChange, MetricChange, OutputFidelity, SampleSource, Samples,
@@ -130,6 +131,7 @@ mod tests {
             engines: vec![],
             skipped: vec![],
             layers: vec![],
+            sensitivity: None,
             front: None,
             step_ms: Default::default(),
         }
@@ -205,6 +207,7 @@ mod tests {
             }),
             steps: vec![TechniqueReport {
                 technique: recipe[0].clone(),
+                buys: recipe[0].buys().to_owned(),
                 changed: vec!["w".into()],
                 size_after: 1 << 20,
             }],
@@ -334,6 +337,7 @@ mod tests {
             "recipe.yaml",
             "scheme: Int8",
             "its node is excluded",
+            "a smaller file and less to pull; speed where products in integers measure faster",
         ] {
             assert!(page.contains(words), "{words} is missing");
         }
@@ -349,6 +353,29 @@ mod tests {
         assert!(page.contains("? Not measured") && page.contains("the gate was turned off"));
         assert!(page.contains("--no-gate"));
         assert!(!page.contains("NaN") && !page.contains("<svg"));
+    }
+
+    #[test]
+    fn without_a_search_the_sensitivity_is_there_or_it_is_said_why_not() {
+        let layers = full().front.unwrap().sensitivity;
+        let with = |layers, left, why: Option<&str>| {
+            let report = Report {
+                front: None,
+                sensitivity: Some(Sweep {
+                    layers,
+                    left,
+                    why: why.map(str::to_owned),
+                }),
+                ..full()
+            };
+            let page = page(&report);
+            assert!(headings(&page).contains(&"Sensitivity of each layer"));
+            page
+        };
+        let some = with(layers, 3, Some("the time for it was up"));
+        assert!(some.contains("first layer") && some.contains("3 smaller layers were not measured: the time for it was up."));
+        let none = with(vec![], 0, Some("there are no calibration data"));
+        assert!(none.contains("Not measured: there are no calibration data."));
     }
 
     #[test]

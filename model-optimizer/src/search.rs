@@ -20,7 +20,7 @@ pub mod exploration;
 pub mod front;
 pub mod journal;
 pub mod ladder;
-mod sensitivity;
+pub(crate) mod sensitivity;
 
 /// The folder of what is measured, in the folder of the work.
 const FOLDER: &str = "search";
@@ -79,13 +79,8 @@ fn plan(search: &Search, materials: &Materials) -> Plan {
     let graph = materials.original.graph.as_ref();
     let mix = graph.map(Mix::of).unwrap_or_default();
     let distill = Distill {
-        epochs: EPOCHS,
-        loss: None,
-        temperature: None,
-        batch_size: None,
         learning_rate: RATE.parse().ok(),
-        data: None,
-        prune_to: None,
+        ..Distill::of(EPOCHS)
     };
     Plan {
         ladder: match allows(search, SearchTechnique::Quantize) {

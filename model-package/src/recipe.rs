@@ -88,6 +88,45 @@ pub struct Technique {
     pub distill: Option<Distill>,
 }
 
+impl Technique {
+    /// What it buys, in a sentence for people: size of the file, size of what is pulled, speed, or none of them.
+    ///
+    /// Of what serves here: ONNX Runtime and tract on a CPU, which multiply by a zero as by any other number.
+    #[must_use]
+    pub fn buys(&self) -> &'static str {
+        let narrower = "a smaller file, less to pull, and speed: its layers become narrower";
+        match self {
+            Self { prune: Some(prune), .. } => match prune.structure {
+                PruneStructure::Unstructured => "less to pull, for zeros compress; the file stays as large, and inference as slow",
+                PruneStructure::SemiStructured => {
+                    "less to pull, for zeros compress; the file stays as large, and inference on a CPU as slow, where no engine skips the pattern's zeros"
+                }
+                PruneStructure::Channels | PruneStructure::Heads | PruneStructure::FeedForward => narrower,
+            },
+            Self {
+                quantize: Some(quantize), ..
+            } => match quantize.scheme {
+                QuantizeScheme::Int8 => "a smaller file and less to pull; speed where products in integers measure faster",
+                QuantizeScheme::Int8Dynamic => {
+                    "a smaller file and less to pull; speed for matrix products where the processor multiplies integers faster"
+                }
+                QuantizeScheme::Int8Weights => "a smaller file and less to pull; hardly any speed, for products are taken in floats",
+                QuantizeScheme::Int8Static => "a smaller file, less to pull, and speed where the engine multiplies integers (ONNX Runtime)",
+                QuantizeScheme::Int8Blocks | QuantizeScheme::Int4 => {
+                    "a smaller file and less to pull; speed where reading the weights takes longer than multiplying"
+                }
+                QuantizeScheme::Float16 => "half the file and less to pull; no speed on a CPU, which computes in 32 bits",
+            },
+            Self {
+                distill: Some(Distill { prune_to: Some(_), .. }),
+                ..
+            } => "accuracy that was lost, and less to pull, for zeros compress; no smaller file and no speed",
+            Self { distill: Some(_), .. } => "accuracy that was lost; neither size nor speed",
+            _ => "nothing",
+        }
+    }
+}
+
 /// Pruning: which weights go, and how many.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
@@ -195,7 +234,8 @@ pub struct Quantize {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bias_correction: Option<bool>,
 
-    /// Int8Static: the types of operators that are quantised. Default: Conv, MatMul and Gemm. At most 32.
+    /// Int8Static: the types of operators that are quantised. Default: Conv, MatMul and Gemm, which are computed in integers, and the weights
+    /// alone of ConvTranspose and Gather (tables). At most 32.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schemars(length(max = 32), inner(length(min = 1, max = 64))))]
     pub operators: Vec<String>,
@@ -327,6 +367,77 @@ pub struct Distill {
     /// pruned before stays, and no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prune_to: Option<Percentage>,
+
+    /// Values inside of the model that are trained towards the teacher's, beside the outputs; `{}` chooses them. Default: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hidden_states: Option<HiddenStates>,
+
+    /// What trains. Default: Auto.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DistillDevice>,
+}
+
+impl Distill {
+    /// That many `epochs`, with the defaults of all else.
+    #[must_use]
+    pub fn of(epochs: u32) -> Self {
+        Self {
+            epochs,
+            loss: None,
+            temperature: None,
+            batch_size: None,
+            learning_rate: None,
+            data: None,
+            prune_to: None,
+            hidden_states: None,
+            device: None,
+        }
+    }
+}
+
+/// Values inside of the model that are trained towards the teacher's: the mean squared difference, relative to the mean square of the
+/// teacher's (Romero et al. 2015, "FitNets").
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HiddenStates {
+    /// Which value follows which. Default: what layers with weights read, where the model and the teacher have it under one name and in one
+    /// shape; of more than 16 values 16 that are spread over the depth of the model. At most 64.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 64)))]
+    pub pairs: Vec<HiddenState>,
+
+    /// What they count together beside the outputs, `"0"` to `"1"`. Default: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<Ratio>,
+}
+
+/// A value of the model and the teacher's that it follows, of the same shape.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HiddenState {
+    /// The value's name in the model: an output of one of its nodes.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 512)))]
+    pub value: String,
+
+    /// Its name in the teacher. Default: the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 512)))]
+    pub teacher: Option<String>,
+}
+
+/// What trains.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
+#[cfg_attr(feature = "schema", derive(JsonSchema))]
+pub enum DistillDevice {
+    /// A CUDA device where the optimiser is built with CUDA and finds one, else the processor.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// The first CUDA device; it fails where there is none, or the optimiser is built without CUDA.
+    Cuda,
 }
 
 /// What distillation makes small.
@@ -710,6 +821,25 @@ mod tests {
                 "{refused}"
             );
         }
+    }
+
+    #[test]
+    fn what_a_technique_buys_is_told_plainly() {
+        let buys = |yaml: &str| serde_yaml_ng::from_str::<Technique>(yaml).unwrap().buys();
+        for yaml in ["prune: {amount: 50%}", "prune: {structure: SemiStructured, pattern: '2:4'}"] {
+            assert!(
+                buys(yaml).contains("the file stays as large") && buys(yaml).contains("as slow"),
+                "{yaml}"
+            );
+        }
+        for structure in ["Channels", "Heads", "FeedForward"] {
+            assert!(buys(&format!("prune: {{amount: 50%, structure: {structure}}}")).contains("and speed: its layers become narrower"));
+        }
+        for scheme in ["Int8", "Int8Dynamic", "Int8Weights", "Int8Static", "Int8Blocks", "Int4"] {
+            assert!(buys(&format!("quantize: {{scheme: {scheme}}}")).starts_with("a smaller file"));
+        }
+        assert_eq!(buys("distill: {epochs: 1}"), "accuracy that was lost; neither size nor speed");
+        assert!(buys("distill: {epochs: 1, pruneTo: 50%}").contains("less to pull"));
     }
 
     #[test]

@@ -269,6 +269,9 @@ pub struct Report {
     /// What became of each weight, the largest first; at most 512.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<LayerChange>,
+    /// How much each layer loses when it alone is quantised; absent without the gate, and after a search, which says it in `front`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<front::Sweep>,
     /// What a search tried; absent where the recipe was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub front: Option<Front>,
@@ -358,6 +361,9 @@ pub enum SampleSource {
 pub struct TechniqueReport {
     /// The technique with its parameters, as in the recipe.
     pub technique: crate::recipe::Technique,
+    /// What it buys of size and speed, in a sentence.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub buys: String,
     /// Names of the weights that were changed.
     pub changed: Vec<String>,
     /// Size of the model after it, in bytes.

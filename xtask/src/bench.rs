@@ -3,6 +3,7 @@
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
+mod heldout;
 mod load;
 mod optimizer;
 mod process;
@@ -20,6 +21,8 @@ enum Bench {
     Optimizer(optimizer::Arguments),
     /// Serving beside Triton, MLServer and ONNX Runtime in process; writes target/bench/runtime/runtime.json.
     Runtime(runtime::Arguments),
+    /// The optimiser on models that it was not tuned on; prints the table of docs/compression.md.
+    Heldout(heldout::Arguments),
 }
 
 /// Runs a benchmark.
@@ -30,5 +33,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.bench {
         Bench::Optimizer(arguments) => optimizer::run(arguments),
         Bench::Runtime(arguments) => runtime::run(arguments),
+        Bench::Heldout(arguments) => heldout::run(arguments),
     }
 }

@@ -9,6 +9,7 @@ mod crds;
 mod debian;
 mod demo;
 mod images;
+mod models;
 mod onnxruntime;
 mod progress;
 mod python;
@@ -43,6 +44,8 @@ enum Task {
     Bench(bench::Arguments),
     /// Installs ONNX Runtime's shared library from its pinned wheel and prints its path.
     Onnxruntime,
+    /// Fetches the real models that tests run on and prints their folder.
+    Models,
 }
 
 fn main() -> std::process::ExitCode {
@@ -54,6 +57,7 @@ fn main() -> std::process::ExitCode {
         Task::Crds(arguments) => crds::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Onnxruntime => onnxruntime::library().map(|path| println!("{}", path.display())),
+        Task::Models => models::fetch(&models::TESTED).map(|path| println!("{}", path.display())),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -9,7 +9,11 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result};
 
 use crate::progress::{phase, run_logged};
+<<<<<<< HEAD
 use crate::{chart, cluster, images, onnxruntime, python, workspace};
+=======
+use crate::{chart, cluster, images, models, onnxruntime, workspace};
+>>>>>>> b2
 use tally::Tally;
 
 /// Options of `cargo xtask test`.
@@ -139,7 +143,14 @@ fn generated(tally: &mut Tally) -> Result<()> {
 fn clippy(tally: &mut Tally) -> Result<()> {
     let mut command = workspace::cargo();
     command.args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]);
-    check("clippy", &mut command, tally)
+    check("clippy", &mut command, tally)?;
+    // The fuzz targets are no part of the workspace, for a nightly compiler builds them; here of the same dependencies and without libFuzzer.
+    let folder = workspace::root().join("fuzz");
+    std::fs::copy(workspace::root().join("Cargo.lock"), folder.join("Cargo.lock")).context("cannot copy Cargo.lock")?;
+    let mut command = workspace::cargo();
+    command.args(["check", "--no-default-features", "--manifest-path", "fuzz/Cargo.toml"]);
+    command.env("CARGO_TARGET_DIR", workspace::target());
+    check("the fuzz targets compile", &mut command, tally)
 }
 
 fn dependencies(tally: &mut Tally) -> Result<()> {
@@ -201,12 +212,14 @@ fn dependencies(tally: &mut Tally) -> Result<()> {
 fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     let library = onnxruntime::library()?;
     let registry = cluster::tool("registry")?;
+    let models = models::fetch(&models::TESTED)?;
     for group in TEST_GROUPS {
         let mut command = images::program::release("test")?;
         command
             .args(["--locked", "--no-fail-fast"])
             .env("ORT_DYLIB_PATH", &library)
-            .env("PLIMSOLL_REGISTRY_BINARY", &registry);
+            .env("PLIMSOLL_REGISTRY_BINARY", &registry)
+            .env("PLIMSOLL_MODELS", &models);
         for package in group {
             command.args(["--package", package]);
         }

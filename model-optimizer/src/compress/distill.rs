@@ -6,11 +6,12 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
-use plimsoll_package::recipe::{Distill, DistillLoss};
-use plimsoll_runtime::onnx::ModelProto;
+use plimsoll_package::recipe::{Distill, DistillDevice, DistillLoss, HiddenStates};
+use plimsoll_runtime::onnx::{GraphProto, ModelProto};
 
 use self::adamw::AdamW;
 use self::forward::{Forward, Place};
+use self::hidden::Hidden;
 use self::loss::{Measure, Target};
 use self::parameters::Parameters;
 use self::schedule::Pruning;
@@ -21,7 +22,9 @@ use crate::failure::{Failure, FailureReason, failure, internal};
 use crate::graph::opset;
 
 mod adamw;
+mod device;
 mod forward;
+mod hidden;
 mod loss;
 mod operators;
 mod parameters;
@@ -57,6 +60,10 @@ struct Distillation {
     batch: usize,
     rate: f64,
     prune_to: Option<f64>,
+    hidden_states: Option<HiddenStates>,
+    /// What hidden states count together beside the outputs.
+    hidden_weight: f64,
+    device: DistillDevice,
 }
 
 impl Distillation {
@@ -82,6 +89,15 @@ impl Distillation {
             .prune_to
             .as_ref()
             .map(|share| share.value().map_err(|error| invalid(format!("pruneTo: {error}"))));
+        let hidden_weight = match distill.hidden_states.as_ref().and_then(|hidden| hidden.weight.as_ref()) {
+            Some(weight) => weight.value().map_err(|error| invalid(format!("hiddenStates.weight: {error}")))?,
+            None => 1.0,
+        };
+        let device = distill.device.unwrap_or_default();
+        if !cfg!(feature = "cuda") {
+            // What is not built in is said at once; what is not there where it trains.
+            device::find(device)?;
+        }
         Ok(Self {
             epochs: within("epochs", distill.epochs, 1000)? as usize,
             loss: distill.loss,
@@ -89,56 +105,79 @@ impl Distillation {
             batch: within("batchSize", distill.batch_size.unwrap_or(BATCH), 65536)? as usize,
             rate,
             prune_to: prune_to.transpose()?,
+            hidden_states: distill.hidden_states.clone(),
+            hidden_weight,
+            device,
         })
     }
 
     fn train(&self, model: &mut ModelProto, samples: &Dataset, setting: &Setting) -> Result<Change, Failure> {
-        let opset = opset::version(model);
-        let teacher = Teacher::load(setting.original, setting.threads)?;
-        let teacher_graph = setting.original.graph.clone().unwrap_or_default();
+        let place = Place {
+            device: device::find(self.device)?,
+            dtype: DType::F32,
+        };
+        let mut training = self.training(model, samples, setting, place)?;
+        training.run(setting)?;
+        let Training { parameters, .. } = training;
         let Some(graph) = &mut model.graph else {
             return Ok(Change::default());
         };
+        let changed = parameters
+            .write(graph)
+            .map_err(|error| internal("cannot write what was trained", &error))?;
+        quantize::product::limit_pairs(graph);
+        Ok(Change {
+            changed,
+            skipped: parameters.frozen,
+            fold_dequantize: false,
+        })
+    }
+
+    /// All that training `model` takes.
+    fn training<'a>(&'a self, model: &ModelProto, samples: &'a Dataset, setting: &Setting, place: Place) -> Result<Training<'a>, Failure> {
+        let opset = opset::version(model);
+        let empty = GraphProto::default();
+        let graph = model.graph.as_ref().unwrap_or(&empty);
         let invalid = |why: String| failure(FailureReason::InvalidInputs, format!("cannot distil: {why}"));
-        let targets = loss::targets(graph, &teacher_graph, opset, self.loss).map_err(invalid)?;
-        let wanted: Vec<String> = targets.iter().map(|target| target.value.clone()).collect();
-        let place = Place {
-            device: Device::cuda_if_available(0).map_err(|error| internal("cannot use the accelerator", &error))?,
-            dtype: DType::F32,
+        let teacher_graph = setting.original.graph.as_ref().unwrap_or(&empty);
+        let targets = loss::targets(graph, teacher_graph, opset, self.loss).map_err(invalid)?;
+        let mut wanted: Vec<String> = targets.iter().map(|target| target.value.clone()).collect();
+        let hidden = match &self.hidden_states {
+            Some(asked) => hidden::find(&asked.pairs, model, setting.original, &wanted).map_err(invalid)?,
+            None => vec![],
         };
+        wanted.extend(hidden.iter().map(|hidden| hidden.value.clone()));
         let parameters = Parameters::find(graph, &wanted, &place)?;
         let forward = Forward::new(graph, opset, &wanted, &parameters.names(), place)?;
         if parameters.len() == 0 {
             let message = "cannot distil: the model has no weight that can be trained";
             return Err(failure(FailureReason::Unsupported, message));
         }
+        let names: Vec<&str> = hidden.iter().map(|hidden| hidden.teacher.as_str()).collect();
+        let (teacher, places) = Teacher::load(setting.original, &names, setting.threads)?;
         let inputs: Vec<String> = graph.input.iter().map(|input| input.name().to_owned()).collect();
         if let Some(missing) = teacher.inputs().find(|input| !inputs.iter().any(|given| given == input)) {
             return Err(invalid(format!(
                 "the teacher takes an input `{missing}`, which the model does not have"
             )));
         }
-        let mut training = Training {
+        let share = self.hidden_weight / hidden.len().max(1) as f64;
+        let followed = hidden.iter().zip(places).map(|(hidden, output)| Target {
+            value: hidden.value.clone(),
+            output,
+            measure: Measure::Square,
+        });
+        Ok(Training {
             inputs: teacher.inputs().map(str::to_owned).collect(),
-            weights: vec![1.0; targets.len()],
+            weights: targets.iter().map(|_| 1.0).chain(hidden.iter().map(|_| share)).collect(),
             distillation: self,
             parameters,
             forward,
             wanted,
-            targets,
+            targets: targets.into_iter().chain(followed).collect(),
+            hidden,
             teacher,
             samples,
-        };
-        training.run(setting)?;
-        let changed = training
-            .parameters
-            .write(graph)
-            .map_err(|error| internal("cannot write what was trained", &error))?;
-        quantize::product::limit_pairs(graph);
-        Ok(Change {
-            changed,
-            skipped: training.parameters.frozen,
-            fold_dequantize: false,
         })
     }
 }
@@ -162,7 +201,10 @@ struct Training<'a> {
     forward: Forward,
     /// The values of the graph that are compared.
     wanted: Vec<String>,
+    /// The outputs, and after them what is hidden.
     targets: Vec<Target>,
+    /// The values inside of the model that are compared.
+    hidden: Vec<Hidden>,
     /// What the loss of each target is multiplied by.
     weights: Vec<f64>,
     teacher: Teacher,
@@ -193,8 +235,12 @@ impl Training<'_> {
 
         let before = self.mean_loss(&held_out, unit)?;
         setting.console.info(&format!(
-            "distilling {} tensors on {} samples, {} held out; loss {before:.3e} before (order of samples by seed {})",
+            "distilling {} tensors towards {} outputs and {} hidden states on {}, on {} samples, {} held out; loss {before:.3e} before (order \
+             of samples by seed {})",
             self.parameters.len(),
+            self.targets.len() - self.hidden.len(),
+            self.hidden.len(),
+            device::name(&self.forward.place().device),
             order.len(),
             held_out.len(),
             samples::SEED,
@@ -295,7 +341,7 @@ impl Training<'_> {
         for (index, target) in self.targets.iter().enumerate() {
             let mean = squares[index] / counts[index].max(1) as f64;
             if target.measure == Measure::Square && mean > 0.0 && mean.is_finite() {
-                self.weights[index] = 1.0 / mean;
+                self.weights[index] /= mean;
             }
         }
         Ok(())
@@ -321,6 +367,10 @@ impl Training<'_> {
         let (mut values, taught) = self.batch(indices)?;
         values.extend(self.parameters.values().map_err(unsupported)?);
         let given = self.forward.run(values, &self.wanted)?;
+        let outputs = self.targets.len() - self.hidden.len();
+        for ((hidden, target), given) in self.hidden.iter().zip(&self.targets[outputs..]).zip(&given[outputs..]) {
+            hidden.check(given.dims(), taught[target.output].dims())?;
+        }
         let mut total: Option<Tensor> = None;
         for ((target, given), weight) in self.targets.iter().zip(&given).zip(&self.weights) {
             let part = loss::loss(target.measure, given, &taught[target.output], self.distillation.temperature)
@@ -379,46 +429,4 @@ fn unreadable(name: &str, error: &candle_core::Error) -> Failure {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn distill(change: impl FnOnce(&mut Distill)) -> Result<Distillation, Failure> {
-        let mut distill = Distill {
-            epochs: 3,
-            loss: None,
-            temperature: None,
-            batch_size: None,
-            learning_rate: None,
-            data: None,
-            prune_to: None,
-        };
-        change(&mut distill);
-        Distillation::new(&distill)
-    }
-
-    #[test]
-    fn defaults_are_those_that_the_recipe_documents() {
-        let expected = Distillation {
-            epochs: 3,
-            loss: None,
-            temperature: 2.0,
-            batch: 32,
-            rate: 1e-4,
-            prune_to: None,
-        };
-        assert_eq!(distill(|_| {}).unwrap(), expected);
-    }
-
-    #[test]
-    fn what_is_out_of_range_is_refused_by_its_name() {
-        let refusal = |change: fn(&mut Distill)| {
-            let refused = distill(change).unwrap_err();
-            assert_eq!(refused.reason, FailureReason::InvalidInputs);
-            refused.message
-        };
-        assert!(refusal(|distill| distill.epochs = 0).contains("epochs is 0; write a number from 1 to 1000"));
-        assert!(refusal(|distill| distill.temperature = Some(101)).contains("temperature is 101"));
-        assert!(refusal(|distill| distill.batch_size = Some(0)).contains("batchSize is 0"));
-        assert!(refusal(|distill| distill.learning_rate = Some("0".parse().unwrap())).contains("learningRate is 0"));
-    }
-}
+mod tests;

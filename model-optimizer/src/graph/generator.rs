@@ -1,12 +1,12 @@
-//! Random valid models for tests: small convolutional, dense and attention networks with what real ones are made of.
+//! Random valid models for tests: small convolutional, dense, attention and recurrent networks, with branches, loops, functions and old
+//! operators, and with what real ones are made of.
 
 use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_runtime::engine::{self, LoadOptions, Tensor};
-use plimsoll_runtime::onnx::attribute_proto::AttributeType;
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{
-    AttributeProto, GraphProto, ModelProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
-    tensor_shape_proto, type_proto,
+    AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto,
+    ValueInfoProto, attribute_proto::AttributeType, tensor_shape_proto, type_proto,
 };
 
 // By the crate's name, since the whole-program tests include this file.
@@ -178,7 +178,10 @@ impl Builder {
     /// A node with the shape of its output, the batch left out.
     pub(crate) fn push(&mut self, op_type: &str, inputs: &[&str], attributes: Vec<AttributeProto>, shape: &[usize]) -> Value {
         let name = self.fresh("v");
-        self.graph.node.push(node(op_type, inputs, &name, attributes));
+        self.graph.node.push(NodeProto {
+            name: Some(format!("{name}/{op_type}")),
+            ..node(op_type, inputs, &name, attributes)
+        });
         Value {
             name,
             shape: shape.to_vec(),
@@ -275,7 +278,70 @@ impl Builder {
     }
 }
 
-/// A random model; the same seed gives the same.
+/// A value of a body, whose shape says nothing of a batch.
+fn bare(name: &str, kind: DataType, shape: &[usize]) -> ValueInfoProto {
+    let dimension = |size: &usize| tensor_shape_proto::Dimension {
+        value: Some(tensor_shape_proto::dimension::Value::DimValue(*size as i64)),
+        ..Default::default()
+    };
+    let kind = type_proto::Tensor {
+        elem_type: Some(kind as i32),
+        shape: Some(TensorShapeProto {
+            dim: shape.iter().map(dimension).collect(),
+        }),
+    };
+    ValueInfoProto {
+        name: Some(name.to_owned()),
+        r#type: Some(TypeProto {
+            value: Some(type_proto::Value::TensorType(kind)),
+            ..TypeProto::default()
+        }),
+        ..ValueInfoProto::default()
+    }
+}
+
+fn body(name: &str, graph: GraphProto) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Graph as i32),
+        g: Some(graph),
+        ..AttributeProto::default()
+    }
+}
+
+fn float(name: &str, value: f32) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::Float as i32),
+        f: Some(value),
+        ..AttributeProto::default()
+    }
+}
+
+fn text(name: &str, value: &str) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_owned()),
+        r#type: Some(AttributeType::String as i32),
+        s: Some(value.as_bytes().to_vec()),
+        ..AttributeProto::default()
+    }
+}
+
+/// A random model of any kind; the same seed gives the same.
+pub(crate) fn any_model(seed: u64) -> ModelProto {
+    match seed % 8 {
+        0 => convolutional(seed),
+        1 => dense(seed),
+        2 => transformer(seed),
+        3 => recurrent(seed),
+        4 => upsampling(seed),
+        5 => nested(seed),
+        6 => functional(seed),
+        _ => old(seed),
+    }
+}
+
+/// A random model without what control flow and recurrences bring; the same seed gives the same.
 pub(crate) fn model(seed: u64) -> ModelProto {
     match seed % 3 {
         0 => convolutional(seed),
@@ -403,7 +469,7 @@ pub(crate) fn branching() -> ModelProto {
             }
         });
         let output = format!("{name}_y");
-        subgraph(
+        body(
             name,
             GraphProto {
                 name: Some(name.to_owned()),
@@ -461,7 +527,7 @@ pub(crate) fn looping() -> ModelProto {
             ..ValueInfoProto::default()
         }
     };
-    let body = GraphProto {
+    let graph = GraphProto {
         name: Some("body".to_owned()),
         input: vec![
             scalar("time", DataType::Int64),
@@ -480,20 +546,291 @@ pub(crate) fn looping() -> ModelProto {
     builder
         .graph
         .node
-        .push(node("Loop", &["times", "goes_on", "x"], "y", vec![subgraph("body", body)]));
+        .push(node("Loop", &["times", "goes_on", "x"], "y", vec![body("body", graph)]));
     builder.finish(&Value {
         name: "y".into(),
         shape: vec![16],
     })
 }
 
-fn subgraph(name: &str, graph: GraphProto) -> AttributeProto {
-    AttributeProto {
-        name: Some(name.to_owned()),
-        r#type: Some(AttributeType::Graph as i32),
-        g: Some(graph),
-        ..AttributeProto::default()
+/// Recurrences over a sequence, in one direction or both.
+fn recurrent(seed: u64) -> ModelProto {
+    const STEPS: usize = 6;
+    let (mut builder, input) = Builder::new(seed, &[STEPS, 5]);
+    let mut value = builder.push("Transpose", &[&input.name], vec![integers("perm", &[1, 0, 2])], &[STEPS, 5]);
+    for _ in 0..1 + builder.below(2) {
+        let (operator, gates) = [("LSTM", 4), ("GRU", 3), ("RNN", 1)][builder.below(3)];
+        let (hidden, features) = (4 * (1 + builder.below(3)), value.shape[1]);
+        let both = builder.below(2) == 1;
+        let directions = if both { 2 } else { 1 };
+        let weight = builder.constant(&[directions, gates * hidden, features], 0.0);
+        let state = builder.constant(&[directions, gates * hidden, hidden], 0.0);
+        let bias = builder.constant(&[directions, 2 * gates * hidden], 0.0);
+        let mut inputs = vec![value.name.as_str(), &weight, &state];
+        if builder.below(2) == 1 {
+            inputs.push(&bias);
+        }
+        let mut attributes = vec![
+            integer("hidden_size", hidden as i64),
+            text("direction", if both { "bidirectional" } else { "forward" }),
+        ];
+        if operator == "GRU" && builder.below(2) == 1 {
+            attributes.push(integer("linear_before_reset", 1));
+        }
+        // [steps, directions, batch, hidden]
+        let made = builder.push(operator, &inputs, attributes, &[]);
+        let turned = builder.push("Transpose", &[&made.name], vec![integers("perm", &[0, 2, 1, 3])], &[]);
+        let flat = builder.numbers(&[0, 0, -1]);
+        value = builder.push("Reshape", &[&turned.name, &flat], vec![], &[STEPS, directions * hidden]);
     }
+    let features = value.shape[1];
+    let turned = builder.push("Transpose", &[&value.name], vec![integers("perm", &[1, 0, 2])], &[STEPS, features]);
+    let turned = builder.activation(&turned);
+    let output = builder.product(&turned, 3, true);
+    builder.finish(&output)
+}
+
+/// Transposed convolutions, in groups too.
+fn upsampling(seed: u64) -> ModelProto {
+    let (mut builder, input) = Builder::new(seed, &[4, 4, 4]);
+    let mut value = builder.convolution(&input, 8, 1);
+    for _ in 0..1 + builder.below(2) {
+        let (channels, height, width) = (value.shape[0], value.shape[1], value.shape[2]);
+        let halves = if channels.is_multiple_of(2) { 2 } else { 1 };
+        let groups = [1, halves, channels][builder.below(3)];
+        let filters = groups * (1 + builder.below(3));
+        let weight = builder.constant(&[channels, filters / groups, 2, 2], 0.0);
+        let bias = builder.constant(&[filters], 0.0);
+        let mut inputs = vec![value.name.as_str(), &weight];
+        if builder.below(2) == 1 {
+            inputs.push(&bias);
+        }
+        let attributes = vec![integer("group", groups as i64), integers("strides", &[2, 2])];
+        value = builder.push("ConvTranspose", &inputs, attributes, &[filters, 2 * height, 2 * width]);
+        if builder.below(2) == 1 {
+            value = builder.batch_norm(&value);
+        }
+        value = builder.activation(&value);
+    }
+    let output = builder.convolution(&value, 2, 1);
+    builder.finish(&output)
+}
+
+/// Branches and loops whose bodies have weights of their own and read those of the graph around them.
+fn nested(seed: u64) -> ModelProto {
+    const STEPS: usize = 5;
+    let (mut builder, input) = Builder::new(seed, &[STEPS, 6]);
+    let features = 8;
+    let mut value = builder.product(&input, features, true);
+    for _ in 0..1 + builder.below(3) {
+        value = match builder.below(3) {
+            0 => builder.branch(&value),
+            1 => builder.repeat(&value),
+            _ => builder.scan(&value),
+        };
+        if builder.below(2) == 1 {
+            value = builder.activation(&value);
+        }
+    }
+    let output = builder.product(&value, 3, true);
+    builder.finish(&output)
+}
+
+impl Builder {
+    /// A weight, of the graph or of the body that it is put into.
+    fn inner_weight(&mut self, shape: &[usize], graph: &mut GraphProto) -> String {
+        let name = self.constant(shape, 0.0);
+        if self.below(2) == 1 {
+            graph.initializer.extend(self.graph.initializer.pop());
+        }
+        name
+    }
+
+    /// `If`: a product with one weight or another, by the sign of the sum of all values.
+    fn branch(&mut self, input: &Value) -> Value {
+        let features = input.shape[input.shape.len() - 1];
+        let sum = self.push("ReduceSum", &[&input.name], vec![integer("keepdims", 0)], &[]);
+        let zero = self.fresh("w");
+        self.graph.initializer.push(float_tensor(&zero, &[], &[0.0]));
+        let positive = self.push("Greater", &[&sum.name, &zero], vec![], &[]);
+        let mut branch = |activation: &str| {
+            let mut graph = GraphProto {
+                name: Some(self.fresh("branch")),
+                ..GraphProto::default()
+            };
+            let weight = self.inner_weight(&[features, features], &mut graph);
+            let (product, output) = (self.fresh("v"), self.fresh("v"));
+            graph.node = vec![
+                node("MatMul", &[&input.name, &weight], &product, vec![]),
+                node(activation, &[&product], &output, vec![]),
+            ];
+            graph.output = vec![declared(&output, &input.shape)];
+            graph
+        };
+        let (one, other) = (branch("Tanh"), branch("Relu"));
+        let attributes = vec![body("then_branch", one), body("else_branch", other)];
+        self.push("If", &[&positive.name], attributes, &input.shape)
+    }
+
+    /// `Loop`: a product, three times over.
+    fn repeat(&mut self, input: &Value) -> Value {
+        let features = input.shape[input.shape.len() - 1];
+        let mut graph = GraphProto {
+            name: Some(self.fresh("loop")),
+            ..GraphProto::default()
+        };
+        let weight = self.inner_weight(&[features, features], &mut graph);
+        let [step, go, before, product, after, goes] = [(); 6].map(|()| self.fresh("v"));
+        graph.node = vec![
+            node("MatMul", &[&before, &weight], &product, vec![]),
+            node("Tanh", &[&product], &after, vec![]),
+            node("Identity", &[&go], &goes, vec![]),
+        ];
+        graph.input = vec![
+            bare(&step, DataType::Int64, &[]),
+            bare(&go, DataType::Bool, &[]),
+            declared(&before, &input.shape),
+        ];
+        graph.output = vec![bare(&goes, DataType::Bool, &[]), declared(&after, &input.shape)];
+        let (times, go) = (self.scalar(3), self.flag(true));
+        self.push("Loop", &[&times, &go, &input.name], vec![body("body", graph)], &input.shape)
+    }
+
+    /// `Scan`: a recurrence over the steps, written out.
+    fn scan(&mut self, input: &Value) -> Value {
+        let (steps, features) = (input.shape[0], input.shape[1]);
+        let axes = vec![integers("axes", &[1]), integer("keepdims", 0)];
+        let first = self.push("ReduceMean", &[&input.name], axes, &[features]);
+        let turned = self.push("Transpose", &[&input.name], vec![integers("perm", &[1, 0, 2])], &[]);
+        let mut graph = GraphProto {
+            name: Some(self.fresh("scan")),
+            ..GraphProto::default()
+        };
+        let weight = self.inner_weight(&[features, features], &mut graph);
+        let state_weight = self.inner_weight(&[features, features], &mut graph);
+        let [state, row, one, other, sum, after, shown, last, all] = [(); 9].map(|()| self.fresh("v"));
+        graph.node = vec![
+            node("MatMul", &[&row, &weight], &one, vec![]),
+            node("MatMul", &[&state, &state_weight], &other, vec![]),
+            node("Add", &[&one, &other], &sum, vec![]),
+            node("Tanh", &[&sum], &after, vec![]),
+            node("Identity", &[&after], &shown, vec![]),
+        ];
+        graph.input = [&state, &row].map(|name| declared(name, &[features])).to_vec();
+        graph.output = [&after, &shown].map(|name| declared(name, &[features])).to_vec();
+        let mut scan = node(
+            "Scan",
+            &[&first.name, &turned.name],
+            &last,
+            vec![body("body", graph), integer("num_scan_inputs", 1)],
+        );
+        scan.output.push(all.clone());
+        scan.name = Some(format!("{all}/Scan"));
+        self.graph.node.push(scan);
+        self.push("Transpose", &[&all], vec![integers("perm", &[1, 0, 2])], &[steps, features])
+    }
+}
+
+/// Calls of a function of the model's own, with an attribute.
+fn functional(seed: u64) -> ModelProto {
+    const DOMAIN: &str = "generated.functions";
+    let (mut builder, input) = Builder::new(seed, &[6]);
+    let mut value = builder.product(&input, 8, true);
+    for _ in 0..1 + builder.below(3) {
+        let (features, width) = (value.shape[0], 4 + builder.below(8));
+        let (weight, bias) = (builder.constant(&[features, width], 0.0), builder.constant(&[width], 0.1));
+        let slope = [0.0, 0.1, 0.5][builder.below(3)];
+        value = builder.push("Layer", &[&value.name, &weight, &bias], vec![float("slope", slope)], &[width]);
+        builder.graph.node.last_mut().unwrap().domain = Some(DOMAIN.to_owned());
+    }
+    let output = builder.product(&value, 4, true);
+    let mut model = builder.finish(&output);
+    let slope = AttributeProto {
+        name: Some("alpha".into()),
+        r#type: Some(AttributeType::Float as i32),
+        ref_attr_name: Some("slope".into()),
+        ..AttributeProto::default()
+    };
+    model.functions = vec![FunctionProto {
+        name: Some("Layer".into()),
+        domain: Some(DOMAIN.into()),
+        input: ["x", "w", "b"].map(str::to_owned).to_vec(),
+        output: vec!["y".to_owned()],
+        attribute: vec!["slope".to_owned()],
+        node: vec![
+            node("MatMul", &["x", "w"], "product", vec![]),
+            node("Add", &["product", "b"], "sum", vec![]),
+            node("LeakyRelu", &["sum"], "y", vec![slope]),
+        ],
+        opset_import: model.opset_import.clone(),
+        ..FunctionProto::default()
+    }];
+    model.opset_import.push(OperatorSetIdProto {
+        domain: Some(DOMAIN.to_owned()),
+        version: Some(1),
+    });
+    model
+}
+
+/// Operators in the forms that they had in the versions 7 to 12, with initialisers that are inputs, too.
+fn old(seed: u64) -> ModelProto {
+    let (mut builder, input) = Builder::new(seed, &[6]);
+    let version = 7 + builder.below(6) as i64;
+    let mut value = builder.product(&input, 12, true);
+    for _ in 0..2 + builder.below(3) {
+        let features = value.shape[0];
+        value = match builder.below(6) {
+            0 => {
+                let (weight, bias) = (builder.constant(&[10, features], 0.0), builder.constant(&[10], 0.0));
+                builder.push("Gemm", &[&value.name, &weight, &bias], vec![integer("transB", 1)], &[10])
+            }
+            1 => {
+                // From version 11 on the bounds are inputs.
+                let bounds = [-0.5, 0.75];
+                if version < 11 {
+                    let attributes = vec![float("min", bounds[0]), float("max", bounds[1])];
+                    builder.push("Clip", &[&value.name], attributes, &[features])
+                } else {
+                    let [low, high] = bounds.map(|bound| {
+                        let name = builder.fresh("w");
+                        builder.graph.initializer.push(float_tensor(&name, &[], &[bound]));
+                        name
+                    });
+                    builder.push("Clip", &[&value.name, &low, &high], vec![], &[features])
+                }
+            }
+            2 => {
+                // Over all that comes behind the batch, which is what a softmax of axis 1 was.
+                let wide = builder.push("Unsqueeze", &[&value.name], vec![integers("axes", &[2])], &[features, 1]);
+                let shares = builder.push("Softmax", &[&wide.name], vec![integer("axis", 1)], &[features, 1]);
+                builder.push("Squeeze", &[&shares.name], vec![integers("axes", &[2])], &[features])
+            }
+            3 => builder.push(
+                "Dropout",
+                &[&value.name],
+                if version < 12 { vec![float("ratio", 0.3)] } else { vec![] },
+                &[features],
+            ),
+            4 => {
+                let sum = vec![integers("axes", &[1]), integer("keepdims", 1)];
+                let sum = builder.push("ReduceSum", &[&value.name], sum, &[1]);
+                builder.push("Sub", &[&value.name, &sum.name], vec![], &[features])
+            }
+            _ => builder.activation(&value),
+        };
+    }
+    let output = builder.product(&value, 4, true);
+    let mut model = builder.finish(&output);
+    model.opset_import[0].version = Some(version);
+    model.ir_version = Some(3);
+    let graph = model.graph.as_mut().unwrap();
+    let shape = |tensor: &TensorProto| tensor.dims.iter().map(|size| *size as usize).collect::<Vec<_>>();
+    let given = graph.initializer.iter().map(|tensor| {
+        let kind = DataType::try_from(tensor.data_type()).unwrap();
+        bare(tensor.name(), kind, &shape(tensor))
+    });
+    graph.input.extend(given.collect::<Vec<_>>());
+    model
 }
 
 /// Samples drawn from the signature of `model`.

@@ -452,7 +452,7 @@ mod tests {
                 8,
                 "BatchNormalization",
                 vec![integer("spatial", 0)],
-                "its node `` (BatchNormalization) normalises each place",
+                "its node `v1/BatchNormalization` (BatchNormalization) normalises each place",
             ),
             (
                 11,

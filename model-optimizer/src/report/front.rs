@@ -2,7 +2,7 @@
 
 use plimsoll_package::recipe::Metric;
 use plimsoll_package::report::Report;
-use plimsoll_package::report::front::{Candidate, Front, Outcome, Sensitivity};
+use plimsoll_package::report::front::{Candidate, Front, Outcome, Sensitivity, Sweep};
 use plimsoll_package::units::display_size;
 
 use super::chart::{Axis, Mark, Point, bar, scatter};
@@ -11,6 +11,8 @@ use super::html::{Html, element, labelled, name, names, numbers, section, table,
 
 /// Most candidates that are shown unfolded.
 const CANDIDATES_SHOWN: usize = 40;
+/// The heading of what each layer loses alone.
+const SENSITIVITY: &str = "Sensitivity of each layer";
 /// Most layers that are shown unfolded.
 const LAYERS_SHOWN: usize = 32;
 
@@ -188,8 +190,18 @@ fn of_nines(nines: u32) -> String {
     }
 }
 
-/// How much each layer loses when it alone is quantised.
-pub(super) fn sensitivity(layers: &[Sensitivity]) -> Option<Html> {
+/// What was measured of the layers without a search, or why nothing was.
+pub(super) fn sweep(sweep: &Sweep) -> Option<Html> {
+    let why = sweep.why.as_deref().unwrap_or_default();
+    if sweep.layers.is_empty() {
+        return (!why.is_empty()).then(|| section(SENSITIVITY, format!("Not measured: {why}."), []));
+    }
+    let left = (sweep.left > 0).then(|| format!(" {} smaller layers were not measured: {why}.", sweep.left));
+    sensitivity(&sweep.layers, left.as_deref())
+}
+
+/// How much each layer loses when it alone is quantised, and what is to be said besides.
+pub(super) fn sensitivity(layers: &[Sensitivity], besides: Option<&str>) -> Option<Html> {
     if layers.is_empty() {
         return None;
     }
@@ -213,6 +225,7 @@ pub(super) fn sensitivity(layers: &[Sensitivity]) -> Option<Html> {
     ];
     let says = "What the model loses when that layer alone is quantised, the most sensitive first. The bars are logarithmic: full where nothing \
         of the output is left, empty where its fidelity is 0.999999 or more.";
+    let says = format!("{says}{}", besides.unwrap_or_default());
     let rows = layers.iter().map(row).collect();
-    Some(section("Sensitivity of each layer", says, [table(&columns, rows, LAYERS_SHOWN)]))
+    Some(section(SENSITIVITY, says, [table(&columns, rows, LAYERS_SHOWN)]))
 }

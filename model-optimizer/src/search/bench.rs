@@ -317,11 +317,7 @@ fn key(context: &Context, fetched: &Fetched) -> String {
 fn sorted(swept: &[Swept], quantize: &Quantize) -> Vec<Layer> {
     let of_scheme = swept.iter().filter(|swept| swept.quantize == *quantize);
     let mut layers: Vec<Layer> = of_scheme.filter_map(|swept| swept.layer.clone()).collect();
-    let sqnr = |layer: &Layer| layer.sensitivity.sqnr_db.unwrap_or(f64::INFINITY);
-    layers.sort_by(|one, other| {
-        let fidelity = one.sensitivity.fidelity.total_cmp(&other.sensitivity.fidelity);
-        fidelity.then(sqnr(one).total_cmp(&sqnr(other)))
-    });
+    layers.sort_by(Layer::by_loss);
     layers
 }
 

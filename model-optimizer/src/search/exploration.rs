@@ -41,6 +41,16 @@ pub struct Layer {
     pub sensitivity: Sensitivity,
 }
 
+impl Layer {
+    /// Orders layers by what they lose, the most first.
+    #[must_use]
+    pub fn by_loss(one: &Self, other: &Self) -> std::cmp::Ordering {
+        let sqnr = |layer: &Self| layer.sensitivity.sqnr_db.unwrap_or(f64::INFINITY);
+        let fidelity = one.sensitivity.fidelity.total_cmp(&other.sensitivity.fidelity);
+        fidelity.then(sqnr(one).total_cmp(&sqnr(other)))
+    }
+}
+
 /// What judges recipes.
 pub trait Judge {
     /// Measures what `recipe` gives.
@@ -434,15 +444,7 @@ mod tests {
             products: 10,
             ..Mix::default()
         };
-        let distill = Distill {
-            epochs: 2,
-            loss: None,
-            temperature: None,
-            batch_size: None,
-            learning_rate: None,
-            data: None,
-            prune_to: None,
-        };
+        let distill = Distill::of(2);
         Plan {
             ladder: ladder(mix, false),
             prunes,

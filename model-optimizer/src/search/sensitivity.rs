@@ -1,9 +1,12 @@
 //! What each layer loses when it alone is quantised.
 
+use std::cmp::Reverse;
+use std::time::{Duration, Instant};
+
 use plimsoll_package::manifest::MODEL_FILE;
 use plimsoll_package::recipe::Quantize;
 use plimsoll_package::report::OutputFidelity;
-use plimsoll_package::report::front::Sensitivity;
+use plimsoll_package::report::front::{self, Sensitivity};
 use plimsoll_runtime::engine::{self, Engine, EngineKind, LoadOptions, Tensor};
 use plimsoll_runtime::onnx::ModelProto;
 use prost::Message as _;
@@ -23,6 +26,56 @@ use crate::step::evaluate::Data;
 
 /// Samples that show what a layer loses, chosen by the seed.
 const SAMPLES: usize = 32;
+/// The time that layers of a model whose recipe was given are looked at.
+const TIME_MAX: Duration = Duration::from_secs(10);
+
+/// What layers lose by the scheme of the recipe, the largest layers first, in a time that is bounded; without calibration data and without
+/// quantisation nothing is measured.
+pub(crate) fn of_recipe(context: &Context, data: &Data, original: &dyn Engine) -> front::Sweep {
+    let none = |why: &str| front::Sweep {
+        why: Some(why.to_owned()),
+        ..front::Sweep::default()
+    };
+    let optimize = &context.inputs.optimize;
+    let Some(quantize) = optimize.recipe.iter().find_map(|technique| technique.quantize.as_ref()) else {
+        return none("the recipe quantises nothing");
+    };
+    if optimize.calibration.is_none() {
+        return none("there are no calibration data (optimize.calibration, on the command line --calibration) to measure it on");
+    }
+    sweep(context, data, original, quantize).unwrap_or_else(|failure| none(&failure.message))
+}
+
+fn sweep(context: &Context, data: &Data, original: &dyn Engine, quantize: &Quantize) -> Result<front::Sweep, Failure> {
+    let begun = Instant::now();
+    let materials = Materials::read(context)?;
+    let mut units = Unit::of(&materials.original);
+    units.sort_by_key(|unit| Reverse(unit.bytes));
+    let sweep = Sweep::new(context, &materials, data, original)?;
+    let quantize = Quantize {
+        exclude: vec![],
+        ..quantize.clone()
+    };
+    let activity = context.console.activity("looking at each layer", "layers");
+    let mut measured = Vec::new();
+    let mut done = 0;
+    for unit in &units {
+        let expected = begun.elapsed() * (done as u32 + 1) / (done as u32).max(1);
+        if done > 0 && expected > TIME_MAX {
+            break;
+        }
+        activity.report(done as u64, Some(units.len() as u64));
+        measured.extend(sweep.alone(&quantize, unit, &units, &materials, context)?);
+        done += 1;
+    }
+    measured.sort_by(Layer::by_loss);
+    let left = (units.len() - done) as u64;
+    Ok(front::Sweep {
+        layers: measured.into_iter().map(|layer| layer.sensitivity).collect(),
+        left,
+        why: (left > 0).then(|| format!("the {} s for it were up, and a search takes its own", TIME_MAX.as_secs())),
+    })
+}
 
 /// The nodes that use one weight: they are quantised together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +83,8 @@ pub(super) struct Unit {
     /// Their names.
     pub(super) nodes: Vec<String>,
     operator: String,
+    /// Size of the weight.
+    bytes: usize,
 }
 
 impl Unit {
@@ -42,7 +97,9 @@ impl Unit {
             let known = units.iter().any(|unit| unit.nodes.iter().any(|node| nodes.contains(node)));
             if !known && nodes.iter().all(|name| !name.is_empty()) {
                 let operator = graph.node[found.uses[0].node].op_type().to_owned();
-                units.push(Self { nodes, operator });
+                let elements = graph.initializer[found.initializer].dims.iter().product::<i64>();
+                let bytes = 4 * usize::try_from(elements).unwrap_or_default();
+                units.push(Self { nodes, operator, bytes });
             }
         }
         units

@@ -59,7 +59,9 @@ pub(crate) struct Materials {
 }
 
 impl Materials {
-    fn read(context: &Context) -> Result<Self, Failure> {
+    /// # Errors
+    /// Where the model or the data cannot be read.
+    pub(crate) fn read(context: &Context) -> Result<Self, Failure> {
         let original = convert::read(&context.inputs.source.uri, &context.converted())?;
         let calibration = match context.inputs.optimize.calibration {
             Some(_) => Some(samples(context, "calibration", "calibration", &original)?),
@@ -110,6 +112,7 @@ impl Materials {
             ));
             record.steps.push(TechniqueReport {
                 technique: entry.clone(),
+                buys: entry.buys().to_owned(),
                 changed: change.changed,
                 size_after,
             });

@@ -11,6 +11,7 @@ use plimsoll_package::manifest::{
 };
 use plimsoll_package::recipe::Metric;
 use plimsoll_package::registry::layer_size;
+use plimsoll_package::report::front::{Front, Sweep};
 use plimsoll_package::report::layer::LayerChange;
 use plimsoll_package::report::{EngineReport, Gate, Report, SampleSource, Samples, Spread, Summary, Verdict};
 use plimsoll_runtime::onnx::{self, ModelProto};
@@ -26,7 +27,7 @@ use crate::evaluate::judgement::{self, Judgement};
 use crate::evaluate::{budget, layers};
 use crate::failure::{Failure, FailureReason, chain, disk, failure};
 use crate::graph::{self, serialize};
-use crate::search::front;
+use crate::search::{front, sensitivity};
 use crate::{convert, report};
 
 /// Evaluates; without the gate the package is laid out unmeasured. The report is laid out even where the result is outside of its budget;
@@ -77,6 +78,7 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         engines,
         skipped: compressed.skipped,
         layers: layers_of(context, &model, true)?,
+        sensitivity: sweep(context, &candidates, &data, &compressed.front),
         front: compressed.front,
         step_ms: step_ms(context, begun),
     };
@@ -210,6 +212,7 @@ fn hand_out(context: &Context, fetched: Fetched, compressed: Compressed, model: 
         engines: vec![],
         skipped: compressed.skipped,
         layers: layers_of(context, model, false)?,
+        sensitivity: None,
         front: None,
         step_ms: step_ms(context, begun),
     };
@@ -302,6 +305,12 @@ impl Data {
             metric: Metric::Fidelity,
         })
     }
+}
+
+/// What each layer loses alone; a search has said it.
+fn sweep(context: &Context, candidates: &Candidates, data: &Data, front: &Option<Front>) -> Option<Sweep> {
+    let original = &candidates.engines.first()?.before;
+    front.is_none().then(|| sensitivity::of_recipe(context, data, &**original))
 }
 
 /// What became of each weight of the model before compression.

@@ -1,9 +1,9 @@
 """Writes the part of the corpus that is made by Python's libraries: small models and arrays.
 
-    pip install onnx numpy
+    pip install onnx numpy pillow
     python3 make.py
 
-Parquet files and pictures are written by the crates that read them; what else lies here was found by fuzzing.
+Parquet files and the pictures of `tar` and `zip` are written by the crates that read them; what else lies here was found by fuzzing.
 """
 
 import io
@@ -13,6 +13,7 @@ import zipfile
 
 import numpy as np
 import onnx
+from PIL import Image
 from onnx import TensorProto, helper, numpy_helper
 
 HERE = pathlib.Path(__file__).parent
@@ -127,7 +128,29 @@ def texts():
     save("text", "words.json", b'{"text": "caf\\u00e9", "y": 0}\n{"text": "", "y": 1}\n')
 
 
+def pictures():
+    """JPEG and WebP in the forms that they have: baseline and progressive, grey and in colour, lossy and not, with alpha."""
+    ramp = np.add.outer(np.arange(12) * 13, np.arange(10) * 11).astype(np.uint8)
+    colour = Image.fromarray(np.stack([ramp, 255 - ramp, ramp.T.copy().reshape(12, 10)], 2))
+    alpha = Image.fromarray(np.stack([ramp, ramp, ramp, 255 - ramp], 2))
+    forms = {
+        "jpeg.zip": {"grey.jpg": (Image.fromarray(ramp), {}), "progressive.jpg": (colour, {"progressive": True, "quality": 60})},
+        "webp.zip": {"lossy.webp": (colour, {"quality": 40}), "lossless.webp": (alpha, {"lossless": True})},
+    }
+    for name, files in forms.items():
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w") as archive:
+            write = lambda member, content: archive.writestr(zipfile.ZipInfo(member, (1980, 1, 1, 0, 0, 0)), content)
+            for member, (picture, options) in files.items():
+                held = io.BytesIO()
+                picture.save(held, pathlib.Path(member).suffix[1:].replace("jpg", "jpeg"), **options)
+                write(member, held.getvalue())
+            write("labels.csv", "file,label\n" + "".join(f"{member},{label}\n" for label, member in enumerate(files)))
+        save("pictures", name, out.getvalue())
+
+
 if __name__ == "__main__":
     models()
+    pictures()
     arrays()
     texts()

@@ -1,6 +1,6 @@
 //! What every scheme of quantisation gives loads on the engines that may serve it, and agrees with the original.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use plimsoll_optimizer::calibration::Calibration;
 use plimsoll_optimizer::compress::{self, Setting};
@@ -14,7 +14,7 @@ use plimsoll_runtime::engine::{self, Engine, LoadOptions};
 use plimsoll_runtime::onnx::{self, ModelProto};
 use serde_json::json;
 
-use super::{generator, model, onnxruntime};
+use super::{generator, model, onnxruntime, real_model};
 
 /// Every scheme with the least signal to noise ratio that it keeps of each output, in decibels, and whether tract runs what it gives.
 const SCHEMES: [(&str, f64, bool); 7] = [
@@ -122,10 +122,6 @@ fn a_block_of_a_transformer_agrees_in_every_scheme() {
 
 #[test]
 fn magika_agrees_in_every_scheme() {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(|| std::env::home_dir().unwrap().join(".cache"), PathBuf::from);
-    let source = std::env::var_os("PLIMSOLL_MAGIKA").map_or_else(|| cache.join("plimsoll/magika/magika.onnx"), PathBuf::from);
-    if !source.is_file() {
-        return println!("skipped: {} is missing; tests/models/magika/fetch.py fetches it", source.display());
-    }
-    check("magika", onnx::read(&source).unwrap(), &source.with_file_name("magika-inputs.npz"));
+    let source = real_model("magika.onnx");
+    check("magika", onnx::read(&source).unwrap(), &real_model("magika-inputs.npz"));
 }

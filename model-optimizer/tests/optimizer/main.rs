@@ -2,6 +2,7 @@
 
 mod agreement;
 mod chain;
+mod custom;
 mod distill;
 mod external;
 mod fetch;
@@ -11,9 +12,11 @@ mod fetch;
 mod generator;
 mod job;
 mod laptop;
+mod parity;
 mod property;
 #[path = "../../../model-package/tests/registry/proxy.rs"]
 mod proxy;
+mod real;
 mod refusals;
 mod report;
 mod search;
@@ -28,6 +31,19 @@ use plimsoll_package::recipe::{Inputs, Optimization, SourceLocation};
 /// A file of the repository's models.
 fn model(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/models").join(name)
+}
+
+/// A real model or its samples, from the user's cache or the folder in `PLIMSOLL_MODELS`.
+fn real_model(name: &str) -> PathBuf {
+    let cache = || {
+        let home = || std::env::home_dir().unwrap().join(".cache");
+        std::env::var_os("XDG_CACHE_HOME")
+            .map_or_else(home, PathBuf::from)
+            .join("plimsoll/models")
+    };
+    let path = std::env::var_os("PLIMSOLL_MODELS").map_or_else(cache, PathBuf::from).join(name);
+    assert!(path.is_file(), "{} is missing: run `cargo xtask models`", path.display());
+    path
 }
 
 /// The optimiser's program, with ONNX Runtime's library.

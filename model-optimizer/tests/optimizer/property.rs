@@ -1,5 +1,6 @@
 //! Any model survives any recipe: it loads, runs, and keeps its inputs and outputs, or the recipe is refused in a sentence.
 
+use plimsoll_optimizer::compress::quantize::qdq;
 use plimsoll_optimizer::compress::{self, Setting};
 use plimsoll_optimizer::evaluate::dataset::Dataset;
 use plimsoll_optimizer::failure::FailureReason;
@@ -10,9 +11,9 @@ use plimsoll_optimizer::{calibration::Calibration, convert};
 use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_package::recipe::Technique;
 use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor};
-use plimsoll_runtime::onnx::{self, ModelProto};
+use plimsoll_runtime::onnx::{self, ModelProto, NodeProto};
 use proptest::prelude::*;
-use proptest::sample::select;
+use proptest::sample::{select, subsequence};
 use proptest::test_runner::FileFailurePersistence;
 use serde_json::{Value, json};
 
@@ -34,35 +35,59 @@ fn technique() -> impl Strategy<Value = Value> {
     let pattern = (select(&["2:4", "1:4", "4:8"][..]), criterion())
         .prop_map(|(pattern, criterion)| json!({"prune": {"structure": "SemiStructured", "pattern": pattern, "criterion": criterion}}));
     let granularity = || optional(&["PerChannel", "PerTensor"]);
-    let weights = (select(&["Int8", "Int8Dynamic", "Int8Weights"][..]), granularity())
-        .prop_map(|(scheme, granularity)| json!({"quantize": {"scheme": scheme, "granularity": granularity}}));
+    // By their places, for the names are the model's.
+    let exclude = || prop::option::weighted(0.3, prop::collection::vec(0_usize..64, 1..4));
+    let weights = (select(&["Int8", "Int8Dynamic", "Int8Weights"][..]), granularity(), exclude())
+        .prop_map(|(scheme, granularity, exclude)| json!({"quantize": {"scheme": scheme, "granularity": granularity, "exclude": exclude}}));
     let whole = (
         granularity(),
         optional(&["MinMax", "Percentile", "Entropy"]),
         optional(&["0", "0.5", "1"]),
         prop::option::of(any::<bool>()),
+        prop::option::of(subsequence(qdq::supported(), 1..5)),
+        exclude(),
     )
-        .prop_map(|(granularity, range, smooth, corrected)| {
+        .prop_map(|(granularity, range, smooth, corrected, operators, exclude)| {
             json!({"quantize": {
-                "scheme": "Int8Static", "granularity": granularity, "range": range, "smooth": smooth, "biasCorrection": corrected
+                "scheme": "Int8Static", "granularity": granularity, "range": range, "smooth": smooth, "biasCorrection": corrected,
+                "operators": operators, "exclude": exclude
             }})
         });
     let blocks = (
         select(&["Int4", "Int8Blocks"][..]),
         prop::option::of(select(&[16, 32, 256][..])),
         optional(&["Nearest", "Gptq"]),
+        exclude(),
     )
-        .prop_map(|(scheme, size, rounding)| json!({"quantize": {"scheme": scheme, "blockSize": size, "rounding": rounding}}));
-    let half = Just(json!({"quantize": {"scheme": "Float16"}}));
-    let distill = (optional(&["SoftTargets", "MeanSquaredError"]), prop::option::of(share()))
-        .prop_map(|(loss, prune_to)| json!({"distill": {"epochs": 1, "batchSize": 4, "loss": loss, "pruneTo": prune_to}}));
+        .prop_map(|(scheme, size, rounding, exclude)| {
+            json!({"quantize": {"scheme": scheme, "blockSize": size, "rounding": rounding, "exclude": exclude}})
+        });
+    let half = exclude().prop_map(|exclude| json!({"quantize": {"scheme": "Float16", "exclude": exclude}}));
+    let distill = (
+        optional(&["SoftTargets", "MeanSquaredError"]),
+        prop::option::of(share()),
+        prop::option::of(Just(json!({}))),
+    )
+        .prop_map(|(loss, prune_to, hidden)| {
+            json!({"distill": {"epochs": 1, "batchSize": 4, "loss": loss, "pruneTo": prune_to, "hiddenStates": hidden}})
+        });
     prop_oneof![unstructured, structured, pattern, weights, whole, blocks, half, distill]
 }
 
-/// The entry as a user would have written it, without what was left out.
-fn parsed(mut entry: Value) -> Technique {
+/// The entry as a user would have written it for `model`, without what was left out.
+fn parsed(mut entry: Value, model: &ModelProto) -> Technique {
+    let named: Vec<&str> = model.graph.iter().flat_map(|graph| &graph.node).map(NodeProto::name).collect();
+    let named: Vec<&str> = named.into_iter().filter(|name| !name.is_empty()).collect();
     for parameters in entry.as_object_mut().unwrap().values_mut() {
-        parameters.as_object_mut().unwrap().retain(|_, value| !value.is_null());
+        let parameters = parameters.as_object_mut().unwrap();
+        parameters.retain(|_, value| !value.is_null());
+        if let Some(exclude) = parameters.get_mut("exclude") {
+            let places = exclude.as_array().unwrap().iter().filter_map(Value::as_u64);
+            *exclude = places
+                .filter_map(|place| named.get(place as usize % named.len().max(1)))
+                .copied()
+                .collect();
+        }
     }
     serde_json::from_value(entry).unwrap()
 }
@@ -75,13 +100,19 @@ fn exported(mut model: ModelProto, seed: u64) -> ModelProto {
         let dice = (seed >> (index % 56)) & 0xf;
         if dice & 3 == 3 {
             let passed = names.fresh("passed");
-            let op_type = if dice & 4 == 0 { "Identity" } else { "Dropout" };
+            // A condition and a number of rounds are no floats.
+            let op_type = if dice & 4 == 0 || matches!(old.op_type(), "If" | "Loop") {
+                "Identity"
+            } else {
+                "Dropout"
+            };
             graph.node.push(node(op_type, &[&old.input[0]], &passed, vec![]));
             old.input[0] = passed;
         }
         if dice & 8 == 8 && old.op_type() == "MatMul" {
             let weight = graph.initializer.iter_mut().find(|tensor| tensor.name() == old.input[1]);
-            if let Some(weight) = weight.filter(|weight| weight.dims.len() == 2) {
+            let declared = graph.input.iter().any(|input| *input.name() == old.input[1]);
+            if let Some(weight) = weight.filter(|weight| weight.dims.len() == 2 && !declared) {
                 let (rows, columns) = (weight.dims[0] as usize, weight.dims[1] as usize);
                 let words = weight.raw_data().as_chunks::<4>().0.to_vec();
                 let transposed = (0..rows * columns).flat_map(|place| words[place % rows * columns + place / rows]);
@@ -122,7 +153,7 @@ proptest! {
     })]
     #[test]
     fn any_model_survives_any_recipe(seed in any::<u64>(), recipe in prop::collection::vec(technique(), 1..4)) {
-        let source = exported(generator::model(seed), seed);
+        let source = exported(generator::any_model(seed), seed);
         let mut model = source.clone();
         prop_assert_eq!(simplify(&mut model), Ok(()));
         let signature = onnx::signature(&model).unwrap();
@@ -141,7 +172,7 @@ proptest! {
                 engine: None,
                 console: &Console::silent(),
             };
-            let applied = compress::technique(&parsed(entry)).and_then(|technique| technique.apply(&mut model, &setting));
+            let applied = compress::technique(&parsed(entry, &model)).and_then(|technique| technique.apply(&mut model, &setting));
             match applied {
                 Ok(change) => fold_dequantize |= change.fold_dequantize,
                 Err(refused) => {
@@ -173,7 +204,7 @@ proptest! {
 
     #[test]
     fn tidying_changes_no_result(seed in any::<u64>()) {
-        let source = exported(generator::model(seed), seed);
+        let source = exported(generator::any_model(seed), seed);
         let mut tidy = source.clone();
         prop_assert_eq!(simplify(&mut tidy), Ok(()));
         generator::assert_same(&source, &tidy, 1e-4);

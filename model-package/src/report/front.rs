@@ -71,6 +71,20 @@ pub enum Outcome {
     Failed,
 }
 
+/// How much layers lose when each is quantised alone by the scheme of the recipe.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Sweep {
+    /// Those that were measured, the most sensitive first.
+    pub layers: Vec<Sensitivity>,
+    /// How many were not; the smallest ones.
+    pub left: u64,
+    /// Why some or all of them were not, in a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
 /// How much a layer loses when it alone is quantised.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

@@ -409,6 +409,7 @@ impl Situation<'_> {
 /// The measured part of a revision's status.
 fn result_of(summary: &Summary) -> ModelRevisionStatus {
     let bytes = |size: u64| i64::try_from(size).unwrap_or(i64::MAX);
+    let change = |before: u64, after: u64| format!("{} -> {}", display_size(before), display_size(after));
     ModelRevisionStatus {
         artifact: summary.artifact.as_ref().map(ToString::to_string),
         reused: Some(summary.reused),
@@ -416,11 +417,13 @@ fn result_of(summary: &Summary) -> ModelRevisionStatus {
         evaluation_digest: summary.evaluation_digest.as_ref().map(ToString::to_string),
         size_before: Some(bytes(summary.size_before)),
         size_after: Some(bytes(summary.size_after)),
-        size: Some(format!(
-            "{} -> {}",
-            display_size(summary.size_before),
-            display_size(summary.size_after)
-        )),
+        size: Some(change(summary.size_before, summary.size_after)),
+        size_layer_before: summary.size_layer_before.map(bytes),
+        size_layer_after: summary.size_layer_after.map(bytes),
+        pulled: summary
+            .size_layer_before
+            .zip(summary.size_layer_after)
+            .map(|(before, after)| change(before, after)),
         accuracy: summary
             .metric
             .map(|metric| format!("{} -> {}", metric.name.display(metric.before), metric.name.display(metric.after))),

@@ -27,6 +27,8 @@ pub(super) struct Record {
     artifact_reused: bool,
     size_bytes_before: u64,
     size_bytes_after: u64,
+    pulled_bytes_before: Option<u64>,
+    pulled_bytes_after: Option<u64>,
     accuracy_before: Option<f64>,
     accuracy_after: Option<f64>,
     latency_us_before: Option<f64>,
@@ -67,6 +69,8 @@ impl Record {
             artifact_reused: !first.published(),
             size_bytes_before: summary.size_before,
             size_bytes_after: summary.size_after,
+            pulled_bytes_before: summary.size_layer_before,
+            pulled_bytes_after: summary.size_layer_after,
             accuracy_before: summary.metric.map(|metric| metric.before),
             accuracy_after: summary.metric.map(|metric| metric.after),
             latency_us_before: summary.latency.map(|latency| latency.before_us),
@@ -184,12 +188,14 @@ pub(super) fn before_and_after(report: &Report) -> Table {
     table
         .load_style(comfy_table::presets::UTF8_FULL_CONDENSED)
         .set_header(["", "before", "after"]);
-    let times = summary.size_before as f64 / summary.size_after as f64;
-    table.add_row([
-        "size",
-        &display_size(summary.size_before),
-        &format!("{} ({times:.2}x smaller)", display_size(summary.size_after)),
-    ]);
+    let mut size = |what: &str, before: u64, after: u64| {
+        let smaller = format!("{} ({:.2}x smaller)", display_size(after), before as f64 / after as f64);
+        table.add_row([what.to_owned(), display_size(before), smaller]);
+    };
+    size("size", summary.size_before, summary.size_after);
+    if let (Some(before), Some(after)) = (summary.size_layer_before, summary.size_layer_after) {
+        size("size as pulled", before, after);
+    }
     if let Some(metric) = summary.metric {
         let name = format!("{} ({} samples)", metric.name.to_string().to_lowercase(), metric.samples);
         table.add_row([name, metric.name.display(metric.before), metric.name.display(metric.after)]);

@@ -297,6 +297,55 @@ mod tests {
     }
 
     #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let draw = |seed: usize| -> Vec<f64> {
+            let at = |place: usize| ((place * 7919 + seed * 104_729) % 1009) as f64 / 1009.0;
+            (0..24).map(at).collect()
+        };
+        let (student, scores) = (draw(1), draw(2));
+        // Of each sample the probabilities of classes, along either axis.
+        let shape = (2, 4, 3);
+        let tensor = |values: &[f64]| Tensor::from_vec(values.to_vec(), shape, &Device::Cpu).unwrap();
+        let measures = [1, -1].into_iter().flat_map(|axis| {
+            [false, true].map(|probabilities| {
+                let scores = (tensor(&scores) * 4.0).unwrap();
+                let teacher = match probabilities {
+                    true => log_softmax(&scores, axis_of(axis, 3).unwrap()).unwrap().exp().unwrap(),
+                    false => scores,
+                };
+                (Measure::Entropy { probabilities, axis }, teacher)
+            })
+        });
+        for (measure, teacher) in measures.chain([(Measure::Square, tensor(&scores))]) {
+            for temperature in [1.0, 3.0] {
+                let of = |values: &[f64]| {
+                    let loss = loss(measure, &(tensor(values) * 5.0).unwrap(), &teacher, temperature).unwrap();
+                    loss.to_scalar::<f64>().unwrap()
+                };
+                let var = candle_core::Var::from_tensor(&tensor(&student)).unwrap();
+                let scaled = (var.as_tensor() * 5.0).unwrap();
+                let gradients = loss(measure, &scaled, &teacher, temperature).unwrap().backward().unwrap();
+                let gradient = gradients.get(var.as_tensor()).unwrap().flatten_all().unwrap();
+                let gradient = gradient.to_vec1::<f64>().unwrap();
+                for place in 0..student.len() {
+                    let moved = |by: f64| {
+                        let mut moved = student.clone();
+                        moved[place] += by;
+                        of(&moved)
+                    };
+                    let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+                    let given = gradient[place];
+                    assert!(
+                        (given - slope).abs() < 1e-7 + 1e-6 * slope.abs(),
+                        "{measure:?} at {temperature}: {given}, not {slope}"
+                    );
+                }
+                assert!(gradient.iter().any(|slope| slope.abs() > 1e-2), "{measure:?}: it is flat");
+            }
+        }
+    }
+
+    #[test]
     fn one_score_has_no_soft_targets() {
         let one = Tensor::new(&[[1.0_f32]], &Device::Cpu).unwrap();
         let logits = Measure::Entropy {

@@ -39,33 +39,50 @@ impl Pruning {
 mod tests {
     use super::*;
 
+    /// What tfmot says at some steps; `tests/parity/tfmot_schedule.py` records it.
+    #[derive(serde::Deserialize)]
+    struct Case {
+        initial: f64,
+        #[serde(rename = "final")]
+        last: f64,
+        end_step: usize,
+        frequency: usize,
+        steps: Vec<usize>,
+        prunes: Vec<bool>,
+        sparsity: Vec<f64>,
+    }
+
     #[test]
     fn the_share_is_that_of_polynomial_decay() {
-        // tfmot.sparsity.keras.PolynomialDecay(initial_sparsity=0.5, final_sparsity=0.8, begin_step=0, end_step=1000, power=3):
-        // final + (initial - final) * (1 - step / 1000) ** 3.
-        let pruning = Pruning {
-            from: 0.5,
-            to: 0.8,
-            steps: 1000,
-        };
-        for (step, share) in [
-            (0, 0.5),
-            (1, 0.500_899_100_3),
-            (100, 0.581_3),
-            (250, 0.673_437_5),
-            (500, 0.762_5),
-            (900, 0.799_7),
-            (1000, 0.8),
-            (5000, 0.8),
-        ] {
-            assert!((pruning.share(step) - share).abs() < 1e-9, "{step}: {}", pruning.share(step));
+        let cases: Vec<Case> = serde_json::from_str(include_str!("../../../tests/parity/tfmot_schedule.json")).unwrap();
+        assert!(cases.len() >= 4);
+        for case in cases {
+            let pruning = Pruning {
+                from: case.initial,
+                to: case.last,
+                steps: case.end_step,
+            };
+            assert_eq!(case.frequency, (case.end_step / 100).max(1), "it prunes as often as we do");
+            for ((step, prunes), sparsity) in case.steps.into_iter().zip(case.prunes).zip(case.sparsity) {
+                let share = pruning.share(step);
+                assert!((share - sparsity).abs() < 2e-7, "{step}: {share}, not {sparsity}");
+                // At step 0 nothing has been trained.
+                assert_eq!(pruning.is_due(step) || step == 0, prunes, "{step} of {}", case.end_step);
+            }
+            assert_eq!(pruning.share(5 * case.end_step), case.last);
         }
-        assert_eq!((1..=1000).filter(|step| pruning.is_due(*step)).count(), 100);
-        let short = Pruning { steps: 7, ..pruning };
-        assert_eq!(
-            (1..=20).filter(|step| short.is_due(*step)).collect::<Vec<_>>(),
-            [1, 2, 3, 4, 5, 6, 7]
-        );
+    }
+
+    #[test]
+    fn it_prunes_a_hundred_times_and_at_the_end() {
+        let due = |steps: usize| {
+            let pruning = Pruning { from: 0.5, to: 0.8, steps };
+            (1..=2 * steps).filter(|step| pruning.is_due(*step)).collect::<Vec<_>>()
+        };
+        assert_eq!(due(1000).len(), 100);
+        assert_eq!(due(7), [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(due(250).last(), Some(&250));
+        assert_eq!(due(333).last(), Some(&333));
     }
 
     #[test]

@@ -2,23 +2,26 @@
 
 use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor};
-use plimsoll_runtime::onnx::ModelProto;
+use plimsoll_runtime::onnx::{ModelProto, TypeProto, ValueInfoProto, type_proto};
 
 use crate::convert;
 use crate::failure::{Failure, FailureReason, chain, failure, internal};
+use crate::graph::elements::element_types;
 
 /// Runs the teacher.
 pub(super) struct Teacher(Box<dyn Engine>);
 
 impl Teacher {
-    /// Loads `model`, into ONNX Runtime where that runs it.
+    /// Loads `model`, into ONNX Runtime where that runs it; its `hidden` values are outputs, too, and where among them is given.
     ///
     /// # Errors
     /// [`FailureReason::UnsupportedOperator`] where no engine loads it.
-    pub(super) fn load(model: &ModelProto, threads: usize) -> Result<Self, Failure> {
+    pub(super) fn load(model: &ModelProto, hidden: &[&str], threads: usize) -> Result<(Self, Vec<usize>), Failure> {
+        let mut model = model.clone();
+        let places = show(&mut model, hidden);
         let folder = tempfile::tempdir().map_err(|error| internal("cannot make a folder for the teacher", &error))?;
         let path = folder.path().join("teacher.onnx");
-        convert::write(model, &path)?;
+        convert::write(&model, &path)?;
         let options = LoadOptions {
             threads,
             ..LoadOptions::default()
@@ -28,7 +31,7 @@ impl Teacher {
         let mut refusals = Vec::new();
         for kind in kinds {
             match engine::load(kind, &path, &options) {
-                Ok(engine) => return Ok(Self(engine)),
+                Ok(engine) => return Ok((Self(engine), places)),
                 Err(error) => refusals.push(format!("{kind}: {}", chain(&error))),
             }
         }
@@ -57,4 +60,29 @@ impl Teacher {
             failure(FailureReason::InvalidDataset, message)
         })
     }
+}
+
+/// Makes outputs of values inside of the model, and says where among the outputs each is.
+fn show(model: &mut ModelProto, hidden: &[&str]) -> Vec<usize> {
+    let graph = model.graph.get_or_insert_default();
+    let types = element_types(graph);
+    let place = |name: &&str| {
+        if let Some(known) = graph.output.iter().position(|output| output.name() == *name) {
+            return known;
+        }
+        let kind = type_proto::Tensor {
+            elem_type: types.get(*name).map(|kind| *kind as i32),
+            shape: None,
+        };
+        graph.output.push(ValueInfoProto {
+            name: Some((*name).to_owned()),
+            r#type: Some(TypeProto {
+                value: Some(type_proto::Value::TensorType(kind)),
+                ..TypeProto::default()
+            }),
+            ..ValueInfoProto::default()
+        });
+        graph.output.len() - 1
+    };
+    hidden.iter().map(place).collect()
 }

@@ -11,12 +11,15 @@ use crate::engine::{Device, EngineKind};
 
 mod authentication;
 mod classification;
+mod companions;
 mod http;
+mod images;
 mod inference;
 mod listener;
 pub mod log;
 mod metrics;
 mod model;
+mod preprocessing;
 pub mod pull;
 pub mod quota;
 mod refusal;
@@ -24,6 +27,7 @@ mod scheduler;
 mod shadow;
 mod signature;
 mod statistics;
+mod text;
 mod tls;
 mod watched;
 
@@ -139,6 +143,8 @@ pub enum ServeError {
 /// What the handlers share.
 pub(crate) struct State {
     config: Config,
+    /// When the server started.
+    started: std::time::SystemTime,
     metrics: Metrics,
     model: SetOnce<Model>,
     draining: AtomicBool,
@@ -210,6 +216,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let state = Arc::new(State {
         shadowing: shadowing.map_err(ServeError::Shadow)?,
         metrics,
+        started: std::time::SystemTime::now(),
         model: SetOnce::new(),
         draining: AtomicBool::new(false),
         statistics: Statistics::default(),

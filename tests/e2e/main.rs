@@ -21,6 +21,7 @@ mod disruption;
 mod history;
 mod installation;
 mod placement;
+mod preprocessing;
 mod refusal;
 mod reuse;
 mod serving;

@@ -2,6 +2,7 @@
 
 mod agreement;
 mod chain;
+mod companions;
 mod distill;
 mod external;
 mod fetch;

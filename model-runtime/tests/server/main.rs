@@ -3,6 +3,7 @@
 mod client;
 mod drain;
 mod limits;
+mod preprocessing;
 mod process;
 mod protocol;
 mod security;

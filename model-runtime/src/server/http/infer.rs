@@ -15,7 +15,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::encoding::Encoding;
 use super::{Target, request, response, too_large};
-use crate::server::inference::Admission;
+use crate::engine::Tensor;
+use crate::server::inference::{Admission, InferRequest};
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::scheduler::Client;
 use crate::server::{State, log};
@@ -39,7 +40,7 @@ pub(super) async fn infer(
     answer.unwrap_or_else(IntoResponse::into_response)
 }
 
-fn trace(headers: &HeaderMap) -> Option<&str> {
+pub(super) fn trace(headers: &HeaderMap) -> Option<&str> {
     headers.get("traceparent")?.to_str().ok().and_then(log::trace_id)
 }
 
@@ -52,32 +53,14 @@ async fn answer(
     started: Instant,
 ) -> Result<Response, Refusal> {
     target.check(state)?;
-    let limits = &state.config.limits;
-    let encoding = Encoding::of_request(headers)?;
     let json_length = json_length(headers)?;
-    let declared = declared_length(headers, limits.body_bytes_max)?;
-    // Before the body is read, so that a flood takes no memory.
-    let mut admission = Admission::new(state, started)?;
-    admission.hold(declared)?;
-    let deadline = admission.deadline;
-    let body = timeout_at(deadline, read(body, limits.body_bytes_max, &mut admission)).await;
-    let late = |_| {
-        let seconds = limits.request_timeout.as_secs_f64();
-        Refusal::new(Reason::BodyTimeout, format!("the body did not arrive within {seconds} s"))
+    let (body, admission) = receive(state, headers, body, started).await?;
+    let (request, binary) = if json_length == Some(0) || is_image(headers) {
+        (raw(state, &body)?, false)
+    } else {
+        let parsed = off_thread(body.len(), move || request::parse(&body, json_length)).await?;
+        parsed.map_err(Refusal::invalid)?
     };
-    let mut body = body.map_err(late)??;
-    if let Some(encoding) = encoding {
-        let bytes_max = limits.body_bytes_max;
-        let decompress = move || {
-            let body = encoding.decompress(&body, bytes_max, |bytes| admission.hold(bytes));
-            body.map(|body| (body, admission))
-        };
-        let decompressed;
-        (decompressed, admission) = off_thread(usize::MAX, decompress).await??;
-        body = Bytes::from(decompressed);
-    }
-    let parsed = off_thread(body.len(), move || request::parse(&body, json_length)).await?;
-    let (request, binary) = parsed.map_err(Refusal::invalid)?;
     let id = request.id.clone();
     let outputs = admission.infer(request, client).await?;
 
@@ -107,6 +90,53 @@ async fn answer(
         }
     };
     Ok((answer, body).into_response())
+}
+
+/// Takes a request on and reads its body, decompressed.
+///
+/// # Errors
+/// Where the server takes on no more, or the body is too large, comes too late, or breaks off.
+pub(super) async fn receive(state: &Arc<State>, headers: &HeaderMap, body: Body, started: Instant) -> Result<(Bytes, Admission), Refusal> {
+    let limits = &state.config.limits;
+    let encoding = Encoding::of_request(headers)?;
+    let declared = declared_length(headers, limits.body_bytes_max)?;
+    // Before the body is read, so that a flood takes no memory.
+    let mut admission = Admission::new(state, started)?;
+    admission.hold(declared)?;
+    let deadline = admission.deadline;
+    let body = timeout_at(deadline, read(body, limits.body_bytes_max, &mut admission)).await;
+    let late = |_| {
+        let seconds = limits.request_timeout.as_secs_f64();
+        Refusal::new(Reason::BodyTimeout, format!("the body did not arrive within {seconds} s"))
+    };
+    let body = body.map_err(late)??;
+    let Some(encoding) = encoding else {
+        return Ok((body, admission));
+    };
+    let bytes_max = limits.body_bytes_max;
+    let decompress = move || {
+        let body = encoding.decompress(&body, bytes_max, |bytes| admission.hold(bytes));
+        body.map(|body| (Bytes::from(body), admission))
+    };
+    off_thread(usize::MAX, decompress).await?
+}
+
+/// Whether the body is an encoded image, by its type.
+fn is_image(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"image/"))
+}
+
+/// A request whose body is an image or a text alone (Triton, "Raw Binary Request").
+fn raw(state: &State, body: &[u8]) -> Result<InferRequest, Refusal> {
+    let model = state.model().ok_or_else(Refusal::loading)?;
+    let name = model.preprocessing.raw_input();
+    let name =
+        name.ok_or_else(|| Refusal::invalid("the model takes neither an image nor a text as the whole body; send a request in JSON"))?;
+    let tensor = Tensor::new(vec![1], vec![body.to_vec()]).map_err(|error| Refusal::new(Reason::Internal, error.to_string()))?;
+    Ok(InferRequest {
+        inputs: vec![(name.to_owned(), tensor)],
+        ..InferRequest::default()
+    })
 }
 
 fn json_length(headers: &HeaderMap) -> Result<Option<usize>, Refusal> {
@@ -151,7 +181,7 @@ async fn read(mut body: Body, bytes_max: usize, admission: &mut Admission) -> Re
     Ok(if parts.is_empty() { whole } else { parts.freeze() })
 }
 
-async fn off_thread<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
+pub(super) async fn off_thread<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Refusal> {
     if bytes <= INLINE_BYTES_MAX {
         return Ok(work());
     }
@@ -161,7 +191,7 @@ async fn off_thread<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + 
 
 impl State {
     /// Counts and logs a request that is answered.
-    fn answered<'a>(&self, took: Duration, refusal: Option<&Refusal>, trace: impl FnOnce() -> Option<&'a str>) {
+    pub(super) fn answered<'a>(&self, took: Duration, refusal: Option<&Refusal>, trace: impl FnOnce() -> Option<&'a str>) {
         self.metrics.answered(took, refusal.map(|refusal| refusal.reason));
         self.statistics.answered(refusal.is_none(), took);
         let milliseconds = took.as_secs_f64() * 1e3;

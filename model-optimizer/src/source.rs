@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use plimsoll_package::companion;
 use plimsoll_package::digest::Digest;
 use plimsoll_package::registry::Credentials;
 
-use crate::failure::{Failure, FailureReason, failure};
+use crate::failure::{Failure, FailureReason, disk, failure};
 use crate::progress::Activity;
 
 mod file;
@@ -58,6 +59,61 @@ pub fn link(uri: &str, destination: &Path) -> bool {
     path.is_some_and(|path| Path::new(path).is_file() && file::link(Path::new(path), destination).unwrap_or(false))
 }
 
+/// Fetches the model `uri` into `destination`, and its companions (see [`plimsoll_package::companion`]) beside it, where its source is a folder
+/// or an artifact of several files. Those of an earlier attempt go first.
+///
+/// # Errors
+/// As [`fetch`].
+pub async fn fetch_model(
+    uri: &str,
+    credentials: Credentials,
+    limits: &Limits,
+    destination: &Path,
+    activity: Activity,
+) -> Result<Content, Failure> {
+    let what = "model";
+    for name in companions(destination) {
+        let file = destination.with_file_name(name);
+        std::fs::remove_file(&file).map_err(disk("write", &file))?;
+    }
+    if let Some(reference) = uri.strip_prefix("oci://") {
+        return oci::fetch(
+            what,
+            reference,
+            oci::Wanted::ContentAndCompanions,
+            credentials,
+            limits,
+            destination,
+            activity,
+        )
+        .await;
+    }
+    let content = fetch(what, uri, credentials, limits, destination, activity).await?;
+    let size_max = limits.size_max.saturating_sub(content.size);
+    let path = match uri.split_once("://") {
+        None => Some(PathBuf::from(uri)),
+        Some(("file", path)) => Some(PathBuf::from(path)),
+        Some(("pvc", path)) => {
+            file::path_of_claim(what, path, limits)?;
+            Some(limits.claims.join(path))
+        }
+        Some(_) => None,
+    };
+    if let Some(path) = path {
+        file::copy_companions(&path, destination, size_max)?;
+    }
+    Ok(content)
+}
+
+/// The companions that were fetched beside the model at `path`.
+#[must_use]
+pub fn companions(path: &Path) -> Vec<&'static str> {
+    companion::PATHS
+        .into_iter()
+        .filter(|name| path.with_file_name(name).is_file())
+        .collect()
+}
+
 /// Fetches the file `name` that lies beside `uri`: in the same folder, or in the same artifact.
 ///
 /// # Errors
@@ -102,7 +158,18 @@ async fn fetch_file(
     };
     match scheme {
         "https" | "http" => http::download(what, uri, credentials, limits, destination, &activity).await,
-        "oci" => oci::fetch(what, rest, name, credentials, limits, destination, activity).await,
+        "oci" => {
+            oci::fetch(
+                what,
+                rest,
+                name.map_or(oci::Wanted::Content, oci::Wanted::Named),
+                credentials,
+                limits,
+                destination,
+                activity,
+            )
+            .await
+        }
         "pvc" => file::copy_from_claim(what, rest, limits, destination),
         "file" => file::copy(what, Path::new(rest), destination, limits.size_max),
         _ => Err(failure(

@@ -8,10 +8,12 @@
 //! report.html     the same as a page for people
 //! model.onnx      the model
 //! probe.json      an input and the outputs expected for it, which readiness replays
+//! tokenizer.json, config.json, ...    what its inputs and outputs mean                  [`companion`]
 //! ```
 //!
 //! In a registry the same folder is an image whose layers hold `/model/...`, so that a kubelet mounts it as an image volume.
 
+pub mod companion;
 pub mod digest;
 pub mod key;
 pub mod manifest;

@@ -13,14 +13,17 @@ use crate::engine::{Device, EngineKind};
 mod agreement;
 mod authentication;
 mod classification;
+mod companions;
 mod encoding;
 mod grpc;
 mod http;
+mod images;
 mod inference;
 mod listener;
 pub mod log;
 mod metrics;
 mod model;
+mod preprocessing;
 pub mod pull;
 pub mod quota;
 mod refusal;
@@ -28,6 +31,7 @@ mod scheduler;
 mod shadow;
 mod signature;
 mod statistics;
+mod text;
 mod tls;
 #[doc(hidden)]
 pub mod untrusted;
@@ -147,6 +151,8 @@ pub enum ServeError {
 /// What the handlers share.
 pub(crate) struct State {
     config: Config,
+    /// When the server started.
+    started: std::time::SystemTime,
     metrics: Metrics,
     model: SetOnce<Model>,
     draining: AtomicBool,
@@ -168,6 +174,7 @@ impl State {
         Ok(Self {
             shadowing: shadowing.map_err(ServeError::Shadow)?,
             metrics,
+            started: std::time::SystemTime::now(),
             model: SetOnce::new(),
             draining: AtomicBool::new(false),
             statistics: Statistics::default(),

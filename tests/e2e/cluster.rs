@@ -341,6 +341,12 @@ pub(crate) fn digest(path: &Path) -> String {
 
 /// Pushes `file` as the only file of `repository:tag` and returns the address that pods pull it by.
 pub(crate) fn push(file: &Path, reference: &str) -> String {
+    let name = file.file_name().expect("a name").to_str().expect("UTF-8");
+    push_files(file.parent().expect("a folder"), &[name], reference)
+}
+
+/// Pushes files of a folder as an artifact, and returns the address that pods pull it by.
+pub(crate) fn push_files(folder: &Path, names: &[&str], reference: &str) -> String {
     // One tar a push, whose name carries the reference: tests push side by side.
     static PUSHES: Mutex<u32> = Mutex::new(0);
     let number = {
@@ -349,10 +355,8 @@ pub(crate) fn push(file: &Path, reference: &str) -> String {
         *pushes
     };
     let tar = std::env::temp_dir().join(format!("plimsoll-e2e-{}-{number}.tar", std::process::id()));
-    let folder = file.parent().expect("a folder");
-    let name = file.file_name().expect("a name");
     succeed(
-        run(Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(folder).arg(name)),
+        run(Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(folder).args(names)),
         &["tar"],
     );
     let outside = format!("{REGISTRY_OUTSIDE}/{reference}");

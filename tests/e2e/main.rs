@@ -23,6 +23,7 @@ mod installation;
 mod logs;
 mod operator;
 mod placement;
+mod preprocessing;
 mod refusal;
 mod reuse;
 mod serving;

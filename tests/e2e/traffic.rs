@@ -89,6 +89,22 @@ pub(crate) fn get_as(user: Option<(&str, &str)>, url: &str) -> (u16, Value) {
     (response.status().as_u16(), response.body_mut().read_json().unwrap_or(Value::Null))
 }
 
+/// POST of JSON, as status and JSON.
+pub(crate) fn post(url: &str, body: &Value) -> (u16, Value) {
+    let mut response = agent()
+        .post(url)
+        .send_json(body)
+        .unwrap_or_else(|error| panic!("POST {url}: {error}"));
+    (response.status().as_u16(), response.body_mut().read_json().unwrap_or(Value::Null))
+}
+
+/// POST of bytes of that type, as `curl --data-binary @FILE` sends them, as status and JSON.
+pub(crate) fn send(url: &str, kind: &str, body: &[u8]) -> (u16, Value) {
+    let request = agent().post(url).header("content-type", kind);
+    let mut response = request.send(body).unwrap_or_else(|error| panic!("POST {url}: {error}"));
+    (response.status().as_u16(), response.body_mut().read_json().unwrap_or(Value::Null))
+}
+
 /// Clients that ask in a loop until they are stopped.
 pub(crate) struct Load {
     stop: Arc<AtomicBool>,

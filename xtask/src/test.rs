@@ -9,11 +9,8 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result};
 
 use crate::progress::{phase, run_logged};
-<<<<<<< HEAD
-use crate::{chart, cluster, images, onnxruntime, python, workspace};
-=======
 use crate::{chart, cluster, images, models, onnxruntime, workspace};
->>>>>>> b2
+use crate::{chart, cluster, images, onnxruntime, python, workspace};
 use tally::Tally;
 
 /// Options of `cargo xtask test`.

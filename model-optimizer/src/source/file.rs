@@ -3,8 +3,9 @@
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
+use plimsoll_package::companion;
 use plimsoll_package::digest::{Digest, Hasher};
 
 use super::{Content, Limits, too_large};
@@ -121,17 +122,13 @@ pub(super) fn copy(what: &str, path: &Path, destination: &Path, size_max: u64) -
 pub(super) fn check_beside(what: &str, model: &Path, data: &Path) -> Result<(), Failure> {
     // What is missing is said when it is read.
     let Ok(resolved) = data.canonicalize() else { return Ok(()) };
-    let folder = model
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let folders = [
-        folder.canonicalize(),
-        model
-            .canonicalize()
-            .map(|model| model.parent().unwrap_or(Path::new("/")).to_owned()),
-    ];
-    if folders.into_iter().flatten().any(|folder| resolved.starts_with(folder)) {
+    let folder = |folder: PathBuf| if folder.as_os_str().is_empty() { ".".into() } else { folder };
+    let own = companion::folders(model).into_iter().map(|own| folder(own).canonicalize());
+    let linked = model
+        .canonicalize()
+        .map(|model| model.parent().unwrap_or(Path::new("/")).to_owned());
+    let folders = own.chain([linked]);
+    if folders.flatten().any(|folder| resolved.starts_with(folder)) {
         return Ok(());
     }
     let message = format!(
@@ -141,8 +138,31 @@ pub(super) fn check_beside(what: &str, model: &Path, data: &Path) -> Result<(), 
     Err(failure(FailureReason::SourceRefused, message))
 }
 
+/// Copies the companions of the model at `path` beside `destination`.
+pub(super) fn copy_companions(path: &Path, destination: &Path, size_max: u64) -> Result<(), Failure> {
+    let what = "file beside the model";
+    for name in companion::PATHS {
+        let found = companion::folders(path)
+            .into_iter()
+            .map(|folder| folder.join(name))
+            .find(|file| file.is_file());
+        let Some(file) = found else { continue };
+        check_beside(what, path, &file)?;
+        let target = destination.with_file_name(name);
+        crate::step::make_folder_of(&target)?;
+        copy(what, &file, &target, companion::BYTES_MAX.min(size_max))?;
+    }
+    Ok(())
+}
+
 /// Copies `CLAIM/PATH`. Links are followed only inside of the claim: a volume's content is not ours, the container's files are.
 pub(super) fn copy_from_claim(what: &str, claim_and_path: &str, limits: &Limits, destination: &Path) -> Result<Content, Failure> {
+    let path = path_of_claim(what, claim_and_path, limits)?;
+    copy(what, &path, destination, limits.size_max)
+}
+
+/// The path of `CLAIM/PATH`, its links followed.
+pub(super) fn path_of_claim(what: &str, claim_and_path: &str, limits: &Limits) -> Result<PathBuf, Failure> {
     let uri = format!("pvc://{claim_and_path}");
     let relative = Path::new(claim_and_path);
     let mut parts = relative.components();
@@ -163,5 +183,5 @@ pub(super) fn copy_from_claim(what: &str, claim_and_path: &str, limits: &Limits,
             format!("the {what} {uri} is a link that leaves its volume"),
         ));
     }
-    copy(what, &path, destination, limits.size_max)
+    Ok(path)
 }

@@ -8,11 +8,22 @@ use super::{Content, Limits};
 use crate::failure::{Failure, of_source};
 use crate::progress::Activity;
 
-/// Fetches the file that the artifact holds, or of several the one called `name`; a connection that breaks off is taken up where it was.
+/// Which files of an artifact are meant.
+#[derive(Clone, Copy)]
+pub(super) enum Wanted<'a> {
+    /// The model or dataset that it holds.
+    Content,
+    /// The model, and its companions beside it.
+    ContentAndCompanions,
+    /// The file of this name.
+    Named(&'a str),
+}
+
+/// Fetches what is wanted of an artifact; a connection that breaks off is taken up where it was.
 pub(super) async fn fetch(
     what: &str,
     reference: &str,
-    name: Option<&str>,
+    wanted: Wanted<'_>,
     credentials: Credentials,
     limits: &Limits,
     destination: &Path,
@@ -26,8 +37,13 @@ pub(super) async fn fetch(
     let failed = |error| of_source(what, &error);
     let registry = Registry::new(access).map_err(failed)?.with_retries(limits.retries);
     let progress = Progress::new(move |done, total| activity.report(done, total));
+    let (name, companions) = match wanted {
+        Wanted::Content => (None, false),
+        Wanted::ContentAndCompanions => (None, true),
+        Wanted::Named(name) => (Some(name), false),
+    };
     let fetched = registry
-        .fetch_artifact(reference, name, destination, limits.size_max, &progress)
+        .fetch_artifact(reference, name, companions, destination, limits.size_max, &progress)
         .await;
     fetched.map_err(failed).map(|fetched| Content {
         digest: fetched.digest,

@@ -28,7 +28,7 @@ use crate::evaluate::{budget, layers};
 use crate::failure::{Failure, FailureReason, chain, disk, failure};
 use crate::graph::{self, serialize};
 use crate::search::{front, sensitivity};
-use crate::{convert, report};
+use crate::{convert, report, source};
 
 /// Evaluates; without the gate the package is laid out unmeasured. The report is laid out even where the result is outside of its budget;
 /// the model is not.
@@ -170,7 +170,13 @@ fn summary(context: &Context, fetched: &Fetched, path: &Path, model: &ModelProto
     let size = |path: &PathBuf| Ok(fs::metadata(path).map_err(disk("read", path))?.len());
     let layer = |path: &PathBuf| layer_size(path).map_err(disk("read", path));
     let layers = |paths: &[PathBuf]| paths.iter().map(layer).sum::<Result<u64, Failure>>();
-    let source = fetch::files(&context.source("model")).map_err(disk("read", &context.work))?;
+    let model_file = context.source("model");
+    let mut source = fetch::files(&model_file).map_err(disk("read", &context.work))?;
+    let beside: Vec<PathBuf> = source::companions(&model_file)
+        .iter()
+        .map(|name| model_file.with_file_name(name))
+        .collect();
+    source.retain(|file| !beside.contains(file));
     let compressed = serialize::files(path);
     let sparsity = || model.graph.as_ref().map_or(0.0, graph::weight::sparsity);
     let (layers_before, (layers_after, sparsity)) = rayon::join(|| layers(&source), || rayon::join(|| layers(&compressed), sparsity));
@@ -327,7 +333,7 @@ fn write_report(context: &Context, report: &Report) -> Result<(), Failure> {
     fs::write(&page, report::page(report)).map_err(disk("write", &page))
 }
 
-/// Puts the model beside the report, and the manifest of it and the package's other `files`.
+/// Puts the model and its companions beside the report, and the manifest of it and the package's other `files`.
 fn write_package(
     context: &Context,
     report: &Report,
@@ -348,8 +354,15 @@ fn write_package(
         }
         files.push(to);
     }
+    let source = context.source("model");
+    for name in source::companions(&source) {
+        let (from, to) = (source.with_file_name(name), package.join(name));
+        crate::step::make_folder_of(&to)?;
+        fs::copy(&from, &to).map_err(disk("write", &to))?;
+        files.push(to);
+    }
     let described = |path: &PathBuf| -> Result<(String, File), Failure> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path.strip_prefix(&package).unwrap_or(path).to_string_lossy().into_owned();
         let file = fs::File::open(path).map_err(disk("read", path))?;
         let size = file.metadata().map_err(disk("read", path))?.len();
         let digest = Digest::of_reader(file).map_err(disk("read", path))?;

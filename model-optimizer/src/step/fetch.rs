@@ -210,28 +210,47 @@ async fn fetch_one(context: &Context, limits: &Limits, wanted: Wanted<'_>) -> Re
     let destination = context.source(&name);
     super::make_folder_of(&destination)?;
     let activity = context.console.activity(&format!("fetching the {what}"), "bytes");
-    let mut content = source::fetch(what, uri, credentials.clone(), limits, &destination, activity).await?;
+    let mut content = if name == "model" {
+        source::fetch_model(uri, credentials.clone(), limits, &destination, activity).await?
+    } else {
+        source::fetch(what, uri, credentials.clone(), limits, &destination, activity).await?
+    };
     if name == "model" || name == TEACHER {
         content = with_external_data(context, limits, uri, &credentials, &destination, content).await?;
     }
+    let beside = if name == "model" {
+        source::companions(&destination)
+    } else {
+        vec![]
+    };
+    let with = |beside: &[&str]| {
+        if beside.is_empty() {
+            String::new()
+        } else {
+            format!(" with {}", beside.join(", "))
+        }
+    };
     if let Some(expected) = digest.filter(|expected| **expected != content.digest) {
         let found = &content.digest;
         let advice = "set the digest to the new content's, or put the old content back";
+        let files = with(&beside);
         return Err(failure(
             FailureReason::DigestMismatch,
-            format!("the {what} {uri} has digest {found}, pinned is {expected}; {advice}"),
+            format!("the {what} {uri}{files} has digest {found}, pinned is {expected}; {advice}"),
         ));
     }
     context.console.info(&format!(
-        "fetched the {what} {uri}: {}, {}",
+        "fetched the {what} {uri}{}: {}, {}",
+        with(&beside),
         display_size(content.size),
         content.digest
     ));
     Ok(content)
 }
 
-/// Fetches the files in which the model keeps its weights, where it does. The content is then that of the model's file followed by those of the
-/// others in the order of their names, as `cat model.onnx model.onnx.data` gives it.
+/// Fetches the files in which the model keeps its weights, where it does. The content is then that of the model's file, followed by those of the
+/// others in the order of their names, and then by its companions in the order of theirs, as `cat model.onnx model.onnx.data config.json` gives it:
+/// what is pinned is all that is served. The size is that of the model and its weights.
 async fn with_external_data(
     context: &Context,
     limits: &Limits,
@@ -240,10 +259,12 @@ async fn with_external_data(
     path: &Path,
     model: Content,
 ) -> Result<Content, Failure> {
-    // What is no ONNX model keeps nothing elsewhere; the next step says what it is.
-    let Ok(mut proto) = onnx::read_alone(path) else { return Ok(model) };
     let unreadable = |error: OnnxError| failure(FailureReason::UnreadableModel, format!("{uri}: {error}"));
-    let names = onnx::external::locations(&mut proto).map_err(unreadable)?;
+    let names = match onnx::read_alone(path) {
+        Ok(mut proto) => onnx::external::locations(&mut proto).map_err(unreadable)?,
+        // What is no ONNX model keeps nothing elsewhere; the next step says what it is.
+        Err(_) => Default::default(),
+    };
     let mut content = model;
     for name in &names {
         let destination = path.with_file_name(name);
@@ -262,9 +283,11 @@ async fn with_external_data(
             .await?
             .size;
     }
-    if !names.is_empty() {
+    let beside = source::companions(path);
+    if !names.is_empty() || !beside.is_empty() {
         let mut all: Box<dyn Read> = Box::new(io::empty());
-        for file in std::iter::once(path.to_owned()).chain(names.iter().map(|name| path.with_file_name(name))) {
+        let names = names.iter().map(String::as_str).chain(beside);
+        for file in std::iter::once(path.to_owned()).chain(names.map(|name| path.with_file_name(name))) {
             all = Box::new(all.chain(fs::File::open(&file).map_err(disk("read", &file))?));
         }
         content.digest = Digest::of_reader(all).map_err(disk("read", path))?;

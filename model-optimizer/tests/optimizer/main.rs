@@ -2,6 +2,7 @@
 
 mod agreement;
 mod chain;
+mod companions;
 mod custom;
 mod distill;
 mod external;

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::error::{Problem, RegistryError};
 use super::{Attempts, Registry, invalid, layer};
+use crate::companion;
 use crate::digest::{Digest, Hasher};
 
 /// The annotation by which ORAS names the file that a layer is.
@@ -60,6 +61,8 @@ pub struct FetchedFile {
     pub digest: Digest,
     /// In bytes.
     pub size: u64,
+    /// The paths of its companions (see [`companion`](crate::companion)), which were fetched beside it.
+    pub companions: Vec<&'static str>,
 }
 
 impl Registry {
@@ -67,7 +70,8 @@ impl Registry {
     ///
     /// Taken are a layer that is the file itself (as ORAS pushes it, by its title) and tar archives, plain or gzipped, in OCI's or
     /// Docker's form, that hold one file, or one `.onnx` or `.npz` among others (as `crane append` and Docker make them). Where `name` is
-    /// given, it is the file of that name that is fetched.
+    /// given, it is the file of that name that is fetched. With `companions`, those that the artifact holds beside the model are put beside
+    /// `destination`.
     ///
     /// # Errors
     /// Where the registry cannot be reached, refuses or does not have it, where it is too large, or where no or more than one file
@@ -76,6 +80,7 @@ impl Registry {
         &self,
         reference: &str,
         name: Option<&str>,
+        companions: bool,
         destination: &Path,
         size_max: u64,
         progress: &Progress,
@@ -88,13 +93,33 @@ impl Registry {
                 let target = destination.to_owned();
                 let written = move |reader: &mut dyn Read| write_file(reader, &target, size_max);
                 let (digest, size) = self.read_blob(&image, reference, layer, progress, written).await?;
-                Ok(FetchedFile { name, digest, size })
+                let mut fetched = FetchedFile {
+                    companions: vec![],
+                    name,
+                    digest,
+                    size,
+                };
+                let beside = if companions {
+                    plain_companions(&manifest, &fetched.name)
+                } else {
+                    vec![]
+                };
+                for (path, layer) in beside {
+                    check_size(reference, layer, companion::BYTES_MAX)?;
+                    let target = beside_of(destination, path);
+                    let written = move |reader: &mut dyn Read| write_file(reader, &target?, companion::BYTES_MAX);
+                    self.read_blob(&image, reference, layer, &Progress::default(), written).await?;
+                    fetched.companions.push(path);
+                }
+                Ok(fetched)
             }
             None => {
                 let mut choice = Choice {
                     wanted: name.map(ToOwned::to_owned),
                     destination: destination.to_owned(),
                     size_max,
+                    companions,
+                    kept: vec![],
                     chosen: None,
                     seen: 0,
                 };
@@ -107,7 +132,18 @@ impl Registry {
                     let scan = move |reader: &mut dyn Read| choice.scan(reader, gzipped);
                     choice = self.read_blob(&image, reference, layer, progress, scan).await?;
                 }
-                choice.decide().map_err(|why| invalid(reference, &why))
+                let mut kept = std::mem::take(&mut choice.kept);
+                let mut chosen = choice.decide().map_err(|why| invalid(reference, &why))?;
+                let folders = companion::folders(Path::new(&chosen.name));
+                for path in companion::PATHS {
+                    let is_its = |(name, _): &(String, Vec<u8>)| folders.iter().any(|folder| folder.join(path) == Path::new(name));
+                    let Some(index) = kept.iter().position(is_its) else { continue };
+                    let (_, content) = kept.swap_remove(index);
+                    let written = beside_of(destination, path).and_then(|target| std::fs::write(target, content));
+                    written.map_err(|source| RegistryError::from_io(reference, &source))?;
+                    chosen.companions.push(path);
+                }
+                Ok(chosen)
             }
         }
     }
@@ -330,6 +366,28 @@ fn plain_file<'a>(manifest: &'a OciImageManifest, wanted: Option<&str>) -> Resul
     }
 }
 
+/// The layers that are companions of the file `model`, with their paths.
+fn plain_companions<'a>(manifest: &'a OciImageManifest, model: &str) -> Vec<(&'static str, &'a OciDescriptor)> {
+    let titled = |title: &Path| {
+        manifest.layers.iter().find(|layer| {
+            let annotations = layer.annotations.as_ref();
+            annotations
+                .and_then(|annotations| annotations.get(TITLE))
+                .is_some_and(|known| Path::new(known) == title)
+        })
+    };
+    let folders = companion::folders(Path::new(model));
+    let find = |path: &&'static str| Some((*path, folders.iter().find_map(|folder| titled(&folder.join(path)))?));
+    companion::PATHS.iter().filter_map(find).collect()
+}
+
+/// Where the companion `path` of the file `destination` goes; its folder is made.
+fn beside_of(destination: &Path, path: &str) -> io::Result<PathBuf> {
+    let target = destination.with_file_name(path);
+    std::fs::create_dir_all(target.parent().unwrap_or(&target))?;
+    Ok(target)
+}
+
 /// Whether the archive's entry `path` is the file `name`, in whatever folder.
 fn is_named(path: &str, name: &str) -> bool {
     path.strip_suffix(name)
@@ -385,6 +443,10 @@ struct Choice {
     wanted: Option<String>,
     destination: PathBuf,
     size_max: u64,
+    /// Whether companions are wanted.
+    companions: bool,
+    /// The files that may be companions of the one that is chosen in the end, by their paths in the archive.
+    kept: Vec<(String, Vec<u8>)>,
     chosen: Option<FetchedFile>,
     seen: usize,
 }
@@ -409,6 +471,21 @@ impl Choice {
             }
             let name = entry.path()?.to_string_lossy().into_owned();
             self.seen += 1;
+            if self.companions && companion::PATHS.iter().any(|path| is_named(&name, path)) {
+                let held: u64 = self.kept.iter().map(|(_, content)| content.len() as u64).sum();
+                if held + entry.size() > companion::BYTES_MAX {
+                    let bytes_max = companion::BYTES_MAX;
+                    return Err(layer::invalid(format!(
+                        "{name} and what lies beside other models have more than {bytes_max} bytes"
+                    )));
+                }
+                let mut content = vec![];
+                entry.read_to_end(&mut content)?;
+                // A later layer's file takes the place of an earlier one's.
+                self.kept.retain(|(kept, _)| *kept != name);
+                self.kept.push((name, content));
+                continue;
+            }
             match &self.chosen {
                 _ if self.wanted.as_ref().is_some_and(|wanted| !is_named(&name, wanted)) => continue,
                 Some(chosen) if is_model(&chosen.name) && is_model(&name) => {
@@ -421,7 +498,12 @@ impl Choice {
                 _ => {}
             }
             let (digest, size) = write_file(&mut entry, &self.destination, self.size_max)?;
-            self.chosen = Some(FetchedFile { name, digest, size });
+            self.chosen = Some(FetchedFile {
+                companions: vec![],
+                name,
+                digest,
+                size,
+            });
         }
         Ok(self)
     }

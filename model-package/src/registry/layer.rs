@@ -57,12 +57,12 @@ struct Entry {
     size: u64,
 }
 
-/// The layers of the package in `dir`: the JSON files and pages in one, all others in further ones, each sorted by name.
+/// The layers of the package in `dir`: the JSON and text files and pages in one, all others in further ones, each sorted by name.
 pub(super) fn plan(dir: &Path) -> io::Result<Vec<Layer>> {
     let mut entries = Vec::new();
     collect(dir, "", &mut entries)?;
     entries.sort_by(|a, b| a.name.cmp(&b.name));
-    let describes = |entry: &Entry| [".json", ".html"].iter().any(|ending| entry.name.ends_with(ending));
+    let describes = |entry: &Entry| [".json", ".html", ".txt"].iter().any(|ending| entry.name.ends_with(ending));
     let (described, weights): (Vec<_>, Vec<_>) = entries.into_iter().partition(describes);
     let mut groups: Vec<Vec<Entry>> = Vec::new();
     let mut filled = u64::MAX;

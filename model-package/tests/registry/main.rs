@@ -251,7 +251,7 @@ async fn a_model_is_found_in_whatever_form_other_tools_push_it() {
     for (tag, name, layers) in forms {
         let reference = push_foreign(&server, tag, layers).await;
         let fetched = registry
-            .fetch_artifact(&reference, None, &target, 1000, &Progress::default())
+            .fetch_artifact(&reference, None, false, &target, 1000, &Progress::default())
             .await
             .unwrap();
         assert_eq!((fetched.name.as_str(), fetched.size), (name, 5), "{tag}");
@@ -305,11 +305,59 @@ async fn a_model_is_found_in_whatever_form_other_tools_push_it() {
     for (tag, problem, words, layers) in refused {
         let reference = push_foreign(&server, tag, layers).await;
         let error = registry
-            .fetch_artifact(&reference, None, &target, 1000, &Progress::default())
+            .fetch_artifact(&reference, None, false, &target, 1000, &Progress::default())
             .await
             .unwrap_err();
         assert_eq!(error.problem, problem, "{tag}: {error}");
         assert!(error.message.contains(words), "{tag}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn companions_come_with_the_model_that_they_lie_beside() {
+    let server = Server::start();
+    let registry = client(&server);
+    let layer = |media_type: &str, bytes: Vec<u8>| ImageLayer::new(bytes, media_type.into(), None);
+    let forms = [
+        (
+            "oras",
+            vec![
+                titled("onnx/m.onnx", b"model"),
+                titled("tokenizer.json", b"tokens"),
+                titled("1_Pooling/config.json", b"pooling"),
+                titled("README.md", b"read"),
+            ],
+        ),
+        (
+            "tar",
+            vec![
+                layer(TAR, tar(&[("m/tokenizer.json", b"older"), ("other/config.json", b"another's")])),
+                layer(
+                    TAR,
+                    tar(&[
+                        ("m/1_Pooling/config.json", b"pooling"),
+                        ("m/tokenizer.json", b"tokens"),
+                        ("m/m.onnx", b"model"),
+                    ]),
+                ),
+            ],
+        ),
+    ];
+    for (tag, layers) in forms {
+        let reference = push_foreign(&server, tag, layers).await;
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("content");
+        let fetched = registry
+            .fetch_artifact(&reference, None, true, &target, 1000, &Progress::default())
+            .await
+            .unwrap();
+        assert_eq!(fetched.companions, ["1_Pooling/config.json", "tokenizer.json"], "{tag}");
+        let read = |path: &str| fs::read_to_string(dir.path().join(path)).unwrap();
+        assert_eq!(
+            (read("content"), read("tokenizer.json"), read("1_Pooling/config.json")),
+            ("model".into(), "tokens".into(), "pooling".into())
+        );
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "{tag}");
     }
 }
 
@@ -321,7 +369,14 @@ async fn a_package_serves_as_a_source_again() {
     push(&registry, package.path(), &repository).await;
     let target = package.path().join("again");
     let fetched = registry
-        .fetch_artifact(&format!("{repository}:opt-1"), None, &target, 10_000_000, &Progress::default())
+        .fetch_artifact(
+            &format!("{repository}:opt-1"),
+            None,
+            false,
+            &target,
+            10_000_000,
+            &Progress::default(),
+        )
         .await
         .unwrap();
     assert_eq!((fetched.name.as_str(), fetched.size), ("model/model.onnx", 3_000_001));
@@ -366,7 +421,7 @@ async fn a_transfer_that_breaks_off_goes_on_where_it_was() {
     let file = dir.path().join("fetched");
     let reference = format!("{}/models/digits:opt-1", proxy.host());
     let fetched = client_through(&proxy, 1)
-        .fetch_artifact(&reference, None, &file, 4_000_000, &Progress::default())
+        .fetch_artifact(&reference, None, false, &file, 4_000_000, &Progress::default())
         .await
         .unwrap();
     assert_eq!(fetched.digest, Digest::of(&fs::read(package.path().join("model.onnx")).unwrap()));

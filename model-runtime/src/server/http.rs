@@ -19,6 +19,7 @@ use super::{State, metrics, signature};
 
 mod error;
 mod infer;
+mod openai;
 mod openapi;
 mod page;
 pub(super) mod request;
@@ -46,6 +47,10 @@ pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
         .route("/v2/models/{name}/versions/{version}", get(model))
         .route("/v2/models/{name}/versions/{version}/ready", get(model_ready))
         .route("/v2/models/{name}/versions/{version}/infer", post(infer::infer));
+    router = router
+        .route("/v1/embeddings", post(openai::embeddings))
+        .route("/v1/models", get(openai::models))
+        .route("/v1/models/{name}", get(openai::model));
     if with_metrics {
         router = router.route("/metrics", get(scrape));
     }
@@ -70,13 +75,21 @@ fn finish(router: Router<Arc<State>>, state: Arc<State>, guarded: bool) -> Route
 }
 
 /// Asks for a token, but of probes: the kubelet has none.
-async fn authenticate(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Result<Response, Refusal> {
+async fn authenticate(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let is_probe = path.starts_with("/v2/health/") || (path.starts_with("/v2/models/") && path.ends_with("/ready"));
     if let Some(tokens) = state.tokens.as_ref().filter(|_| !is_probe) {
-        tokens.check(request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes))?;
+        let given = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes);
+        if let Err(refusal) = tokens.check(given) {
+            let is_openais = path.starts_with("/v1/");
+            return if is_openais {
+                openai::Fault::from(refusal).into_response()
+            } else {
+                refusal.into_response()
+            };
+        }
     }
-    Ok(next.run(request).await)
+    next.run(request).await
 }
 
 /// Clients that keep connections open move on with their next request instead of meeting a closed one.
@@ -148,7 +161,7 @@ async fn model(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) ->
     let model = state.model().ok_or_else(Refusal::loading)?;
     let platform = signature::platform(model.kind());
     let config = &state.config;
-    let (inputs, outputs) = (model.inputs(), model.outputs());
+    let (inputs, outputs) = (model.described_inputs(), model.described_outputs());
     Ok(Json(
         json!({"name": config.name, "versions": [config.version], "platform": platform, "inputs": inputs, "outputs": outputs}),
     ))

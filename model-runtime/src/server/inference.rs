@@ -9,10 +9,13 @@ use tokio::time::Instant;
 
 use super::State;
 use super::classification::classify;
+use super::model::Model;
+use super::preprocessing::Postprocessing;
 use super::refusal::{Reason, Refusal};
 use super::scheduler::{Client, Failure, Work};
 use super::shadow::Copy;
 use super::statistics::Compute;
+use super::text::Pooling;
 use crate::engine::{self, Tensor};
 
 /// Most tensors of a request, and most dimensions of a tensor.
@@ -38,6 +41,12 @@ pub(super) struct Options {
     pub(super) priority: Option<u64>,
     /// How long the client waits, in microseconds, as in Triton; the server's own bound holds besides.
     pub(super) timeout: Option<u64>,
+    /// How the embeddings of tokens become one of the text; absent is as the model's files say.
+    pub(super) pooling: Option<Pooling>,
+    /// Whether embeddings are divided by their length; absent is as the model's files say.
+    pub(super) normalize: Option<bool>,
+    /// Whether texts of more tokens than the model takes are cut off, as they are by default, or refused.
+    pub(super) truncate: Option<bool>,
 }
 
 /// An output that is asked for.
@@ -125,8 +134,13 @@ impl Admission {
     /// [`Refusal`] in words for the client.
     pub(super) async fn infer(&self, request: InferRequest, client: Client) -> Result<Vec<Output>, Refusal> {
         let model = self.state.model().ok_or_else(Refusal::loading)?;
-        let inputs = bind(model.inputs(), request.inputs)?;
-        let outputs = select(model.outputs(), request.outputs)?;
+        let prepared = self.state.prepare(request.inputs, request.options).await?;
+        let after = model.preprocessing.postprocessing(&prepared, request.options)?;
+        if let Some(mask) = &prepared.mask {
+            self.state.metrics.tokens.inc_by(mask.tokens() as u64);
+        }
+        let inputs = bind(model, prepared.inputs)?;
+        let outputs = select(model, after.as_ref(), request.outputs)?;
         let timeout = request.options.timeout.filter(|&micros| micros > 0).map(Duration::from_micros);
         let deadline = timeout.map_or(self.deadline, |timeout| self.deadline.min(self.started + timeout));
         let shadowing = self.state.shadowing.as_ref().filter(|shadowing| shadowing.wants());
@@ -159,7 +173,11 @@ impl Admission {
             shadowing.send(copy, &self.state.metrics);
         }
         let computed = self.started.elapsed();
-        let given = give(&model.labels, std::mem::take(&mut answer.outputs), outputs)?;
+        let mut tensors = std::mem::take(&mut answer.outputs);
+        if let Some(after) = after {
+            after.apply(&mut tensors)?;
+        }
+        let given = give(&model.labels, tensors, outputs)?;
         self.state.metrics.computed(&answer);
         self.state.statistics.computed(&Compute {
             rows: answer.rows,
@@ -224,7 +242,8 @@ pub(super) fn check_extensions(shared_memory: bool, sequence: bool) -> Result<()
 }
 
 /// Puts the tensors into the model's order; each refusal names what is wrong.
-fn bind(specs: &[TensorSpec], mut given: Vec<(String, Tensor)>) -> Result<Vec<Tensor>, Refusal> {
+fn bind(model: &Model, mut given: Vec<(String, Tensor)>) -> Result<Vec<Tensor>, Refusal> {
+    let specs = model.inputs();
     let mut inputs = Vec::with_capacity(given.len());
     for spec in specs {
         let Some(index) = given.iter().position(|(name, _)| *name == spec.name) else {
@@ -243,24 +262,46 @@ fn bind(specs: &[TensorSpec], mut given: Vec<(String, Tensor)>) -> Result<Vec<Te
         } else {
             "is not the model's"
         };
-        return Err(Refusal::invalid(format!("input `{name}` {what}; it takes {}", names(specs))));
+        return Err(Refusal::invalid(format!(
+            "input `{name}` {what}; it takes {}",
+            names(&model.described_inputs())
+        )));
     }
     Ok(inputs)
 }
 
 /// Which of the model's outputs are given, and how.
-fn select(specs: &[TensorSpec], requested: Vec<RequestedOutput>) -> Result<Vec<(usize, RequestedOutput)>, Refusal> {
+fn select(
+    model: &Model,
+    after: Option<&Postprocessing>,
+    requested: Vec<RequestedOutput>,
+) -> Result<Vec<(usize, RequestedOutput)>, Refusal> {
+    let (specs, pooled) = (model.outputs(), model.preprocessing.pooled());
+    let pools = after.and_then(Postprocessing::pools);
     if requested.is_empty() {
-        let all = specs.iter().map(|spec| RequestedOutput {
-            name: spec.name.clone(),
-            ..RequestedOutput::default()
+        // The pooled output comes behind the model's own, and in place of what it is made of.
+        let index = |index| if pools == Some(index) { specs.len() } else { index };
+        let name = |index| specs.get(index).or(pooled).map(|spec| spec.name.clone());
+        let all = (0..specs.len()).map(index).map(|index| {
+            let output = RequestedOutput {
+                name: name(index).unwrap_or_default(),
+                ..RequestedOutput::default()
+            };
+            (index, output)
         });
-        return Ok(all.enumerate().collect());
+        return Ok(all.collect());
     }
     let find = |output: RequestedOutput| match specs.iter().position(|spec| spec.name == output.name) {
         Some(index) => Ok((index, output)),
+        None if pooled.is_some_and(|pooled| pooled.name == output.name) => match pools {
+            Some(_) => Ok((specs.len(), output)),
+            None => Err(Refusal::invalid(format!(
+                "output `{}` is pooled, and neither the request's parameter `pooling` nor the model's files say how",
+                output.name
+            ))),
+        },
         None => {
-            let known = names(specs);
+            let known = names(&model.described_outputs());
             Err(Refusal::invalid(format!(
                 "output `{}` is not the model's; it gives {known}",
                 output.name

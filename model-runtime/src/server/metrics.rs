@@ -72,6 +72,8 @@ pub(super) struct Metrics {
     inference_duration: Histogram,
     queue_duration: Histogram,
     batch_size: Histogram,
+    /// Of texts, padding left out.
+    pub(super) tokens: Counter,
     pub(super) in_flight: Gauge,
     pub(super) ready: Gauge,
     load_duration: Gauge<f64, AtomicU64>,
@@ -93,6 +95,7 @@ impl Default for Metrics {
                 duration: durations(),
             },
             failures: Family::default(),
+            tokens: Counter::default(),
             batch_size: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
             request_duration: durations(),
             inference_duration: durations(),
@@ -152,6 +155,11 @@ impl Default for Metrics {
             "requests_in_flight",
             "Inference requests taken on and not yet answered",
             metrics.in_flight.clone(),
+        );
+        registry.register(
+            "tokens",
+            "Tokens of the texts that the model was given, padding left out",
+            metrics.tokens.clone(),
         );
         registry.register("ready", "1 while new traffic should come", metrics.ready.clone());
         let duration = metrics.load_duration.clone();

@@ -7,6 +7,8 @@ use std::thread;
 use plimsoll_package::manifest::{MODEL_FILE, Manifest, PackageError, Probe, TensorSpec};
 
 use super::Config;
+use super::companions::{CompanionError, Companions};
+use super::preprocessing::Preprocessing;
 use super::scheduler::{Batching, Scheduler};
 use crate::engine::{self, Device, Engine, EngineError, EngineKind, LoadOptions, Tensor, independence, probe};
 
@@ -16,6 +18,9 @@ pub enum ModelError {
     /// The package is not what its manifest says, or cannot be read.
     #[error("{}", chain(.0))]
     Package(#[from] PackageError),
+    /// A file beside the model cannot be read.
+    #[error(transparent)]
+    Companion(#[from] CompanionError),
     /// Every engine that may serve it failed.
     #[error("no engine serves {path}: {reasons}", path = path.display())]
     NoEngine {
@@ -31,6 +36,8 @@ pub(super) struct Model {
     pub(super) scheduler: Scheduler,
     /// Names of classes, by their index; none where the package has none.
     pub(super) labels: Vec<String>,
+    /// What it takes besides its own inputs.
+    pub(super) preprocessing: Preprocessing,
     /// Whether another engine than the preferred one serves.
     pub(super) fell_back: bool,
     pub(super) manifest: Option<Manifest>,
@@ -51,6 +58,7 @@ impl Model {
             config.path.clone()
         };
         // Hashing and loading read the same pages, so they go side by side; nothing is served before both are done.
+        let companions = Companions::read(&file, manifest.as_ref())?;
         let (verified, loaded) = thread::scope(|scope| {
             let verifying = scope.spawn(|| manifest.as_ref().map_or(Ok(()), |manifest| manifest.verify(&config.path)));
             let loaded = load_any(config, manifest.as_ref(), recorded.as_ref(), &file);
@@ -60,10 +68,16 @@ impl Model {
         let (engines, fell_back) = loaded?;
         let first = &engines[0];
         let (kind, inputs, outputs) = (first.kind(), first.inputs().to_vec(), first.outputs().to_vec());
+        let preprocessing = Preprocessing::read(&companions, &inputs, &outputs);
+        let labels = companions.labels().unwrap_or_else(|reason| {
+            tracing::warn!(reason, "classes have no names");
+            vec![]
+        });
         let batching = batching(config, &**first, recorded.as_ref());
         Ok(Self {
             scheduler: Scheduler::start(engines, batching),
-            labels: vec![],
+            labels,
+            preprocessing,
             fell_back,
             manifest,
             kind,
@@ -96,6 +110,16 @@ impl Model {
 
     pub(super) fn outputs(&self) -> &[TensorSpec] {
         &self.outputs
+    }
+
+    /// Its inputs, and what may be given instead of them.
+    pub(super) fn described_inputs(&self) -> Vec<TensorSpec> {
+        self.inputs.iter().cloned().chain(self.preprocessing.inputs()).collect()
+    }
+
+    /// Its outputs, and what they can be made into.
+    pub(super) fn described_outputs(&self) -> Vec<TensorSpec> {
+        self.outputs.iter().chain(self.preprocessing.pooled()).cloned().collect()
     }
 }
 

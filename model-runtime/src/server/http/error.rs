@@ -3,7 +3,7 @@
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Json;
 use crate::server::refusal::{Reason, Refusal};
@@ -26,15 +26,22 @@ impl Reason {
     }
 }
 
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        let mut response = (self.reason.status(), Json(json!({"error": self.text}))).into_response();
-        if self.reason == Reason::Unauthenticated {
+impl Reason {
+    /// An answer with that body.
+    pub(super) fn respond(self, body: Value) -> Response {
+        let mut response = (self.status(), Json(body)).into_response();
+        if self == Self::Unauthenticated {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        if matches!(self.reason, Reason::Overloaded | Reason::Unavailable) {
+        if matches!(self, Self::Overloaded | Self::Unavailable) {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        self.reason.respond(json!({"error": self.text}))
     }
 }

@@ -13,8 +13,9 @@ use http_body_util::BodyExt as _;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Target, request, response};
+use crate::engine::Tensor;
 use crate::server::encoding::Encoding;
-use crate::server::inference::{Admission, off_thread};
+use crate::server::inference::{Admission, InferRequest, off_thread};
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::scheduler::Client;
 use crate::server::{State, log};
@@ -35,7 +36,7 @@ pub(super) async fn infer(
     answer.unwrap_or_else(IntoResponse::into_response)
 }
 
-fn trace(headers: &HeaderMap) -> Option<&str> {
+pub(super) fn trace(headers: &HeaderMap) -> Option<&str> {
     headers.get("traceparent")?.to_str().ok().and_then(log::trace_id)
 }
 
@@ -48,25 +49,14 @@ async fn answer(
     started: Instant,
 ) -> Result<Response, Refusal> {
     target.check(state)?;
-    let limits = &state.config.limits;
-    let encoding = Encoding::of_request(headers, &CONTENT_ENCODING)?;
     let json_length = json_length(headers)?;
-    let declared = declared_length(headers, limits.body_bytes_max)?;
-    // Before the body is read, so that a flood takes no memory.
-    let mut admission = Admission::new(state, started)?;
-    admission.hold(declared)?;
-    let deadline = admission.deadline;
-    let body = timeout_at(deadline, read(body, limits.body_bytes_max, &mut admission)).await;
-    let late = |_| {
-        let seconds = limits.request_timeout.as_secs_f64();
-        Refusal::new(Reason::BodyTimeout, format!("the body did not arrive within {seconds} s"))
+    let (body, admission) = receive(state, headers, body, started).await?;
+    let (request, binary) = if json_length == Some(0) || is_image(headers) {
+        (raw(state, &body)?, false)
+    } else {
+        let parsed = off_thread(body.len(), move || request::parse(&body, json_length)).await?;
+        parsed.map_err(Refusal::invalid)?
     };
-    let mut body = body.map_err(late)??;
-    if let Some(encoding) = encoding {
-        (body, admission) = encoding.decompress_admitted(body, limits.body_bytes_max, admission).await?;
-    }
-    let parsed = off_thread(body.len(), move || request::parse(&body, json_length)).await?;
-    let (request, binary) = parsed.map_err(Refusal::invalid)?;
     let id = request.id.clone();
     let outputs = admission.infer(request, client).await?;
 
@@ -96,6 +86,48 @@ async fn answer(
         }
     };
     Ok((answer, body).into_response())
+}
+
+/// Takes a request on and reads its body, decompressed.
+///
+/// # Errors
+/// Where the server takes on no more, or the body is too large, comes too late, or breaks off.
+pub(super) async fn receive(state: &Arc<State>, headers: &HeaderMap, body: Body, started: Instant) -> Result<(Bytes, Admission), Refusal> {
+    let limits = &state.config.limits;
+    let encoding = Encoding::of_request(headers, &CONTENT_ENCODING)?;
+    let declared = declared_length(headers, limits.body_bytes_max)?;
+    // Before the body is read, so that a flood takes no memory.
+    let mut admission = Admission::new(state, started)?;
+    admission.hold(declared)?;
+    let deadline = admission.deadline;
+    let body = timeout_at(deadline, read(body, limits.body_bytes_max, &mut admission)).await;
+    let late = |_| {
+        let seconds = limits.request_timeout.as_secs_f64();
+        Refusal::new(Reason::BodyTimeout, format!("the body did not arrive within {seconds} s"))
+    };
+    let body = body.map_err(late)??;
+    match encoding {
+        None => Ok((body, admission)),
+        Some(encoding) => encoding.decompress_admitted(body, limits.body_bytes_max, admission).await,
+    }
+}
+
+/// Whether the body is an encoded image, by its type.
+fn is_image(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"image/"))
+}
+
+/// A request whose body is an image or a text alone (Triton, "Raw Binary Request").
+fn raw(state: &State, body: &[u8]) -> Result<InferRequest, Refusal> {
+    let model = state.model().ok_or_else(Refusal::loading)?;
+    let name = model.preprocessing.raw_input();
+    let name =
+        name.ok_or_else(|| Refusal::invalid("the model takes neither an image nor a text as the whole body; send a request in JSON"))?;
+    let tensor = Tensor::new(vec![1], vec![body.to_vec()]).map_err(|error| Refusal::new(Reason::Internal, error.to_string()))?;
+    Ok(InferRequest {
+        inputs: vec![(name.to_owned(), tensor)],
+        ..InferRequest::default()
+    })
 }
 
 fn json_length(headers: &HeaderMap) -> Result<Option<usize>, Refusal> {

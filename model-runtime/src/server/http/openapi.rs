@@ -32,7 +32,10 @@ fn describe(name: &str, version: &str) -> Value {
             "operationId": id, "summary": "Run the model on tensors.",
             "description": "Tensors may also come as bytes behind the JSON, whose length is then in Inference-Header-Content-Length \
                 (Triton's binary tensor data extension), and the body may be compressed by gzip or deflate.",
-            "requestBody": {"required": true, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}}},
+            "requestBody": {"required": true, "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
+                "image/*": {"schema": {"description": "A picture as the input `image`, where the model takes one."}},
+            }},
             "responses": {
                 "200": answer("The outputs.", "InferResponse"),
                 "400": error("The request is not what the protocol or the model takes."),
@@ -84,6 +87,9 @@ fn describe(name: &str, version: &str) -> Value {
         );
         paths.insert(format!("{prefix}/infer"), infer(&id("infer")));
     }
+    for (path, item) in openais(name) {
+        paths.insert(path, item);
+    }
     json!({
         "openapi": "3.1.0",
         "info": {"title": format!("Plimsoll: {name}"), "version": super::super::VERSION, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
@@ -91,6 +97,55 @@ fn describe(name: &str, version: &str) -> Value {
         "paths": paths,
         "components": {"schemas": schemas()},
     })
+}
+
+/// OpenAI's API of embeddings.
+fn openais(name: &str) -> [(String, Value); 3] {
+    let body = |schema: &str| json!({"application/json": {"schema": {"$ref": format!("#/components/schemas/{schema}")}}});
+    let error = |text: &str| json!({"description": text, "content": body("OpenAiError")});
+    let read = |id: &str, text: &str, schema: &str, missing: bool| {
+        let mut responses = json!({
+            "200": {"description": text, "content": body(schema)},
+            "401": error("No known token was sent."), "503": error("The model is loading."),
+        });
+        if missing {
+            responses["400"] = error("The model gives no embeddings of texts.");
+        }
+        json!({"get": {"operationId": id, "summary": text, "responses": responses}})
+    };
+    let embeddings = json!({"post": {
+        "operationId": "embeddings", "summary": "Embeddings of texts, as OpenAI's API has them.",
+        "requestBody": {"required": true, "content": body("EmbeddingsRequest")},
+        "responses": {
+            "200": {"description": "An embedding for each text.", "content": body("Embeddings")},
+            "400": error("The request is not what is taken, or the model gives no embeddings of texts."),
+            "401": error("No known token was sent."),
+            "404": error("There is no such model."),
+            "408": error("The body did not arrive in time."),
+            "413": error("The body is larger than this server takes."),
+            "415": error("The body's encoding is not known."),
+            "429": error("The server has as much as it takes on; see Retry-After."),
+            "500": error("The engine failed."),
+            "503": error("The model is loading."),
+            "504": error("There was no answer in time."),
+        },
+    }});
+    [
+        ("/v1/embeddings".to_owned(), embeddings),
+        (
+            "/v1/models".to_owned(),
+            read(
+                "openAiModels",
+                "The model, where it gives embeddings of texts.",
+                "OpenAiModels",
+                false,
+            ),
+        ),
+        (
+            format!("/v1/models/{name}"),
+            read("openAiModel", "The model, where it gives embeddings of texts.", "OpenAiModel", true),
+        ),
+    ]
 }
 
 fn schemas() -> Value {
@@ -102,10 +157,15 @@ fn schemas() -> Value {
         "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "BF16", "FP32", "FP64", "BYTES",
     ];
     let shape = json!({"type": "array", "maxItems": 1024, "items": {"type": "integer", "minimum": 0}});
+    let pooling = ["none", "mean", "cls", "max", "last"];
+    let tokens = json!({"type": "array", "items": {"type": "integer", "minimum": 0}});
     let parameters = json!({"type": "object", "properties": {
         "priority": {"type": "integer", "minimum": 0, "description": "Lower numbers go first; 0 is the middle."},
         "timeout": {"type": "integer", "minimum": 0, "description": "Microseconds after which the answer is not waited for."},
         "binary_data_output": {"type": "boolean", "description": "Whether outputs come as bytes behind the JSON."},
+        "pooling": {"enum": pooling, "description": "How embeddings of tokens become one of the text."},
+        "normalize": {"type": "boolean", "description": "Whether embeddings are divided by their length."},
+        "truncate": {"type": "boolean", "description": "Whether texts of more tokens than the model takes are cut off."},
     }});
     json!({
         "Error": object(&["error"], json!({"error": text()})),
@@ -136,6 +196,20 @@ fn schemas() -> Value {
             "id": text(), "inputs": list("Tensor"), "parameters": parameters,
             "outputs": {"type": "array", "items": object(&["name"], json!({"name": text(), "parameters": {"type": "object", "properties": {
                 "binary_data": {"type": "boolean"}, "classification": {"type": "integer", "minimum": 0}}}}))}})),
+        "OpenAiError": object(&["error"], json!({"error": object(&["message", "type"], json!({
+            "message": text(), "type": text(), "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}))})),
+        "OpenAiModel": object(&["id", "object", "created", "owned_by"], json!({
+            "id": text(), "object": {"const": "model"}, "created": count(), "owned_by": text()})),
+        "OpenAiModels": object(&["object", "data"], json!({"object": {"const": "list"}, "data": list("OpenAiModel")})),
+        "EmbeddingsRequest": object(&["model", "input"], json!({
+            "model": text(), "input": {"anyOf": [text(), {"type": "array", "items": text()}, tokens, {"type": "array", "items": tokens}]},
+            "encoding_format": {"enum": ["float", "base64"]}, "dimensions": count(), "pooling": {"enum": pooling},
+            "normalize": {"type": "boolean"}, "truncate": {"type": "boolean"}})),
+        "Embeddings": object(&["object", "data", "model", "usage"], json!({
+            "object": {"const": "list"}, "model": text(),
+            "data": {"type": "array", "items": object(&["object", "index", "embedding"], json!({
+                "object": {"const": "embedding"}, "index": count(), "embedding": {"type": ["array", "string"]}}))},
+            "usage": object(&["prompt_tokens", "total_tokens"], json!({"prompt_tokens": count(), "total_tokens": count()}))})),
         "InferResponse": object(&["model_name", "model_version", "outputs"], json!({
             "model_name": text(), "model_version": text(), "id": text(), "outputs": list("Tensor")})),
     })

@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 use crate::engine::tensor::element_count;
 use crate::engine::{Data, Tensor};
 use crate::server::inference::{InferRequest, LENGTH_MAX, Options, RequestedOutput, check_extensions};
+use crate::server::text::Pooling;
 
 /// Reads the body of a request: JSON of `json_length` bytes and tensors as bytes behind it, or JSON alone. Gives the request, and whether
 /// outputs of which it says nothing come as bytes.
@@ -74,6 +75,9 @@ pub(in crate::server) fn parse(body: &[u8], json_length: Option<usize>) -> Resul
         options: Options {
             priority: raw.parameters.priority,
             timeout: raw.parameters.timeout,
+            pooling: raw.parameters.pooling,
+            normalize: raw.parameters.normalize,
+            truncate: raw.parameters.truncate,
         },
     };
     Ok((request, raw.parameters.binary_data_output.unwrap_or(false)))
@@ -89,6 +93,9 @@ struct Parameters {
     classification: usize,
     priority: Option<u64>,
     timeout: Option<u64>,
+    pooling: Option<Pooling>,
+    normalize: Option<bool>,
+    truncate: Option<bool>,
     shared_memory_region: Option<IgnoredAny>,
     #[serde(deserialize_with = "sequence")]
     sequence_id: bool,

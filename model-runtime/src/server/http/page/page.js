@@ -45,15 +45,37 @@ function showSignature(model) {
     for (const tensor of tensors) row(table, [kind, tensor.name, tensor.datatype, shapeText(tensor.shape)]);
 }
 
+/** Fills the text area with the pictures that are chosen, in base64. */
+function picker(area, shape) {
+  const chosen = element("input", undefined, { type: "file", accept: "image/png,image/jpeg,image/webp", multiple: "", "aria-label": "pictures" });
+  chosen.addEventListener("change", async () => {
+    const read = (file) => new Promise((resolve, reject) => {
+      const reader = new FileReader();
+      reader.onload = () => resolve(reader.result);
+      reader.onerror = () => reject(reader.error);
+      reader.readAsDataURL(file);
+    });
+    const pictures = await Promise.all(Array.from(chosen.files, read));
+    area.value = JSON.stringify(pictures);
+    shape.value = JSON.stringify([pictures.length]);
+  });
+  return chosen;
+}
+
 function showForm(model) {
   const limit = 4096;
+  // Where texts or pictures stand for tensors, these are left empty, and what is empty is not sent.
+  const stands = ({ name, datatype }) => datatype === "BYTES" && (name === "text" || name === "image");
+  const instead = model.inputs.length > 1 && model.inputs.some(stands);
   for (const input of model.inputs) {
     const shape = input.shape.map((size) => (size < 0 ? 1 : size));
     const data = sample(input.datatype, shape.reduce((a, b) => a * b, 1) > limit ? [0] : shape);
     const label = element("label", `${input.name} (${input.datatype}), shape `);
-    label.append(element("input", undefined, { name: `${input.name}/shape`, value: JSON.stringify(shape), "aria-label": `shape of ${input.name}` }));
-    const area = element("textarea", JSON.stringify(data), { name: `${input.name}/data`, spellcheck: "false", "aria-label": `data of ${input.name}` });
+    const shapeField = element("input", undefined, { name: `${input.name}/shape`, value: JSON.stringify(shape), "aria-label": `shape of ${input.name}` });
+    label.append(shapeField);
+    const area = element("textarea", instead && !stands(input) ? "" : JSON.stringify(data), { name: `${input.name}/data`, spellcheck: "false", "aria-label": `data of ${input.name}` });
     at("inputs").append(label, area);
+    if (instead && stands(input) && input.name === "image") at("inputs").append(picker(area, shapeField));
   }
   at("form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -78,7 +100,8 @@ async function infer(model) {
   at("took").textContent = "";
   button.disabled = true;
   try {
-    const inputs = model.inputs.map(({ name, datatype }) => ({
+    const given = model.inputs.filter(({ name }) => form.elements[`${name}/data`].value.trim() !== "");
+    const inputs = given.map(({ name, datatype }) => ({
       name, datatype, shape: read(form, `${name}/shape`), data: read(form, `${name}/data`),
     }));
     const begun = performance.now();

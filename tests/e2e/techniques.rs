@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, digits_spec, file_of_artifact, training};
+use crate::cluster::{Namespace, digits_spec, file_of_artifact, fixture, push, training};
 use crate::traffic::infer;
 
 /// What is applied to digits, and how much smaller its file and what is pulled of it must get.

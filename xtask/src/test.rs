@@ -9,8 +9,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result};
 
 use crate::progress::{phase, run_logged};
-use crate::{chart, cluster, images, models, onnxruntime, workspace};
-use crate::{chart, cluster, images, onnxruntime, python, workspace};
+use crate::{chart, cluster, images, models, onnxruntime, python, workspace};
 use tally::Tally;
 
 /// Options of `cargo xtask test`.

@@ -142,6 +142,7 @@ mod tests {
             technique: Default::default(),
             changed: vec!["pruned".into()],
             size_after: 0,
+            buys: String::new(),
         }];
         let known = [skipped("refused", "it is excluded")];
         let listed = untouched(&original, &original, &steps, &known);

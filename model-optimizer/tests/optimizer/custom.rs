@@ -83,6 +83,7 @@ fn a_node_of_another_domain_is_left_as_it_is_by_every_technique() {
             calibration: None,
             original: &model,
             threads: 1,
+            engine: None,
             console: &Console::silent(),
         };
         let technique = compress::technique(&serde_json::from_value(entry.clone()).unwrap()).unwrap();

@@ -53,6 +53,7 @@ fn quantized(mut model: ModelProto, quantize: Value, calibration: Option<&Calibr
         calibration,
         original: &original,
         threads: 1,
+        engine: None,
         console: &Console::silent(),
     };
     let entry = serde_json::from_value(json!({"quantize": quantize})).unwrap();

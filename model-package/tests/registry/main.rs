@@ -318,6 +318,11 @@ async fn companions_come_with_the_model_that_they_lie_beside() {
     let server = Server::start();
     let registry = client(&server);
     let layer = |media_type: &str, bytes: Vec<u8>| ImageLayer::new(bytes, media_type.into(), None);
+    let titled = |title: &str, bytes: &[u8]| {
+        let annotations = BTreeMap::from([("org.opencontainers.image.title".to_owned(), title.to_owned())]);
+        // ORAS's own default for a plain file is the media type of a tar archive.
+        ImageLayer::new(bytes.to_vec(), TAR.into(), Some(annotations))
+    };
     let forms = [
         (
             "oras",

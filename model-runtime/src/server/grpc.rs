@@ -140,10 +140,10 @@ async fn grpc_alone(request: Request, next: Next) -> Response {
 /// Asks for a token, but of probes: the kubelet has none.
 async fn authenticate(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Response {
     let is_probe = PROBES.iter().any(|probe| request.uri().path().starts_with(probe));
-    if let Some(tokens) = state.tokens.as_ref().filter(|_| !is_probe) {
-        if let Err(refusal) = tokens.check(request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes)) {
-            return reply::refused(refusal);
-        }
+    if let Some(tokens) = state.tokens.as_ref().filter(|_| !is_probe)
+        && let Err(refusal) = tokens.check(request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes))
+    {
+        return reply::refused(refusal);
     }
     next.run(request).await
 }

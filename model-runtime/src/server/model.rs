@@ -91,6 +91,7 @@ impl Model {
     pub(super) fn of(engine: Arc<dyn Engine>, batching: Batching) -> Self {
         Self {
             labels: vec![],
+            preprocessing: Preprocessing::read(&Companions::default(), engine.inputs(), engine.outputs()),
             fell_back: false,
             manifest: None,
             kind: engine.kind(),

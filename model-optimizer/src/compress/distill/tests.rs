@@ -58,6 +58,7 @@ fn pruned_perceptron() -> (ModelProto, Vec<String>, ModelProto) {
         calibration: None,
         original: &teacher,
         threads: 1,
+        engine: None,
         console: &Console::silent(),
     };
     prune::technique(&entry).unwrap().apply(&mut student, &setting).unwrap();
@@ -79,6 +80,7 @@ fn setting<'a>(calibration: Option<&'a Calibration>, original: &'a ModelProto, c
         calibration,
         original,
         threads: 1,
+        engine: None,
         console,
     }
 }

@@ -16,6 +16,7 @@ use crate::engine::{Data, Tensor};
 use crate::server::Config;
 use crate::server::inference::{InferRequest, LENGTH_MAX, Options, Output, RequestedOutput, check_extensions};
 use crate::server::refusal::Refusal;
+use crate::server::text::Pooling;
 
 /// Field of [`ModelInferResponse`] that holds the raw values.
 const RAW_OUTPUT_CONTENTS: u32 = 6;
@@ -90,6 +91,9 @@ pub(in crate::server) fn read(request: ModelInferRequest) -> Result<(InferReques
         options: Options {
             priority: number(&request.parameters, "priority")?,
             timeout: number(&request.parameters, "timeout")?,
+            pooling: pooling(&request.parameters)?,
+            normalize: flag(&request.parameters, "normalize")?,
+            truncate: flag(&request.parameters, "truncate")?,
         },
     };
     Ok((request, if typed { Form::Typed } else { Form::Raw }))
@@ -111,6 +115,28 @@ fn number(parameters: &Parameters, name: &str) -> Result<Option<u64>, String> {
     };
     let refuse = || format!("parameter `{name}` takes a whole number that is not negative");
     number.map(Some).ok_or_else(refuse)
+}
+
+/// A parameter that is a boolean.
+fn flag(parameters: &Parameters, name: &str) -> Result<Option<bool>, String> {
+    match choice(parameters, name) {
+        None => Ok(None),
+        Some(ParameterChoice::BoolParam(flag)) => Ok(Some(*flag)),
+        Some(_) => Err(format!("parameter `{name}` takes a boolean")),
+    }
+}
+
+fn pooling(parameters: &Parameters) -> Result<Option<Pooling>, String> {
+    let name = match choice(parameters, "pooling") {
+        None => return Ok(None),
+        Some(ParameterChoice::StringParam(name)) => name,
+        Some(_) => return Err("parameter `pooling` takes a name".to_owned()),
+    };
+    let pooling = name.parse().map_err(|_| {
+        let known = <Pooling as strum::IntoEnumIterator>::iter().map(|pooling| pooling.to_string());
+        format!("`{name}` is no pooling; there are {}", known.collect::<Vec<_>>().join(", "))
+    });
+    pooling.map(Some)
 }
 
 /// Whether a sequence is named: clients send 0 or nothing for none.

@@ -162,7 +162,7 @@ fn what_is_no_image_or_too_large_is_named_before_it_takes_memory() {
     assert!(text.starts_with("input `image`: image 1: it cannot be decoded: "), "{text}");
 
     let tensor = Tensor::new(vec![1], vec![picture("picture.png")]).unwrap();
-    let refused = images.fill(&tensor, 1 << 20, |bytes| Err::<(), _>(bytes)).unwrap_err();
+    let refused = images.fill(&tensor, 1 << 20, Err::<(), _>).unwrap_err();
     assert!(matches!(refused, Refused::Memory(bytes) if bytes == 61 * 47 * 11), "{refused:?}");
     let refused = images.fill(&tensor, 100, |_| Ok::<_, Infallible>(())).unwrap_err();
     let Refused::Given(text) = refused;

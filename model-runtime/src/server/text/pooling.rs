@@ -6,7 +6,7 @@ use crate::engine::{Data, Tensor};
 use crate::server::companions::Companions;
 
 /// How the embeddings of a text's tokens become one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, strum::Display)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, strum::Display, strum::EnumIter, strum::EnumString)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
 pub(in crate::server) enum Pooling {
@@ -197,7 +197,10 @@ pub(in crate::server) fn pool(embeddings: &Tensor, mask: Option<&Mask>, pooling:
         match pooling {
             Pooling::None => return Ok(embeddings.clone()),
             Pooling::Cls => present.next().into_iter().for_each(|first| of_text.copy_from_slice(token(first))),
-            Pooling::Last => present.last().into_iter().for_each(|last| of_text.copy_from_slice(token(last))),
+            Pooling::Last => present
+                .next_back()
+                .into_iter()
+                .for_each(|last| of_text.copy_from_slice(token(last))),
             Pooling::Max => {
                 present.next().into_iter().for_each(|first| of_text.copy_from_slice(token(first)));
                 for next in present {

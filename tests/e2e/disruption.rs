@@ -97,7 +97,7 @@ fn an_operator_killed_in_each_phase_goes_on_without_a_second_job() {
     pods.until("one publishes", |pods| publishes(pods, "publishing").then_some(()));
     let slow = "slow?seconds=25&path=digits.onnx";
     namespace.apply_model("fetching", &spec(slow, json!([{ "prune": { "amount": "12%" } }])));
-    let long = json!({ "epochs": 150, "data": { "uri": format!("{host}/training.npz") } });
+    let long = json!({ "epochs": 100, "data": { "uri": format!("{host}/training.npz") } });
     let training = json!([{ "prune": { "amount": "14%" } }, { "distill": long }]);
     namespace.apply_model("compressing", &spec("digits.onnx", training));
     pods.until("one fetches, another compresses", |pods| {

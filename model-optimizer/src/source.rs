@@ -70,7 +70,16 @@ pub async fn fetch_model(
         std::fs::remove_file(&file).map_err(disk("write", &file))?;
     }
     if let Some(reference) = uri.strip_prefix("oci://") {
-        return oci::fetch(what, reference, oci::Wanted::ContentAndCompanions, credentials, limits, destination, activity).await;
+        return oci::fetch(
+            what,
+            reference,
+            oci::Wanted::ContentAndCompanions,
+            credentials,
+            limits,
+            destination,
+            activity,
+        )
+        .await;
     }
     let content = fetch(what, uri, credentials, limits, destination, activity).await?;
     let size_max = limits.size_max.saturating_sub(content.size);
@@ -142,7 +151,18 @@ async fn fetch_file(
     };
     match scheme {
         "https" | "http" => http::download(what, uri, credentials, limits, destination, &activity).await,
-        "oci" => oci::fetch(what, rest, name.map_or(oci::Wanted::Content, oci::Wanted::Named), credentials, limits, destination, activity).await,
+        "oci" => {
+            oci::fetch(
+                what,
+                rest,
+                name.map_or(oci::Wanted::Content, oci::Wanted::Named),
+                credentials,
+                limits,
+                destination,
+                activity,
+            )
+            .await
+        }
         "pvc" => file::copy_from_claim(what, rest, limits, destination),
         "file" => file::copy(what, Path::new(rest), destination, limits.size_max),
         _ => Err(failure(

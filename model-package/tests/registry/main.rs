@@ -421,7 +421,7 @@ async fn a_transfer_that_breaks_off_goes_on_where_it_was() {
     let file = dir.path().join("fetched");
     let reference = format!("{}/models/digits:opt-1", proxy.host());
     let fetched = client_through(&proxy, 1)
-        .fetch_artifact(&reference, None, &file, 4_000_000, &Progress::default())
+        .fetch_artifact(&reference, None, false, &file, 4_000_000, &Progress::default())
         .await
         .unwrap();
     assert_eq!(fetched.digest, Digest::of(&fs::read(package.path().join("model.onnx")).unwrap()));

@@ -1,9 +1,11 @@
 //! What needs no container: the API's rules, what the operator makes of a model and what it refuses, and the commands that people type. No model
 //! here is ever optimised: its source is nowhere.
 
+use std::time::Instant;
+
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, apply, condition, fixture, kubectl, try_apply};
+use crate::cluster::{Namespace, PATIENCE, apply, condition, fixture, kubectl, story, try_apply};
 
 /// A source that no name server knows.
 const NOWHERE: &str = "https://models.invalid/digits.onnx";
@@ -161,7 +163,7 @@ fn a_model_gets_one_revision_and_one_job_of_five_steps_without_a_token() {
     let begun = Instant::now();
     let is_told = |event: &Value| event["regarding"]["kind"] == "ModelDeployment" && event["reason"] == "Optimizing";
     while !namespace.items(&["events.events.k8s.io"]).iter().any(is_told) {
-        assert!(begun.elapsed() < PATIENCE, "no Event\n{}", namespace.story("digits"));
+        assert!(begun.elapsed() < PATIENCE, "no Event\n{}", story(&namespace.name));
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
 }

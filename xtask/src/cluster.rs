@@ -143,6 +143,14 @@ pub(crate) fn stop_operator() {
     Cluster::of(Kind::ControlPlane).supervisor().stop(&[components::OPERATOR]);
 }
 
+/// Stops the cluster that [`up`] started, and removes all that it left on the machine.
+///
+/// # Errors
+/// Where something cannot be removed.
+pub(crate) fn down_node() -> Result<()> {
+    remove(|cluster| cluster.kind == Kind::Node)
+}
+
 /// Stops the control plane that [`up_control_plane`] started, with what works beside it.
 ///
 /// # Errors

@@ -4,9 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::host;
 use super::removal;
+
+/// Longest that the kernel may take to let go of what a cluster had.
+const SETTLED_MAX: Duration = Duration::from_secs(10);
 
 /// What is on a machine at one time.
 #[derive(Debug, Default)]
@@ -38,8 +42,20 @@ impl Traces {
         }
     }
 
-    /// How the machine differs from what it was `before`, a line each; nothing where it does not.
-    pub(crate) fn differences(&self, before: &Self) -> Vec<String> {
+    /// How the machine differs from what it was `before`, a line each; nothing where it does not. The kernel takes a network namespace's devices
+    /// away a moment after the namespace, so that this waits for up to [`SETTLED_MAX`].
+    pub(crate) fn left_since(before: &Self) -> Vec<String> {
+        let deadline = Instant::now() + SETTLED_MAX;
+        loop {
+            let differences = Self::observe().differences(before);
+            if differences.is_empty() || Instant::now() > deadline {
+                return differences;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn differences(&self, before: &Self) -> Vec<String> {
         let left = self.things.difference(&before.things).map(|thing| format!("left behind: {thing}"));
         let gone = before.things.difference(&self.things).map(|thing| format!("gone: {thing}"));
         // A setting that was not there came with a module of the kernel, which stays loaded.
@@ -63,16 +79,17 @@ fn names(folder: &str) -> impl Iterator<Item = String> {
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned())
 }
 
-/// Those of the cluster: its programs, and what runs in pods.
+/// Those of the cluster: what works on its state, and what runs in pods.
 fn processes() -> impl Iterator<Item = String> {
-    let programs = super::home();
+    let state = super::home().join("run").display().to_string();
     names("/proc")
         .filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()))
         .filter_map(move |pid| {
             let process = Path::new("/proc").join(&pid);
-            let program = fs::read_link(process.join("exe")).ok()?;
             let cgroup = fs::read_to_string(process.join("cgroup")).unwrap_or_default();
-            (program.starts_with(&programs) || cgroup.contains("kubepods")).then(|| format!("{pid} ({})", program.display()))
+            let arguments = fs::read(process.join("cmdline")).unwrap_or_default();
+            let arguments = String::from_utf8_lossy(&arguments).replace('\0', " ");
+            (cgroup.contains("kubepods") || arguments.contains(&format!("{state}/"))).then(|| format!("{pid} ({})", arguments.trim()))
         })
 }
 

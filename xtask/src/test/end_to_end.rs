@@ -54,8 +54,8 @@ pub(super) fn run(filter: Option<&str>, keep: bool, tally: &mut Tally) -> Result
     if keep {
         return result;
     }
-    cluster::down()?;
-    let differences = Traces::observe().differences(&before);
+    cluster::down_node()?;
+    let differences = Traces::left_since(&before);
     if differences.is_empty() {
         eprintln!("  ok  the machine is as it was before the cluster");
         tally.passed += 1;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Output;
 
 use plimsoll_package::manifest::{Engine as EngineKind, Manifest, Probe};
-use plimsoll_package::report::{Report, SampleSource, Verdict, exit_code};
+use plimsoll_package::report::{Report, SampleSource, Spread, Verdict, exit_code};
 use plimsoll_runtime::engine::{self, LoadOptions, probe};
 
 use super::{model, onnxruntime, program};
@@ -329,13 +329,16 @@ fn both_engines_are_compared_with_the_original_by_their_ratio_and_memory() {
             0.0 < ratio.p10 && ratio.p10 <= ratio.median && ratio.median <= ratio.p90,
             "{engine:?}"
         );
-        let (memory, ratio) = (engine.memory.unwrap(), engine.memory_ratio.unwrap());
-        assert!(memory.before_bytes > 0 && memory.after_bytes > 0);
-        assert!(
-            0.0 < ratio.p10 && ratio.p10 <= ratio.median && ratio.median <= ratio.p90,
-            "{engine:?}"
-        );
+        // Of so small a model it may be that nothing can be said of its memory.
+        assert_eq!(engine.memory.is_some(), engine.memory_ratio.is_some(), "{engine:?}");
+        let is_ordered = |ratio: Spread| 0.0 < ratio.p10 && ratio.p10 <= ratio.median && ratio.median <= ratio.p90;
+        assert!(engine.memory_ratio.is_none_or(is_ordered), "{engine:?}");
     }
+    assert!(
+        report.engines.iter().any(|engine| engine.memory_ratio.is_some()),
+        "{:?}",
+        report.engines
+    );
     assert!(
         report
             .gate

@@ -72,7 +72,7 @@ pub(super) fn headers(end: &Result<(), Refusal>) -> HeaderMap {
     let code = end.as_ref().err().map_or(Code::Ok, |refusal| refusal.reason.code());
     let mut headers = HeaderMap::from_iter([(STATUS, HeaderValue::from(code as u16))]);
     let Err(refusal) = end else { return headers };
-    let mut insert = |name, value: String| headers.extend(HeaderValue::try_from(value).ok().map(|value| (name, value)));
+    let mut insert = |name: HeaderName, value: String| headers.extend(HeaderValue::try_from(value).ok().map(|value| (name, value)));
     insert(TEXT, escaped(&refusal.text));
     if matches!(refusal.reason, Reason::Overloaded | Reason::Unavailable) {
         let info = RetryInfo {

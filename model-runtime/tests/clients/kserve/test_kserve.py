@@ -77,11 +77,12 @@ class Types(unittest.IsolatedAsyncioTestCase):
                 for name, (datatype, values) in EVERY_TYPE.items():
                     value = np.array(values, DTYPES.get(datatype, name))
                     expected[f"{name}_out"] = value
-                    # FP16 has no typed contents, and what comes raw comes so for all.
-                    inputs.append(tensor(f"{name}_in", value, datatype, binary))
+                    # The client has no JSON for FP16.
+                    inputs.append(tensor(f"{name}_in", value, datatype, binary or datatype == "FP16"))
                 request = InferRequest("every-type", inputs)
                 async with InferenceRESTClient(RESTConfig(protocol="v2")) as rest:
                     answers = [await rest.infer(f"http://{server.http}", request, "every-type")]
+                # What comes raw over gRPC comes so for all.
                 if binary:
                     async with InferenceGRPCClient(server.grpc) as remote:
                         answers.append(await remote.infer(request))

@@ -68,7 +68,7 @@ const TEST_GROUPS: [&[&str]; 2] = [
 ];
 
 /// Folders of `model-runtime/tests/clients`, each with packages of its own: they do not fit into one environment.
-const CLIENTS: [&str; 3] = ["triton", "kserve", "mlserver"];
+const CLIENTS: [&str; 4] = ["triton", "kserve", "mlserver", "openai"];
 
 /// Version of cargo-deny, installed into the user's cache.
 const CARGO_DENY: &str = "0.20.2";

@@ -59,8 +59,8 @@ pub(super) async fn model(grpc: Grpc, asked: proto::ModelMetadataRequest) -> Ans
         name: grpc.state.config.name.clone(),
         versions: vec![grpc.state.config.version.clone()],
         platform: signature::platform(model.kind()),
-        inputs: tensors(model.inputs()),
-        outputs: tensors(model.outputs()),
+        inputs: tensors(&model.described_inputs()),
+        outputs: tensors(&model.described_outputs()),
     })
 }
 

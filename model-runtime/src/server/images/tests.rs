@@ -82,10 +82,15 @@ fn tensors_are_those_of_transformers_image_processors() {
         assert_eq!(tensor.shape(), [1, 3, 8, 8]);
         let values = case["values"].as_array().unwrap();
         assert_eq!(values.len(), tensor.data().len());
-        // Decoders of lossy formats may differ by a step or two of 255 in a pixel, of which many make one here.
+        // What a step of 255 becomes. Decoders of lossy formats may differ by one in a pixel, and rounding may make two of it.
+        let step = match specification {
+            "bytes" => 1.0,
+            "padded" => 1.0 / 255.0,
+            "clip" => 1.0 / 255.0 / 0.26,
+            _ => 2.0 / 255.0,
+        };
         let lossy = name.ends_with(".jpg") || name == "picture.webp";
-        let span = if specification == "bytes" { 255.0 } else { 2.0 };
-        let tolerance = span * if lossy { 0.006 } else { 1e-6 };
+        let tolerance = step * if lossy { 2.01 } else { 1e-3 };
         for (index, (found, expected)) in tensor.as_f32().unwrap().iter().zip(values).enumerate() {
             let difference = (f64::from(*found) - expected.as_f64().unwrap()).abs();
             assert!(

@@ -163,10 +163,9 @@ fn the_clients_deadline_is_kept() {
     let late = channel
         .call::<ModelInferResponse>("ModelInfer", &[("grpc-timeout", "20m")], &slow())
         .unwrap_err();
-    assert_eq!(
-        (late.code, late.text.as_str()),
-        (DEADLINE_EXCEEDED, "there was no answer within 0.02 s")
-    );
+    // Whichever it was that took the time.
+    assert_eq!(late.code, DEADLINE_EXCEEDED);
+    assert!(late.text.ends_with(" within 0.02 s"), "{}", late.text);
     let half = framed(&slow())[..9].to_vec();
     let late = channel.exchange(
         "/inference.GRPCInferenceService/ModelInfer",
@@ -219,11 +218,9 @@ fn a_stream_is_answered_in_order_and_a_refusal_ends_nothing() {
 fn the_end_of_the_server_is_told_to_health_and_to_streams_and_loses_no_call() {
     let mut server = Server::ready(&model("slow"), &["--drain-delay", "1s"]);
     let channel = Channel::open(server.grpc);
-    let (_health, mut health) = {
-        let (sender, messages) = channel.stream("/grpc.health.v1.Health/Watch");
-        sender.unbounded_send(framed(&Health::default())).unwrap();
-        (sender, messages)
-    };
+    let mut health = channel
+        .exchange("/grpc.health.v1.Health/Watch", &[], vec![framed(&Health::default())])
+        .unwrap();
     assert_eq!(health.next(&channel), Ok(Some(Standing { status: 1 })));
     let (sender, mut answers) = channel.stream(STREAM);
     let started = Instant::now();

@@ -184,7 +184,7 @@ fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
         return Ok(None);
     };
     let parse = || {
-        let (digits, unit) = written.to_str().ok()?.split_at_checked(written.len() - 1)?;
+        let (digits, unit) = written.to_str().ok()?.split_at_checked(written.len().checked_sub(1)?)?;
         let count: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
         Some(match unit {
             "H" => Duration::from_secs(count * 3600),

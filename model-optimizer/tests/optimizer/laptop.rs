@@ -360,11 +360,12 @@ fn the_engine_that_will_serve_is_measured_alone() {
         assert_eq!(Manifest::read(&package).unwrap().engine, engine);
     }
     // What only the other engine runs is refused.
-    let refused = optimize(&digits, &package, &["--quantize", "int4", "--engine", "tract"]);
+    let halves = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model-runtime/tests/models/bfloat16.onnx");
+    let refused = optimize(&halves, &package, &["--quantize", "int8", "--engine", "tract"]);
     assert_eq!(refused.status.code(), Some(i32::from(exit_code::UNUSABLE)));
     let said = String::from_utf8(refused.stderr).unwrap();
     assert!(
-        said.contains("no engine runs the model both before and after compression: Tract: "),
+        said.contains("Tract: `x` is of type BF16, which tract does not run") && !said.contains("OnnxRuntime"),
         "{said}"
     );
     let missing = program()
@@ -396,7 +397,7 @@ fn a_metric_may_count_any_number_of_the_largest_scores() {
     let [accuracy, first, third, all] = ["accuracy", "top-1", "top3-accuracy", "Top10Accuracy"].map(value);
     assert_eq!((first.0.as_str(), third.0.as_str()), ("Top1Accuracy", "Top3Accuracy"));
     assert_eq!(first.1, accuracy.1);
-    assert!(accuracy.1 < third.1 && third.1 < 1.0, "{} and {}", accuracy.1, third.1);
+    assert!(accuracy.1 < third.1 && third.1 <= 1.0, "{} and {}", accuracy.1, third.1);
     assert_eq!(all.1, 1.0, "there are ten classes");
     let refused = optimize(
         &model("digits/digits-v1.onnx"),

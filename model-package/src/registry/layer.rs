@@ -429,8 +429,8 @@ mod tests {
         let names: Vec<&str> = described.iter().map(|entry| entry.name.as_str()).collect();
         assert_eq!(
             names,
-            ["manifest.json", "report.html"],
-            "what changes with each run lies apart from the weights"
+            ["empty.txt", "manifest.json", "report.html"],
+            "what describes the model lies apart from the weights"
         );
         let out = tempfile::tempdir().unwrap();
         for layer in &layers {

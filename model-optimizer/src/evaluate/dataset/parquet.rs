@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn what_is_compressed_otherwise_is_refused_by_its_name() {
-        let column = ColumnPath::from("image.list.element");
+        let column = ColumnPath::new(["image", "list", "element"].map(str::to_owned).to_vec());
         for (compression, name) in [(Compression::ZSTD(Default::default()), "ZSTD"), (Compression::LZO, "LZO")] {
             let why = unread(compression, &column).unwrap();
             assert!(

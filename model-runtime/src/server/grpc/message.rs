@@ -64,7 +64,7 @@ pub(in crate::server) fn read(request: ModelInferRequest) -> Result<(InferReques
             inputs.len()
         ));
     }
-    let typed = inputs.iter().any(|input| input.contents.is_some());
+    let typed = raw.is_empty() && inputs.iter().any(|input| input.contents.is_some());
     let mut raw = raw.into_iter();
     let inputs = inputs.into_iter().map(|mut input| {
         let name = std::mem::take(&mut input.name);
@@ -162,8 +162,11 @@ fn fill(input: InferInputTensor, raw: Option<Bytes>) -> Result<Tensor, String> {
     let shape = input.shape.iter().map(|&size| usize::try_from(size)).collect::<Result<Vec<_>, _>>();
     let shape = shape.map_err(|_| format!("shape {:?} has a negative dimension", input.shape))?;
     let data = match (raw, input.contents) {
-        (Some(raw), None) => Data::from_bytes(datatype, &shape, &raw).map_err(|error| error.to_string())?,
-        (Some(_), Some(_)) => return Err("values are both in contents and in raw_input_contents".to_owned()),
+        // Some clients send an empty message of contents beside the bytes.
+        (Some(raw), contents) if contents.as_ref().is_none_or(|contents| *contents == InferTensorContents::default()) => {
+            Data::from_bytes(datatype, &shape, &raw).map_err(|error| error.to_string())?
+        }
+        (Some(_), _) => return Err("values are both in contents and in raw_input_contents".to_owned()),
         (None, contents) => typed(datatype, contents.unwrap_or_default())?,
     };
     Tensor::new(shape, data).map_err(|error| error.to_string())

@@ -79,9 +79,11 @@ fn raw_values_are_for_all_inputs_or_for_none() {
     request.raw_input_contents.push(vec![0; 4].into());
     assert_eq!(refusal(request.clone()), "raw_input_contents holds 2 tensors, inputs has 1");
     request.raw_input_contents.pop();
-    request.inputs[0].contents = None;
-    let (read, form) = read(request).unwrap();
-    assert_eq!((read.inputs[0].1.data(), form), (&Data::Int32(vec![0]), Form::Raw));
+    for contents in [None, Some(InferTensorContents::default())] {
+        request.inputs[0].contents = contents;
+        let (read, form) = read(request.clone()).unwrap();
+        assert_eq!((read.inputs[0].1.data(), form), (&Data::Int32(vec![0]), Form::Raw));
+    }
 }
 
 #[test]

@@ -73,7 +73,8 @@ fn unread(compression: Compression, column: &ColumnPath) -> Option<String> {
         _ => return None,
     };
     Some(format!(
-        "its column `{column}` is compressed by {name}, which is not read; write it with SNAPPY, GZIP, LZ4_RAW, BROTLI or uncompressed"
+        "its column `{}` is compressed by {name}, which is not read; write it with SNAPPY, GZIP, LZ4_RAW, BROTLI or uncompressed",
+        column.string()
     ))
 }
 
@@ -141,7 +142,7 @@ mod tests {
 
     #[test]
     fn what_is_compressed_otherwise_is_refused_by_its_name() {
-        let column = ColumnPath::new(["image", "list", "element"].map(str::to_owned).to_vec());
+        let column = ColumnPath::from("image.list.element");
         for (compression, name) in [(Compression::ZSTD(Default::default()), "ZSTD"), (Compression::LZO, "LZO")] {
             let why = unread(compression, &column).unwrap();
             assert!(

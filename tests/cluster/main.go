@@ -23,7 +23,7 @@ import (
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
 	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
-	"plimsoll.dev/tests/cluster/helper"
+	"plimsoll.dev/tests/cluster/bootstrap"
 )
 
 // components are Kubernetes' own programs; building a command registers flags, so that only the one asked for is built.
@@ -35,13 +35,13 @@ var components = map[string]func() *cobra.Command{
 	"kube-proxy":              proxy.NewProxyCommand,
 }
 
-// helpers are this project's own.
-var helpers = map[string]func(arguments []string) error{
-	"pki":                helper.WritePKI,
-	"device-plugin":      helper.ServeDevices,
-	"volume-provisioner": helper.ProvisionVolumes,
-	"image":              helper.WriteImage,
-	"health":             helper.CheckHealth,
+// programs are this project's own.
+var programs = map[string]func(arguments []string) error{
+	"pki":                bootstrap.WritePKI,
+	"device-plugin":      bootstrap.ServeDevices,
+	"volume-provisioner": bootstrap.ProvisionVolumes,
+	"image":              bootstrap.WriteImage,
+	"health":             bootstrap.CheckHealth,
 }
 
 func main() {
@@ -61,8 +61,8 @@ func main() {
 		runKubectl()
 	case components[name] != nil:
 		os.Exit(cli.Run(components[name]()))
-	case helpers[name] != nil:
-		if err := helpers[name](os.Args[1:]); err != nil {
+	case programs[name] != nil:
+		if err := programs[name](os.Args[1:]); err != nil {
 			fmt.Fprintf(os.Stderr, "%s: %v\n", name, err)
 			os.Exit(1)
 		}

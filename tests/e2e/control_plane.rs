@@ -1,6 +1,7 @@
 //! What needs no container: the API's rules, what the operator makes of a model and what it refuses, and the commands that people type. No model
 //! here is ever optimised: its source is nowhere.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -23,6 +24,21 @@ fn wait_count(namespace: &Namespace, kind: &str, model: &str, count: usize) -> V
     })
 }
 
+/// That `applied` is refused in the words that the first line of the fixture says.
+fn assert_refused(path: &Path, fixture: &str, applied: &str) {
+    let expected = fixture
+        .lines()
+        .next()
+        .and_then(|line| line.strip_prefix("# expect: "))
+        .expect("the first line names the message");
+    let refused = try_apply(applied).expect_err(&format!("{} was accepted", path.display()));
+    assert!(
+        refused.contains(expected),
+        "{}: expected `{expected}` in\n{refused}",
+        path.display()
+    );
+}
+
 #[test]
 fn every_rule_of_the_api_says_what_to_write_instead() {
     let _namespace = Namespace::new("rules");
@@ -30,17 +46,7 @@ fn every_rule_of_the_api_says_what_to_write_instead() {
     for entry in std::fs::read_dir(fixture("fixtures/invalid")).unwrap() {
         let path = entry.unwrap().path();
         let manifest = std::fs::read_to_string(&path).unwrap();
-        let expected = manifest
-            .lines()
-            .next()
-            .and_then(|line| line.strip_prefix("# expect: "))
-            .expect("the first line names the message");
-        let refused = try_apply(&manifest).expect_err(&format!("{} was accepted", path.display()));
-        assert!(
-            refused.contains(expected),
-            "{}: expected `{expected}` in\n{refused}",
-            path.display()
-        );
+        assert_refused(&path, &manifest, &manifest);
         checked += 1;
     }
     assert!(checked > 20, "only {checked} fixtures");
@@ -62,11 +68,6 @@ fn every_rule_of_change_says_what_to_do_instead() {
     for entry in std::fs::read_dir(fixture("fixtures/update")).unwrap() {
         let path = entry.unwrap().path();
         let manifest = std::fs::read_to_string(&path).unwrap();
-        let expected = manifest
-            .lines()
-            .next()
-            .and_then(|line| line.strip_prefix("# expect: "))
-            .expect("the first line names the message");
         let documents: Vec<Value> = manifest
             .split("\n---\n")
             .map(|document| {
@@ -79,12 +80,7 @@ fn every_rule_of_change_says_what_to_do_instead() {
             panic!("{} holds no two documents", path.display())
         };
         apply(first);
-        let refused = try_apply(&second.to_string()).expect_err(&format!("{} was accepted", path.display()));
-        assert!(
-            refused.contains(expected),
-            "{}: expected `{expected}` in\n{refused}",
-            path.display()
-        );
+        assert_refused(&path, &manifest, &second.to_string());
         checked += 1;
     }
     assert!(checked > 0, "no fixture");

@@ -257,6 +257,6 @@ fn go(tally: &mut Tally) -> Result<()> {
         .env("CGO_ENABLED", "0")
         .env("GOFLAGS", "-mod=readonly -buildvcs=false")
         // As the programs are built, so that nothing is compiled again.
-        .args(["test", "-v", "-trimpath", "./fixture-server", "./helper"]);
+        .args(["test", "-v", "-trimpath", "./fixture-server", "./bootstrap"]);
     tally.go_test("tests of the cluster's own programs", &mut command, &log("go"))
 }

@@ -288,22 +288,13 @@ fn text(name: &str, value: &str) -> AttributeProto {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::generator::{Builder, Value, assert_same, declared};
+    use crate::graph::generator::{Builder, Value, assert_same, declared, float};
 
     fn floats(name: &str, values: &[f32]) -> AttributeProto {
         AttributeProto {
             name: Some(name.into()),
             r#type: Some(AttributeType::Floats as i32),
             floats: values.to_vec(),
-            ..AttributeProto::default()
-        }
-    }
-
-    fn float(name: &str, value: f32) -> AttributeProto {
-        AttributeProto {
-            name: Some(name.into()),
-            r#type: Some(AttributeType::Float as i32),
-            f: Some(value),
             ..AttributeProto::default()
         }
     }

@@ -72,7 +72,7 @@ pub(super) struct Admission {
     state: Arc<State>,
     _slot: OwnedSemaphorePermit,
     memory: Option<OwnedSemaphorePermit>,
-    pub(super) started: Instant,
+    started: Instant,
     /// When it is given up.
     pub(super) deadline: Instant,
 }
@@ -126,6 +126,12 @@ impl Admission {
             none => *none = Some(permit),
         }
         Ok(())
+    }
+
+    /// What a client is told whose body was not here by the deadline.
+    pub(super) fn late_body(&self) -> Refusal {
+        let seconds = (self.deadline - self.started).as_secs_f64();
+        Refusal::new(Reason::BodyTimeout, format!("the body did not arrive within {seconds} s"))
     }
 
     /// Runs the request and counts it.

@@ -32,7 +32,7 @@ const BUILDS: &[Build] = &[
         name: "kubernetes",
         module: ".",
         packages: &["."],
-        sources: &[".", "helper"],
+        sources: &[".", "bootstrap"],
         binaries: &["cluster", "kubectl"],
     },
     Build {

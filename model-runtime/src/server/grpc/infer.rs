@@ -113,7 +113,7 @@ async fn next(grpc: &mut Grpc, messages: &mut Messages, deadline: Option<Instant
     match admitted {
         Ok(admission) => {
             let sent = timeout_at(admission.deadline, messages.message(prefix)).await;
-            match sent.map_err(|_| late(&admission)).flatten() {
+            match sent.map_err(|_| admission.late_body()).flatten() {
                 Ok(sent) => Next::Call(started, Ok(Call { admission, sent })),
                 // Where the next message begins is not known any more.
                 Err(refusal) => end(refusal),
@@ -133,7 +133,7 @@ async fn next(grpc: &mut Grpc, messages: &mut Messages, deadline: Option<Instant
 async fn only(messages: &mut Messages, mut admission: Admission) -> Result<Call, Refusal> {
     let deadline = admission.deadline;
     let read = timeout_at(deadline, messages.only(|length| admission.hold(length))).await;
-    let sent = read.map_err(|_| late(&admission)).flatten()?;
+    let sent = read.map_err(|_| admission.late_body()).flatten()?;
     Ok(Call { admission, sent })
 }
 
@@ -147,11 +147,6 @@ fn admit(state: &Arc<State>, started: Instant, timeout: Option<Duration>) -> Res
         admission.deadline = admission.deadline.min(started + timeout);
     }
     Ok(admission)
-}
-
-fn late(admission: &Admission) -> Refusal {
-    let seconds = (admission.deadline - admission.started).as_secs_f64();
-    Refusal::new(Reason::BodyTimeout, format!("the body did not arrive within {seconds} s"))
 }
 
 /// The answer of one request, as a frame.

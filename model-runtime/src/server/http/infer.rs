@@ -101,11 +101,7 @@ pub(super) async fn receive(state: &Arc<State>, headers: &HeaderMap, body: Body,
     admission.hold(declared)?;
     let deadline = admission.deadline;
     let body = timeout_at(deadline, read(body, limits.body_bytes_max, &mut admission)).await;
-    let late = |_| {
-        let seconds = limits.request_timeout.as_secs_f64();
-        Refusal::new(Reason::BodyTimeout, format!("the body did not arrive within {seconds} s"))
-    };
-    let body = body.map_err(late)??;
+    let body = body.map_err(|_| admission.late_body())??;
     match encoding {
         None => Ok((body, admission)),
         Some(encoding) => encoding.decompress_admitted(body, limits.body_bytes_max, admission).await,

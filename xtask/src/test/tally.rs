@@ -76,7 +76,8 @@ impl Tally {
         Ok(())
     }
 
-    /// Prints what was skipped and what failed, and the line that sums it up.
+    /// Prints what was skipped and what failed, and the line that sums it up. That line names what failed, too: of a long log, often the last
+    /// line is all that is kept.
     pub(super) fn print(&self) {
         for skipped in &self.skipped {
             println!("skipped: {skipped}");
@@ -89,7 +90,9 @@ impl Tally {
         } else {
             format!(", {} skipped", self.skipped.len())
         };
-        println!("{} passed, {} failed{skipped}", self.passed, self.failed.len());
+        let names: Vec<&str> = self.failed.iter().filter_map(|failed| failed.lines().next()).collect();
+        let failed = if names.is_empty() { String::new() } else { format!(": {}", names.join("; ")) };
+        println!("{} passed, {} failed{skipped}{failed}", self.passed, self.failed.len());
     }
 }
 

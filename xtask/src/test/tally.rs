@@ -91,7 +91,11 @@ impl Tally {
             format!(", {} skipped", self.skipped.len())
         };
         let names: Vec<&str> = self.failed.iter().filter_map(|failed| failed.lines().next()).collect();
-        let failed = if names.is_empty() { String::new() } else { format!(": {}", names.join("; ")) };
+        let failed = if names.is_empty() {
+            String::new()
+        } else {
+            format!(": {}", names.join("; "))
+        };
         println!("{} passed, {} failed{skipped}{failed}", self.passed, self.failed.len());
     }
 }

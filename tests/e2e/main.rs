@@ -7,6 +7,7 @@
 //! | `KUBECONFIG` | the cluster, with the chart installed as release `plimsoll` in `plimsoll-system` |
 //! | `PLIMSOLL_KUBECTL`, `PLIMSOLL_HELM`, `PLIMSOLL_CRANE` | the programs |
 //! | `PLIMSOLL_FIXTURE_SERVER_IMAGE` | the file server's image, on the node |
+//! | `PLIMSOLL_TRITON_CLIENT` | a Python that has `tritonclient` |
 //! | `PLIMSOLL_MAGIKA` | magika's ONNX file; the names of its outputs lie beside it |
 //!
 //! `control_plane` needs nothing but an apiserver and the operator: where a machine can run no containers, `cargo xtask test` runs it beside a
@@ -26,6 +27,7 @@ mod placement;
 mod preprocessing;
 mod refusal;
 mod reuse;
+mod runtime;
 mod serving;
 mod source;
 mod techniques;

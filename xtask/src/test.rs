@@ -235,19 +235,26 @@ fn clients(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     let runtime = images::program::build(&["plimsoll-runtime"], images::Profile::Release)?;
     let folder = workspace::root().join("model-runtime/tests/clients");
     for client in CLIENTS {
-        let name = format!("clients-{client}");
-        let requirements = folder.join(client).join("requirements.txt");
-        let python = python::environment(&name, &requirements, &log(&format!("{name}-installation")))?;
-        let mut command = Command::new(python);
+        let mut command = Command::new(client_environment(client)?);
         command
             .current_dir(&folder)
             .args(["run.py", client])
             .args(arguments.filter.as_deref())
             .envs(runtime.first().map(|runtime| ("PLIMSOLL_RUNTIME", runtime)))
             .env("ORT_DYLIB_PATH", &library);
-        tally.cargo_test(&format!("clients of {client}"), &mut command, &log(&name))?;
+        tally.cargo_test(&format!("clients of {client}"), &mut command, &log(&format!("clients-{client}")))?;
     }
     Ok(())
+}
+
+/// The Python that has the packages of one of [`CLIENTS`].
+fn client_environment(client: &str) -> Result<PathBuf> {
+    let name = format!("clients-{client}");
+    let requirements = workspace::root()
+        .join("model-runtime/tests/clients")
+        .join(client)
+        .join("requirements.txt");
+    python::environment(&name, &requirements, &log(&format!("{name}-installation")))
 }
 
 fn go(tally: &mut Tally) -> Result<()> {

@@ -76,6 +76,7 @@ fn run_on(kubeconfig: &Path, filter: Option<&str>, tally: &mut Tally) -> Result<
     phase("magika's model", |bar| run_logged(&mut fetch, &log("magika"), bar))?;
     let mut tests = tests(kubeconfig)?;
     tests
+        .env("PLIMSOLL_TRITON_CLIENT", super::client_environment("triton")?)
         .env("PLIMSOLL_MAGIKA", magika.join("magika.onnx"))
         .env("PLIMSOLL_FIXTURE_SERVER_IMAGE", cluster::FIXTURE_SERVER_IMAGE);
     for (variable, tool) in [("PLIMSOLL_HELM", "helm"), ("PLIMSOLL_CRANE", "crane")] {

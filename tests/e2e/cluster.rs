@@ -325,9 +325,9 @@ fn feed(arguments: &[&str], manifest: &str) -> Result<String, String> {
     }
 }
 
-/// A file of `tests/`.
+/// A file of `tests/`, of the checkout that the tests run in: one that shares its target folder may have compiled them.
 pub(crate) fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+    Path::new(&std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo runs the tests")).join(path)
 }
 
 /// `sha256:...` of a file.

@@ -2,10 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::LazyLock;
 
-/// The root of the checkout.
+/// The root of the checkout that cargo runs this task in: checkouts that share a target folder share the program, too, so it is not the one that
+/// the program was compiled in.
 pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
+    static XTASK: LazyLock<PathBuf> =
+        LazyLock::new(|| std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from));
+    XTASK.parent().expect("xtask lies in the workspace")
 }
 
 /// The project's folder in the user's cache: what is built once and reused by every checkout.

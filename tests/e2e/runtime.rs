@@ -76,7 +76,7 @@ fn two_revisions_are_compared_in_the_shadow_of_the_one_that_answers() {
         for _ in 0..20 {
             infer(&format!("http://{address}:8080"), "candidate").unwrap();
         }
-        let series = format!("plimsoll_shadow_requests_total{{result=\"{verdict}\"}}");
+        let series = format!("plimsoll_runtime_shadow_requests_total{{result=\"{verdict}\"}}");
         let metrics = || {
             kubectl(&[
                 "get",

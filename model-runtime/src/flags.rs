@@ -9,6 +9,8 @@ use plimsoll_package::units;
 use plimsoll_runtime::engine::{Device, EngineKind};
 use plimsoll_runtime::server::{Address, AddressError, Batching, Config, Limits, Shadow, Tls, log, quota};
 
+mod traces;
+
 /// Serves an optimised model over the Open Inference Protocol V2.
 #[derive(Parser)]
 #[command(name = "plimsoll-runtime", version, disable_help_subcommand = true)]
@@ -151,6 +153,9 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "PERCENT", default_value = "1%", value_parser = share, requires = "shadow")]
     shadow_tolerance: f64,
 
+    #[command(flatten)]
+    traces: traces::Flags,
+
     /// How long requests are served after SIGTERM, while readiness fails already.
     #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
     drain_delay: Duration,
@@ -264,6 +269,7 @@ impl Serve {
                 share: self.shadow_share,
                 tolerance: self.shadow_tolerance,
             }),
+            traces: self.traces.resolve(),
             batching: Batching {
                 rows_max: usize::from(self.max_batch),
                 bytes_max: bytes(self.max_batch_bytes),

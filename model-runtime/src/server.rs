@@ -33,6 +33,7 @@ mod signature;
 mod statistics;
 mod text;
 mod tls;
+mod trace;
 #[doc(hidden)]
 pub mod untrusted;
 mod watched;
@@ -48,11 +49,13 @@ use shadow::Shadowing;
 use statistics::Statistics;
 use tls::Acceptor;
 pub use tls::Tls;
+pub use trace::Traces;
+use trace::Tracing;
 
 /// The server's name in the protocol.
-const NAME: &str = env!("CARGO_PKG_NAME");
+pub const NAME: &str = env!("CARGO_PKG_NAME");
 /// The server's version in the protocol.
-const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The protocol's extensions that are there.
 const EXTENSIONS: [&str; 5] = [
     "binary_tensor_data",
@@ -93,6 +96,8 @@ pub struct Config {
     pub tls: Option<Tls>,
     /// Another revision that answers are compared with.
     pub shadow: Option<Shadow>,
+    /// Where traces go; `None` makes none.
+    pub traces: Option<Traces>,
     /// File of the tokens that are let in; `None` lets in everybody.
     pub tokens: Option<PathBuf>,
     /// For how long an engine may be at one batch before the server counts as stuck and liveness fails.
@@ -137,6 +142,9 @@ pub enum ServeError {
     /// The other revision cannot be asked.
     #[error("cannot compare with another revision: {0}")]
     Shadow(String),
+    /// Traces cannot be sent.
+    #[error("cannot send traces: {0}")]
+    Traces(String),
     /// The signal handler cannot be installed.
     #[error("cannot wait for signals: {0}")]
     Signals(std::io::Error),
@@ -159,6 +167,7 @@ pub(crate) struct State {
     statistics: Statistics,
     tokens: Option<Tokens>,
     shadowing: Option<Shadowing>,
+    tracing: Option<Tracing>,
     /// One permit for each request that may be here.
     slots: Arc<Semaphore>,
     /// Permits for the bodies' memory, in units of [`inference::memory_units`].
@@ -170,9 +179,11 @@ impl State {
     fn new(config: Config, tokens: Option<Tokens>) -> Result<Self, ServeError> {
         let memory = inference::memory_units(config.limits.memory_bytes_max.max(config.limits.body_bytes_max));
         let metrics = Metrics::default();
+        let tracing = config.traces.as_ref().map(|traces| Tracing::start(traces, &metrics)).transpose();
         let shadowing = config.shadow.as_ref().map(|shadow| Shadowing::start(shadow, &metrics)).transpose();
         Ok(Self {
             shadowing: shadowing.map_err(ServeError::Shadow)?,
+            tracing: tracing.map_err(ServeError::Traces)?,
             metrics,
             started: std::time::SystemTime::now(),
             model: SetOnce::new(),
@@ -223,6 +234,9 @@ impl State {
 /// second: a probe that waits is answered when the model is proven, one that is refused costs that second. It ends before the probe's own
 /// timeout of two seconds.
 const READINESS_WAIT: Duration = Duration::from_millis(1500);
+
+/// Longest wait for the last traces to arrive, when all else has ended.
+const TRACES_WAIT: Duration = Duration::from_secs(3);
 
 /// Serves until SIGTERM or SIGINT, then drains: readiness fails at once, requests are served for `drain_delay` more, then the listener
 /// closes and requests in flight finish within `grace`.
@@ -302,6 +316,9 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     match serving.join_all().await.into_iter().sum() {
         0 => tracing::info!("stopped"),
         open => tracing::warn!(connections = open, "stopped with requests in flight"),
+    }
+    if let Some(tracing) = &state.tracing {
+        tracing.finish(TRACES_WAIT).await;
     }
     if let Some(scraping) = scraping {
         let _ = scraping.await;

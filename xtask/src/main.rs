@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod chart;
 mod cluster;
+mod conformance;
 mod crds;
 mod debian;
 mod demo;
@@ -40,6 +41,8 @@ enum Task {
     Images(images::Arguments),
     /// Writes the CRDs' YAML and the report's JSON schema from the Rust types.
     Crds(crds::Arguments),
+    /// Runs ONNX's tests of every operator on each engine and writes what came of them to docs/onnx-conformance.md.
+    Conformance(conformance::Arguments),
     /// Measures a part of Plimsoll beside what people use today.
     Bench(bench::Arguments),
     /// Installs ONNX Runtime's shared library from its pinned wheel and prints its path.
@@ -55,6 +58,7 @@ fn main() -> std::process::ExitCode {
         Task::Cluster(arguments) => cluster::run(&arguments),
         Task::Images(arguments) => images::run(&arguments),
         Task::Crds(arguments) => crds::run(&arguments),
+        Task::Conformance(arguments) => conformance::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Onnxruntime => onnxruntime::library().map(|path| println!("{}", path.display())),
         Task::Models => models::fetch(&models::TESTED).map(|path| println!("{}", path.display())),

@@ -17,7 +17,7 @@ const REQUIREMENTS: &str = include_str!("../onnxruntime.txt");
 /// # Errors
 /// On another system than Linux on x86_64 or aarch64, without Python and pip, and where the wheel cannot be had.
 pub(crate) fn library() -> Result<PathBuf> {
-    let version = version(REQUIREMENTS).context("xtask/onnxruntime.txt names no version")?;
+    let version = pinned_version()?;
     let folder = workspace::cache().join("onnxruntime").join(version);
     let library = folder.join("libonnxruntime.so");
     if library.is_file() {
@@ -82,6 +82,14 @@ pub(crate) fn library() -> Result<PathBuf> {
         }
     })?;
     Ok(library)
+}
+
+/// The version that is pinned.
+///
+/// # Errors
+/// Where `xtask/onnxruntime.txt` names none.
+pub(crate) fn pinned_version() -> Result<&'static str> {
+    version(REQUIREMENTS).context("xtask/onnxruntime.txt names no version")
 }
 
 fn version(requirements: &str) -> Option<&str> {

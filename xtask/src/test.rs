@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result};
 
 use crate::progress::{phase, run_logged};
-use crate::{chart, cluster, images, models, onnxruntime, python, workspace};
+use crate::{chart, cluster, conformance, images, models, onnxruntime, python, workspace};
 use tally::Tally;
 
 /// Options of `cargo xtask test`.
@@ -41,6 +41,8 @@ enum Part {
     Dependencies,
     /// Unit, property and integration tests.
     Unit,
+    /// ONNX's node tests: what passed passes.
+    Conformance,
     /// Clients of the protocol from PyPI against the runtime.
     Clients,
     /// The embedded cluster's own Go tests.
@@ -49,26 +51,21 @@ enum Part {
     EndToEnd,
 }
 
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     Part::Format,
     Part::Generated,
     Part::Chart,
     Part::Clippy,
     Part::Dependencies,
     Part::Unit,
+    Part::Conformance,
     Part::Clients,
     Part::Go,
     Part::EndToEnd,
 ];
 
-/// Sets of packages that are compiled together, so that tests and images share what is compiled (see `images`).
-const TEST_GROUPS: [&[&str]; 2] = [
-    &["plimsoll-operator", "plimsoll-crds"],
-    &["plimsoll-package", "plimsoll-runtime", "plimsoll-optimizer"],
-];
-
 /// Folders of `model-runtime/tests/clients`, each with packages of its own: they do not fit into one environment.
-const CLIENTS: [&str; 4] = ["triton", "kserve", "mlserver", "openai"];
+const CLIENTS: [&str; 6] = ["triton", "kserve", "mlserver", "openai", "schemathesis", "opentelemetry"];
 
 /// Version of cargo-deny, installed into the user's cache.
 const CARGO_DENY: &str = "0.20.2";
@@ -86,6 +83,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
             Part::Clippy => clippy(&mut tally),
             Part::Dependencies => dependencies(&mut tally),
             Part::Unit => unit(arguments, &mut tally),
+            Part::Conformance => conformance::check().map(|cases| tally.passed += cases),
             Part::Clients => clients(arguments, &mut tally),
             Part::Go => go(&mut tally),
             Part::EndToEnd => end_to_end::run(arguments.filter.as_deref(), arguments.keep, &mut tally),
@@ -209,7 +207,7 @@ fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     let library = onnxruntime::library()?;
     let registry = cluster::tool("registry")?;
     let models = models::fetch(&models::TESTED)?;
-    for group in TEST_GROUPS {
+    for group in images::program::TEST_GROUPS {
         let mut command = images::program::release("test")?;
         command
             .args(["--locked", "--no-fail-fast"])

@@ -53,6 +53,12 @@ impl fmt::Display for Device {
 }
 
 impl Device {
+    /// Whether it is a GPU for certain; OpenVINO may choose one.
+    #[must_use]
+    pub fn is_gpu(self) -> bool {
+        matches!(self, Self::Cuda(_) | Self::TensorRt(_))
+    }
+
     /// The libraries of ONNX Runtime's providers that it needs, which lie beside ONNX Runtime's own.
     fn providers(self) -> &'static [&'static str] {
         match self {
@@ -94,6 +100,7 @@ mod tests {
             assert_eq!(written.parse::<Device>().unwrap().to_string(), written);
         }
         assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
+        assert!(Device::TensorRt(1).is_gpu() && !Device::Cpu.is_gpu());
         for written in ["gpu", "cuda:x", "cpu:1", ""] {
             let text = written.parse::<Device>().unwrap_err().to_string();
             assert!(text.contains(&format!("`{written}` is no device")), "{text}");

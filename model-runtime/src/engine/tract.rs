@@ -13,6 +13,8 @@ use tract_onnx::tract_core::tract_linalg::multithread::Executor;
 use super::{Data, Device, Engine, EngineError, EngineKind, LoadOptions, Tensor};
 use crate::onnx;
 
+mod misread;
+
 /// Most plans kept, one for each combination of input shapes in use; each holds weights packed for its own shapes.
 const PLANS_MAX: usize = 8;
 
@@ -53,6 +55,9 @@ impl Tract {
         }
         onnx::fold_dequantize(&mut proto)?;
         if let Some(graph) = &mut proto.graph {
+            if let Some(reason) = misread::find(graph) {
+                return Err(refuse(reason));
+            }
             split_biases(graph);
         }
         let model = parse(&proto, path.parent()).map_err(|error| refuse(words(&error)))?;

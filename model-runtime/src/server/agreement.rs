@@ -75,6 +75,7 @@ fn server(tensors: &[Tensor]) -> Arc<State> {
         tokens: None,
         device: Device::Cpu,
         shadow: None,
+        traces: None,
         threads: 1,
         instances: 1,
         batching: batching.clone(),

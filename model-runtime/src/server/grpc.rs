@@ -33,7 +33,7 @@ mod reply;
 mod status;
 
 /// The service of the protocol.
-const SERVICE: &str = "inference.GRPCInferenceService";
+pub(super) const SERVICE: &str = "inference.GRPCInferenceService";
 
 /// Largest request of a method that only asks something.
 const QUESTION_BYTES_MAX: usize = 16 << 10;

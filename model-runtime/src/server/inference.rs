@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::HeaderMap;
 use plimsoll_package::manifest::TensorSpec;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
@@ -16,6 +17,7 @@ use super::scheduler::{Client, Failure, Work};
 use super::shadow::Copy;
 use super::statistics::Compute;
 use super::text::Pooling;
+use super::trace::{Method, Span, Stage};
 use crate::engine::{self, Tensor};
 
 /// Most tensors of a request, and most dimensions of a tensor.
@@ -138,9 +140,14 @@ impl Admission {
     ///
     /// # Errors
     /// [`Refusal`] in words for the client.
-    pub(super) async fn infer(&self, request: InferRequest, client: Client) -> Result<Vec<Output>, Refusal> {
+    pub(super) async fn infer(&self, request: InferRequest, client: Client, span: &Span) -> Result<Vec<Output>, Refusal> {
         let model = self.state.model().ok_or_else(Refusal::loading)?;
-        let prepared = self.state.prepare(request.inputs, request.options).await?;
+        let preprocesses = model.preprocessing.makes(&request.inputs);
+        let prepare = self.state.prepare(request.inputs, request.options);
+        let prepared = match preprocesses {
+            true => span.within(Stage::Preprocess, prepare).await?,
+            false => prepare.await?,
+        };
         let after = model.preprocessing.postprocessing(&prepared, request.options)?;
         if let Some(mask) = &prepared.mask {
             self.state.metrics.tokens.inc_by(mask.tokens() as u64);
@@ -159,6 +166,7 @@ impl Admission {
             deadline: deadline.into_std(),
         };
         let bound = self.started.elapsed();
+        let submitted = std::time::Instant::now();
         let too_late = || {
             let seconds = (deadline - self.started).as_secs_f64();
             Refusal::new(Reason::DeadlineExceeded, format!("there was no answer within {seconds} s"))
@@ -170,11 +178,14 @@ impl Admission {
             Failure::Engine(error) => error.into(),
             Failure::Late => too_late(),
         })?;
+        span.note(Stage::Queue, submitted, answer.queued, 0);
+        span.note(Stage::Compute, submitted + answer.queued, answer.computed, answer.rows);
         if let (Some(shadowing), Some(inputs)) = (shadowing, copied) {
             let named = |specs: &[TensorSpec], tensors: Vec<Tensor>| specs.iter().map(|spec| spec.name.clone()).zip(tensors).collect();
             let copy = Copy {
                 inputs: named(model.inputs(), inputs),
                 outputs: named(model.outputs(), answer.outputs.clone()),
+                context: span.context.clone(),
             };
             shadowing.send(copy, &self.state.metrics);
         }
@@ -204,24 +215,33 @@ impl Drop for Admission {
 }
 
 impl State {
-    /// Counts and logs a request that is answered.
-    pub(super) fn answered<'a>(&self, took: Duration, refusal: Option<&Refusal>, trace: impl FnOnce() -> Option<&'a str>) {
+    /// A request that begins.
+    pub(super) fn begin(&self, method: Method, headers: &HeaderMap, started: Instant) -> Span {
+        Span::begin(self.tracing.as_ref(), method, headers, started.into_std())
+    }
+
+    /// Counts, logs and traces a request that is answered.
+    pub(super) fn answered(&self, span: Span, refusal: Option<&Refusal>) {
+        let took = span.started.elapsed();
         self.metrics.answered(took, refusal.map(|refusal| refusal.reason));
         self.statistics.answered(refusal.is_none(), took);
         let milliseconds = took.as_secs_f64() * 1e3;
+        let trace = || span.context.as_ref().map(|context| format!("{:032x}", context.trace));
         match refusal {
             None if tracing::enabled!(tracing::Level::DEBUG) => tracing::debug!(milliseconds, trace = trace(), "inference"),
             None => {}
             Some(Refusal { reason, text }) => {
-                let code = reason.status().as_u16();
+                let (method, code) = (span.method.name(), span.method.status(Some(*reason)));
+                let fault = reason.is_the_servers();
                 let reason: &str = reason.into();
-                if code < 500 {
-                    tracing::info!(code, reason, milliseconds, trace = trace(), error = %text, "inference refused");
+                if fault {
+                    tracing::warn!(method, code, reason, milliseconds, trace = trace(), error = %text, "inference failed");
                 } else {
-                    tracing::warn!(code, reason, milliseconds, trace = trace(), error = %text, "inference failed");
+                    tracing::info!(method, code, reason, milliseconds, trace = trace(), error = %text, "inference refused");
                 }
             }
         }
+        span.end(self.tracing.as_ref(), refusal);
     }
 }
 

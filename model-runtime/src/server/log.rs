@@ -24,28 +24,3 @@ pub fn start(format: Format, filter: &str) -> Result<(), String> {
     }
     Ok(())
 }
-
-/// The trace id of a `traceparent` header (W3C Trace Context, section 3.2).
-#[must_use]
-pub fn trace_id(traceparent: &str) -> Option<&str> {
-    let mut parts = traceparent.split('-');
-    let (version, trace) = (parts.next()?, parts.next()?);
-    let hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    let valid =
-        version.len() == 2 && version != "ff" && hex(version) && trace.len() == 32 && hex(trace) && trace.bytes().any(|byte| byte != b'0');
-    valid.then_some(trace)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_trace_id_is_taken_from_a_valid_header_alone() {
-        let id = "4bf92f3577b34da6a3ce929d0e0e4736";
-        assert_eq!(trace_id(&format!("00-{id}-00f067aa0ba902b7-01")), Some(id));
-        assert_eq!(trace_id(&format!("ff-{id}-00f067aa0ba902b7-01")), None);
-        assert_eq!(trace_id(&format!("00-{}-00f067aa0ba902b7-01", "0".repeat(32))), None);
-        assert_eq!(trace_id("\"}{"), None);
-    }
-}

@@ -43,6 +43,11 @@ struct ShadowLabels {
     result: &'static str,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct SpanLabels {
+    pub(super) result: &'static str,
+}
+
 /// What comparisons with another revision show.
 #[derive(Debug, Clone)]
 pub(super) struct ShadowMetrics {
@@ -66,6 +71,8 @@ impl ShadowMetrics {
 pub(super) struct Metrics {
     registry: Registry,
     pub(super) shadow: ShadowMetrics,
+    /// Of traces, by what came of them.
+    pub(super) spans: Family<SpanLabels, Counter>,
     requests: Counter,
     failures: Family<FailureLabels, Counter>,
     request_duration: Histogram,
@@ -94,6 +101,7 @@ impl Default for Metrics {
                 difference: Histogram::new(exponential_buckets(1e-6, 10.0, 7)),
                 duration: durations(),
             },
+            spans: Family::default(),
             failures: Family::default(),
             tokens: Counter::default(),
             batch_size: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
@@ -151,6 +159,7 @@ impl Default for Metrics {
             seconds(),
             shadow.duration.clone(),
         );
+        registry.register("spans", "Spans of traces, by what came of them", metrics.spans.clone());
         registry.register(
             "requests_in_flight",
             "Inference requests taken on and not yet answered",

@@ -135,6 +135,11 @@ impl Preprocessing {
         }
     }
 
+    /// Whether the model's inputs are made of these, and not these themselves.
+    pub(super) fn makes(&self, inputs: &[(String, Tensor)]) -> bool {
+        self.bytes(inputs).is_some()
+    }
+
     /// Bytes that are to be made into tensors; `None` where the request holds the model's own inputs alone.
     fn bytes(&self, inputs: &[(String, Tensor)]) -> Option<usize> {
         let given = inputs.iter().filter(|(name, tensor)| self.is_given(name, tensor));

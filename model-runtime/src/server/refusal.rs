@@ -31,6 +31,13 @@ pub(crate) enum Reason {
     Internal,
 }
 
+impl Reason {
+    /// Whether the server is at fault, and not the request.
+    pub(crate) fn is_the_servers(self) -> bool {
+        matches!(self, Self::Unavailable | Self::DeadlineExceeded | Self::Internal)
+    }
+}
+
 /// A reason and its words.
 #[derive(Debug, Clone)]
 pub(crate) struct Refusal {

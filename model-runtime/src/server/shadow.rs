@@ -11,6 +11,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::metrics::Metrics;
+use super::trace::Context;
 use crate::engine::{Data, Tensor};
 
 /// Most copies that wait to be sent; what comes beyond is dropped and counted.
@@ -54,6 +55,8 @@ pub(super) enum Comparison {
 pub(super) struct Copy {
     pub(super) inputs: Vec<(String, Tensor)>,
     pub(super) outputs: Vec<(String, Tensor)>,
+    /// The trace that the request belongs to.
+    pub(super) context: Option<Context>,
 }
 
 /// Sends copies in the background.
@@ -87,7 +90,7 @@ impl Shadowing {
                     let copy = receiver.lock().await.recv().await;
                     let Some(copy) = copy else { return };
                     let begun = Instant::now();
-                    let (comparison, difference) = match ask(&client, &url, &copy.inputs).await {
+                    let (comparison, difference) = match ask(&client, &url, &copy.inputs, copy.context.as_ref()).await {
                         Ok(outputs) => {
                             let difference = difference(&copy.outputs, &outputs);
                             // Not `difference > tolerance`, which a NaN would pass.
@@ -125,7 +128,7 @@ impl Shadowing {
 }
 
 /// The other's outputs, asked for with tensors as bytes.
-async fn ask(client: &Client, url: &str, inputs: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>, String> {
+async fn ask(client: &Client, url: &str, inputs: &[(String, Tensor)], context: Option<&Context>) -> Result<Vec<(String, Tensor)>, String> {
     let mut bytes = vec![];
     let mut described = vec![];
     for (name, tensor) in inputs {
@@ -140,7 +143,9 @@ async fn ask(client: &Client, url: &str, inputs: &[(String, Tensor)]) -> Result<
         .into_bytes();
     let length = body.len();
     body.append(&mut bytes);
-    let request = client.post(url).header("inference-header-content-length", length).body(body);
+    let headers = context.into_iter().flat_map(Context::headers).collect();
+    let request = client.post(url).headers(headers);
+    let request = request.header("inference-header-content-length", length).body(body);
     let mut answer = request.send().await.map_err(|error| error.to_string())?;
     if !answer.status().is_success() {
         return Err(format!("status {}", answer.status()));

@@ -39,11 +39,12 @@ pub(super) fn configuration(config: &Config, model: &Model) -> Value {
     let batched = rows_max > 1;
     let tensor =
         |spec: &TensorSpec| json!({"name": spec.name, "data_type": data_type(spec.datatype), "dims": &spec.shape[usize::from(batched)..]});
+    let kind = if config.device.is_gpu() { "KIND_GPU" } else { "KIND_CPU" };
     let mut value = json!({
         "name": config.name, "platform": platform(model.kind()), "backend": model.kind().to_string().to_lowercase(),
         "version_policy": {"latest": {"num_versions": 1}}, "max_batch_size": if batched { rows_max } else { 0 },
         "input": model.inputs().iter().map(tensor).collect::<Vec<_>>(), "output": model.outputs().iter().map(tensor).collect::<Vec<_>>(),
-        "instance_group": [{"name": config.name, "kind": "KIND_CPU", "count": config.instances}],
+        "instance_group": [{"name": config.name, "kind": kind, "count": config.instances}],
     });
     if batched {
         let delay = u64::try_from(config.batching.delay.as_micros()).unwrap_or(u64::MAX);

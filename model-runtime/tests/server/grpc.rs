@@ -71,6 +71,33 @@ fn wait_for(server: &Server, count: usize) {
 }
 
 #[test]
+fn a_refusal_is_logged_with_its_method_its_status_and_its_trace() {
+    let mut server = Server::ready(&model("mlp"), &["--engine", "tract"]);
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let parent = format!("00-{trace}-00f067aa0ba902b7-01");
+    let channel = Channel::open(server.grpc);
+    let refused = channel.call::<ModelInferResponse>("ModelInfer", &[("traceparent", &parent)], &request("other", [1, 4], &[0.0; 4]));
+    assert_eq!(refused.unwrap_err().code, NOT_FOUND);
+    let line = server.line("inference refused");
+    assert_eq!((&line["code"], &line["trace"]), (&NOT_FOUND.into(), &trace.into()));
+    assert_eq!(line["method"], "inference.GRPCInferenceService/ModelInfer");
+}
+
+#[test]
+fn typed_contents_are_bounded_as_they_will_be_in_memory() {
+    let server = Server::ready(&model("mlp"), &["--engine", "tract", "--max-body", "64Ki"]);
+    let channel = Channel::open(server.grpc);
+    // Of 10,000 numbers each takes a byte on the wire and eight in memory.
+    let mut many = mlp();
+    many.inputs[0].contents = Some(InferTensorContents {
+        int64_contents: vec![1; 10_000],
+        ..InferTensorContents::default()
+    });
+    assert_eq!(infer(&channel, &many).unwrap_err().code, RESOURCE_EXHAUSTED);
+    assert!(infer(&channel, &mlp()).is_ok());
+}
+
+#[test]
 fn the_same_model_answers_both_protocols_and_they_are_counted_together() {
     let server = Server::ready(&model("mlp"), &["--engine", "tract"]);
     let channel = Channel::open(server.grpc);

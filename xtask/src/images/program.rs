@@ -20,6 +20,12 @@ pub(crate) enum Profile {
 /// contains the runtime.
 const GROUPS: [&[&str]; 2] = [&["plimsoll-operator"], &["plimsoll-runtime", "plimsoll-optimizer"]];
 
+/// Sets of packages that are compiled together, so that tests and images share what is compiled (see `GROUPS`).
+pub(crate) const TEST_GROUPS: [&[&str]; 2] = [
+    &["plimsoll-operator", "plimsoll-crds"],
+    &["plimsoll-package", "plimsoll-runtime", "plimsoll-optimizer"],
+];
+
 /// Builds `packages` with what is built together with them, and returns the programs' paths in the order asked for.
 ///
 /// # Errors
@@ -49,6 +55,24 @@ pub(crate) fn build(packages: &[&str], profile: Profile) -> Result<Vec<PathBuf>>
     }
     let folder = target.join(if profile == Profile::Release { "release" } else { "debug" });
     Ok(packages.iter().map(|package| folder.join(package)).collect())
+}
+
+/// Builds an example of `package` as tests are, which build it too, and returns its path.
+///
+/// # Errors
+/// As [`build`].
+pub(crate) fn example(package: &str, name: &str) -> Result<PathBuf> {
+    let group = TEST_GROUPS.iter().find(|group| group.contains(&package));
+    let mut command = release("build")?;
+    command.args(["--locked", "--example", name]);
+    for package in *group.with_context(|| format!("{package} is in no set of packages"))? {
+        command.args(["--package", package]);
+    }
+    let log = release_target().join(format!("{package}-{name}.log"));
+    progress::phase(&format!("compiling the example {name}"), |bar| {
+        progress::run_logged(&mut command, &log, bar)
+    })?;
+    Ok(release_target().join("release/examples").join(name))
 }
 
 /// `cargo VERB --release` with the flags and the target folder of the images' programs, so that tests share what was compiled for them.

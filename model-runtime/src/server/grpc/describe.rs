@@ -94,7 +94,10 @@ fn model_config(config: &Config, model: &Model) -> proto::ModelConfig {
     let instances = proto::ModelInstanceGroup {
         name: config.name.clone(),
         count: i32::try_from(config.instances).unwrap_or(i32::MAX),
-        kind: model_instance_group::Kind::Cpu.into(),
+        kind: match config.device.is_gpu() {
+            true => model_instance_group::Kind::Gpu.into(),
+            false => model_instance_group::Kind::Cpu.into(),
+        },
     };
     proto::ModelConfig {
         name: config.name.clone(),

@@ -18,9 +18,9 @@ use super::{Grpc, reply, stopping};
 use crate::server::State;
 use crate::server::encoding::Encoding;
 use crate::server::inference::{Admission, off_thread};
-use crate::server::log;
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::scheduler::Client;
+use crate::server::trace::{Method, Span, Stage};
 
 /// Most requests of one stream that are at work at one time; more are read when the first of them is answered.
 const STREAM_REQUESTS_MAX: usize = 16;
@@ -29,17 +29,18 @@ const STREAM_REQUESTS_MAX: usize = 16;
 pub(super) async fn infer(Shared(grpc): Shared<Grpc>, Extension(client): Extension<Client>, headers: HeaderMap, body: Body) -> Response {
     let started = Instant::now();
     let encoding = reply::encoding(&headers);
+    let span = grpc.state.begin(Method::Grpc("ModelInfer"), &headers, started);
     let answer = async {
         let timeout = timeout(&headers)?;
         // Before the message is read, so that a flood takes no memory.
         let admission = admit(&grpc.state, started, timeout)?;
         let mut messages = messages(&grpc.state, &headers, body)?;
-        let only = only(&mut messages, admission).await?;
-        let answer = answer(&grpc.state, only, client).await?;
+        let only = span.within(Stage::Receive, only(&mut messages, admission)).await?;
+        let answer = answer(&grpc.state, only, client, &span).await?;
         compressed(answer, encoding).await
     };
     let answer = answer.await;
-    grpc.state.answered(started.elapsed(), answer.as_ref().err(), || trace(&headers));
+    grpc.state.answered(span, answer.as_ref().err());
     reply::one(answer, encoding)
 }
 
@@ -58,18 +59,22 @@ pub(super) async fn stream(Shared(grpc): Shared<Grpc>, Extension(client): Extens
         let reader = matches!(next, Next::Call(..)).then_some((grpc, messages));
         Some((next, reader))
     });
-    let trace = trace(&headers).map(str::to_owned);
     let answers = calls.map(move |next| {
-        let (state, trace) = (Arc::clone(&grpc.state), trace.clone());
+        let state = Arc::clone(&grpc.state);
+        // Each request of the stream continues the trace that its headers name.
+        let next = match next {
+            Next::Call(started, call) => Ok((state.begin(Method::Grpc("ModelStreamInfer"), &headers, started), call)),
+            Next::End(end) => Err(end),
+        };
         async move {
             match next {
-                Next::End(end) => Err(end),
-                Next::Call(started, call) => {
+                Err(end) => Err(end),
+                Ok((span, call)) => {
                     let answer = match call {
-                        Ok(call) => answer(&state, call, client).await,
+                        Ok(call) => answer(&state, call, client, &span).await,
                         Err(refusal) => Err(refusal),
                     };
-                    state.answered(started.elapsed(), answer.as_ref().err(), || trace.as_deref());
+                    state.answered(span, answer.as_ref().err());
                     let frame = message::in_stream(answer);
                     compressed(frame, encoding).await.map_err(Err)
                 }
@@ -150,16 +155,24 @@ fn admit(state: &Arc<State>, started: Instant, timeout: Option<Duration>) -> Res
 }
 
 /// The answer of one request, as a frame.
-async fn answer(state: &Arc<State>, call: Call, client: Client) -> Result<Vec<u8>, Refusal> {
-    let (message, admission) = call.sent.decompressed(state.config.limits.body_bytes_max, call.admission).await?;
+async fn answer(state: &Arc<State>, call: Call, client: Client, span: &Span) -> Result<Vec<u8>, Refusal> {
+    let (message, mut admission) = call.sent.decompressed(state.config.limits.body_bytes_max, call.admission).await?;
     let reader = Arc::clone(state);
-    let (mut request, form) = off_thread(message.len(), move || message::parse(message, &reader.config)).await??;
+    let parse = off_thread(message.len(), move || {
+        let (bytes, bytes_max) = (message::typed_bytes(&message), reader.config.limits.body_bytes_max);
+        if bytes > bytes_max {
+            return Err(Refusal::too_large(bytes_max));
+        }
+        admission.hold(bytes)?;
+        Ok((message::parse(message, &reader.config)?, admission))
+    });
+    let ((mut request, form), admission) = span.within(Stage::Parse, parse).await??;
     let id = request.id.take().unwrap_or_default();
-    let outputs = admission.infer(request, client).await?;
+    let outputs = admission.infer(request, client, span).await?;
     let bytes = outputs.iter().map(|output| output.tensor.data().byte_count()).sum();
     let writer = Arc::clone(state);
     let write = move || message::write(&writer.config.name, &writer.config.version, id, outputs, form);
-    off_thread(bytes, write).await
+    span.within(Stage::Serialize, off_thread(bytes, write)).await
 }
 
 async fn compressed(frame: Vec<u8>, encoding: Option<Encoding>) -> Result<Bytes, Refusal> {
@@ -167,10 +180,6 @@ async fn compressed(frame: Vec<u8>, encoding: Option<Encoding>) -> Result<Bytes,
     let compressed = off_thread(frame.len(), move || frame::compress(&frame, encoding)).await?;
     let failed = |error| Refusal::new(Reason::Internal, format!("the answer cannot be compressed: {error}"));
     Ok(compressed.map_err(failed)?.into())
-}
-
-fn trace(headers: &HeaderMap) -> Option<&str> {
-    headers.get("traceparent")?.to_str().ok().and_then(log::trace_id)
 }
 
 /// How long the client waits ("gRPC over HTTP2", Timeout): up to eight digits and a unit.

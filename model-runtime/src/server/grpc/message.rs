@@ -337,6 +337,39 @@ fn check_counts(message: &[u8]) -> Result<(), String> {
     })
 }
 
+/// Bytes that the values of typed contents take once they are read: a number of one byte on the wire is one of up to eight here.
+pub(super) fn typed_bytes(message: &[u8]) -> usize {
+    const INPUTS: u32 = 5;
+    const CONTENTS: u32 = 5;
+    const BOOL: u32 = 1;
+    const INT: u32 = 2;
+    const INT64: u32 = 3;
+    const UINT: u32 = 4;
+    const UINT64: u32 = 5;
+    const BYTES: u32 = 8;
+    let mut total = 0_usize;
+    // Nothing in here is refused.
+    let _ = for_each_field(message, &mut |field, input| match field {
+        INPUTS => for_each_field(input, &mut |field, contents| match field {
+            CONTENTS => for_each_field(contents, &mut |list, values| {
+                // Values are packed; one that is not comes alone, and without its bytes.
+                let numbers = || values.iter().filter(|&&byte| byte < 0x80).count().max(1);
+                total += match list {
+                    BOOL => numbers(),
+                    INT | UINT => 4 * numbers(),
+                    INT64 | UINT64 => 8 * numbers(),
+                    BYTES => size_of::<Vec<u8>>() + values.len(),
+                    _ => values.len().max(8),
+                };
+                Ok(())
+            }),
+            _ => Ok(()),
+        }),
+        _ => Ok(()),
+    });
+    total
+}
+
 /// Calls `visit` with the number of each field and its bytes, which are none where it is a number, up to where `message` is none.
 fn for_each_field(mut message: &[u8], visit: &mut impl FnMut(u32, &[u8]) -> Result<(), String>) -> Result<(), String> {
     while let Ok((field, wire_type)) = decode_key(&mut message) {

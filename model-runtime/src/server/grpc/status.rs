@@ -22,7 +22,7 @@ const RETRY_SECONDS: i64 = 1;
 
 /// A status code of gRPC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Code {
+pub(in crate::server) enum Code {
     Ok = 0,
     InvalidArgument = 3,
     DeadlineExceeded = 4,
@@ -53,7 +53,7 @@ struct RetryInfo {
 }
 
 impl Reason {
-    pub(super) fn code(self) -> Code {
+    pub(in crate::server) fn code(self) -> Code {
         match self {
             Self::InvalidArgument => Code::InvalidArgument,
             Self::Unauthenticated => Code::Unauthenticated,

@@ -14,11 +14,14 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{Target, request, response};
 use crate::engine::Tensor;
+use crate::server::State;
 use crate::server::encoding::Encoding;
-use crate::server::inference::{Admission, InferRequest, off_thread};
+use crate::server::inference::{Admission, InferRequest, Output, off_thread};
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::scheduler::Client;
-use crate::server::{State, log};
+use crate::server::trace::{Method, Span, Stage};
+
+const METHOD: Method = Method::Http("/v2/models/{name}/infer");
 
 /// Length of the JSON before the binary tensors (Triton, "Binary Tensor Data Extension").
 const JSON_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
@@ -31,13 +34,10 @@ pub(super) async fn infer(
     body: Body,
 ) -> Response {
     let started = Instant::now();
-    let answer = answer(&state, &target, client, &headers, body, started).await;
-    state.answered(started.elapsed(), answer.as_ref().err(), || trace(&headers));
+    let span = state.begin(METHOD, &headers, started);
+    let answer = answer(&state, &target, client, &headers, body, started, &span).await;
+    state.answered(span, answer.as_ref().err());
     answer.unwrap_or_else(IntoResponse::into_response)
-}
-
-pub(super) fn trace(headers: &HeaderMap) -> Option<&str> {
-    headers.get("traceparent")?.to_str().ok().and_then(log::trace_id)
 }
 
 async fn answer(
@@ -47,19 +47,32 @@ async fn answer(
     headers: &HeaderMap,
     body: Body,
     started: Instant,
+    span: &Span,
 ) -> Result<Response, Refusal> {
     target.check(state)?;
     let json_length = json_length(headers)?;
-    let (body, admission) = receive(state, headers, body, started).await?;
+    let received = span.within(Stage::Receive, receive(state, headers, body, started));
+    let (body, admission) = received.await?;
     let (request, binary) = if json_length == Some(0) || is_image(headers) {
         (raw(state, &body)?, false)
     } else {
-        let parsed = off_thread(body.len(), move || request::parse(&body, json_length)).await?;
+        let parse = off_thread(body.len(), move || request::parse(&body, json_length));
+        let parsed = span.within(Stage::Parse, parse).await?;
         parsed.map_err(Refusal::invalid)?
     };
     let id = request.id.clone();
-    let outputs = admission.infer(request, client).await?;
+    let outputs = admission.infer(request, client, span).await?;
+    span.within(Stage::Serialize, write(state, headers, id, outputs, binary)).await
+}
 
+/// The answer, compressed as the client asks for.
+async fn write(
+    state: &Arc<State>,
+    headers: &HeaderMap,
+    id: Option<String>,
+    outputs: Vec<Output>,
+    binary: bool,
+) -> Result<Response, Refusal> {
     let bytes: usize = outputs.iter().map(|output| output.tensor.data().byte_count()).sum();
     let writer = Arc::clone(state);
     let written = off_thread(bytes, move || {

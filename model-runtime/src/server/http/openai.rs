@@ -14,13 +14,14 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::Json;
-use super::infer::{receive, trace};
+use super::infer::receive;
 use crate::server::State;
 use crate::server::inference::off_thread;
 use crate::server::inference::{Admission, InferRequest, Options, RequestedOutput};
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::scheduler::Client;
 use crate::server::text::{Pooling, SENTENCE_EMBEDDING, Text, Tokens};
+use crate::server::trace::{Method, Span, Stage};
 
 /// Most texts of a request, as OpenAI has it.
 const TEXTS_MAX: usize = 2048;
@@ -203,15 +204,25 @@ pub(super) async fn embeddings(
     body: Body,
 ) -> Response {
     let started = Instant::now();
-    let answer = embed(&state, client, &headers, body, started).await;
+    let span = state.begin(Method::Http("/v1/embeddings"), &headers, started);
+    let answer = embed(&state, client, &headers, body, started, &span).await;
     let refusal = answer.as_ref().err().map(|fault| &fault.refusal);
-    state.answered(started.elapsed(), refusal, || trace(&headers));
+    state.answered(span, refusal);
     answer.unwrap_or_else(IntoResponse::into_response)
 }
 
-async fn embed(state: &Arc<State>, client: Client, headers: &HeaderMap, body: Body, started: Instant) -> Result<Response, Fault> {
-    let (body, admission) = receive(state, headers, body, started).await?;
-    let parsed = off_thread(body.len(), move || serde_json::from_slice::<Asked>(&body)).await?;
+async fn embed(
+    state: &Arc<State>,
+    client: Client,
+    headers: &HeaderMap,
+    body: Body,
+    started: Instant,
+    span: &Span,
+) -> Result<Response, Fault> {
+    let received = span.within(Stage::Receive, receive(state, headers, body, started));
+    let (body, admission) = received.await?;
+    let parse = off_thread(body.len(), move || serde_json::from_slice::<Asked>(&body));
+    let parsed = span.within(Stage::Parse, parse).await?;
     let asked = parsed.map_err(|error| Refusal::invalid(format!("the body is not a request for embeddings: {error}")))?;
     check_model(state, &asked.model)?;
     text(state, asked.pooling)?;
@@ -229,7 +240,7 @@ async fn embed(state: &Arc<State>, client: Client, headers: &HeaderMap, body: Bo
             .tokens(text(&tokenizing, pooling)?, truncate)
             .map_err(|reason| Fault::of("input", reason))
     };
-    let tokens = off_thread(usize::MAX, tokenize).await??;
+    let tokens = span.within(Stage::Preprocess, off_thread(usize::MAX, tokenize)).await??;
     let total: usize = tokens.iter().map(Tokens::count).sum();
     state.metrics.tokens.inc_by(total as u64);
 
@@ -239,7 +250,7 @@ async fn embed(state: &Arc<State>, client: Client, headers: &HeaderMap, body: Bo
         normalize: normalize.or(Some(text(state, pooling)?.embedding.normalize)),
         ..Options::default()
     };
-    let rows = run(state, &admission, client, &tokens, options).await?;
+    let rows = run(state, &admission, client, &tokens, options, span).await?;
     let width = rows.first().map_or(0, Vec::len);
     if let Some(dimensions) = asked.dimensions.filter(|&dimensions| dimensions != width) {
         let text = format!("`dimensions` is {dimensions}, the model's embeddings have {width}");
@@ -268,7 +279,8 @@ async fn embed(state: &Arc<State>, client: Client, headers: &HeaderMap, body: Bo
         };
         serde_json::to_vec(&answer)
     };
-    let body = off_thread(count * width * size_of::<f32>(), write).await?;
+    let write = off_thread(count * width * size_of::<f32>(), write);
+    let body = span.within(Stage::Serialize, write).await?;
     let body = body.map_err(|error| Refusal::new(Reason::Internal, error.to_string()))?;
     Ok(([(axum::http::header::CONTENT_TYPE, "application/json")], body).into_response())
 }
@@ -280,6 +292,7 @@ async fn run(
     client: Client,
     tokens: &[Tokens],
     options: Options,
+    span: &Span,
 ) -> Result<Vec<Vec<f32>>, Fault> {
     let tokenizer = &text(state, options.pooling)?.tokenizer;
     let mut order: Vec<usize> = (0..tokens.len()).collect();
@@ -298,7 +311,7 @@ async fn run(
             options,
             ..InferRequest::default()
         };
-        admission.infer(request, client)
+        admission.infer(request, client, span)
     };
     let answers = futures::future::try_join_all(batches.iter().map(|indices| run(indices))).await?;
     let mut rows = vec![vec![]; tokens.len()];

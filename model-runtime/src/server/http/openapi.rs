@@ -6,14 +6,21 @@ use axum::extract::State as Shared;
 use axum::response::IntoResponse;
 use serde_json::{Value, json};
 
+use plimsoll_package::manifest::TensorSpec;
+
 use super::Json;
 use crate::server::State;
+use crate::server::images::IMAGE;
+use crate::server::model::Model;
 
 pub(super) async fn document(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
-    Json(describe(&state.config.name, &state.config.version))
+    Json(describe(&state.config.name, &state.config.version, state.model()))
 }
 
-fn describe(name: &str, version: &str) -> Value {
+/// What a model called `name` is asked, and by whom; before it is proven, all that any model may be asked.
+fn describe(name: &str, version: &str, model: Option<&Model>) -> Value {
+    let takes_images = model.is_none_or(|model| model.preprocessing.raw_input() == Some(IMAGE));
+    let embeds = model.is_none_or(|model| model.preprocessing.embedding(None).is_ok());
     let error =
         |text: &str| json!({"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}});
     let answer = |text: &str, schema: &str| json!({"description": text, "content": {"application/json": {"schema": {"$ref": format!("#/components/schemas/{schema}")}}}});
@@ -32,12 +39,17 @@ fn describe(name: &str, version: &str) -> Value {
             "operationId": id, "summary": "Run the model on tensors.",
             "description": "Tensors may also come as bytes behind the JSON, whose length is then in Inference-Header-Content-Length \
                 (Triton's binary tensor data extension), and the body may be compressed by gzip or deflate.",
-            "requestBody": {"required": true, "content": {
+            "requestBody": {"required": true, "content": if takes_images { json!({
                 "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
-                "image/*": {"schema": {"description": "A picture as the input `image`, where the model takes one."}},
-            }},
+                "image/*": {"schema": {"description": "A picture as the input `image`."}},
+            }) } else { json!({
+                "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
+            }) }},
             "responses": {
-                "200": answer("The outputs.", "InferResponse"),
+                "200": {"description": "The outputs; some or all of them as bytes behind the JSON where that was asked for.", "content": {
+                    "application/json": {"schema": {"$ref": "#/components/schemas/InferResponse"}},
+                    "application/octet-stream": {"schema": {}},
+                }},
                 "400": error("The request is not what the protocol or the model takes."),
                 "401": error("No known token was sent."),
                 "408": error("The body did not arrive in time."),
@@ -50,8 +62,8 @@ fn describe(name: &str, version: &str) -> Value {
             },
         }})
     };
-    let model = format!("/v2/models/{name}");
-    let versioned = format!("{model}/versions/{version}");
+    let path = format!("/v2/models/{name}");
+    let versioned = format!("{path}/versions/{version}");
     let mut paths = serde_json::Map::new();
     paths.insert(
         "/v2".to_owned(),
@@ -70,7 +82,7 @@ fn describe(name: &str, version: &str) -> Value {
             "responses": {"200": answer("The models.", "Index"), "401": error("No known token was sent.")},
         }}),
     );
-    for (prefix, suffix) in [(&model, ""), (&versioned, "OfVersion")] {
+    for (prefix, suffix) in [(&path, ""), (&versioned, "OfVersion")] {
         let id = |name: &str| format!("{name}{suffix}");
         paths.insert(prefix.clone(), read(&id("model"), "The model's signature.", "Model"));
         paths.insert(
@@ -87,16 +99,31 @@ fn describe(name: &str, version: &str) -> Value {
         );
         paths.insert(format!("{prefix}/infer"), infer(&id("infer")));
     }
-    for (path, item) in openais(name) {
-        paths.insert(path, item);
-    }
+    // The list of models is there for every model, and empty for one that gives no embeddings.
+    paths.extend(openais(name).into_iter().filter(|(path, _)| embeds || path == "/v1/models"));
     json!({
         "openapi": "3.1.0",
         "info": {"title": format!("Plimsoll: {name}"), "version": super::super::VERSION, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "The Open Inference Protocol V2 over HTTP."},
         "paths": paths,
-        "components": {"schemas": schemas()},
+        "components": {"schemas": schemas(model)},
     })
+}
+
+/// A tensor that fits an input of the model.
+fn input(spec: &TensorSpec) -> Value {
+    let dimension = |&size: &i64| {
+        if size < 0 {
+            json!({"type": "integer", "minimum": 0})
+        } else {
+            json!({"const": size})
+        }
+    };
+    let mut shape = json!({"type": "array", "minItems": spec.shape.len(), "maxItems": spec.shape.len()});
+    if !spec.shape.is_empty() {
+        shape["prefixItems"] = spec.shape.iter().map(dimension).collect();
+    }
+    json!({"properties": {"name": {"const": spec.name}, "datatype": {"const": spec.datatype}, "shape": shape}})
 }
 
 /// OpenAI's API of embeddings.
@@ -148,7 +175,8 @@ fn openais(name: &str) -> [(String, Value); 3] {
     ]
 }
 
-fn schemas() -> Value {
+fn schemas(model: Option<&Model>) -> Value {
+    let inputs = model.map(|model| model.described_inputs().iter().map(input).collect::<Vec<_>>());
     let object = |required: &[&str], properties: Value| json!({"type": "object", "required": required, "properties": properties});
     let text = || json!({"type": "string"});
     let list = |schema: &str| json!({"type": "array", "items": {"$ref": format!("#/components/schemas/{schema}")}});
@@ -192,8 +220,12 @@ fn schemas() -> Value {
         "Tensor": object(&["name", "datatype", "shape", "data"], json!({
             "name": text(), "datatype": {"enum": datatypes}, "shape": shape,
             "data": {"type": "array", "description": "Flat in row-major order, or nested as the shape."}, "parameters": {"type": "object"}})),
+        "Input": match inputs {
+            Some(inputs) => json!({"allOf": [{"$ref": "#/components/schemas/Tensor"}, {"anyOf": inputs}]}),
+            None => json!({"$ref": "#/components/schemas/Tensor"}),
+        },
         "InferRequest": object(&["inputs"], json!({
-            "id": text(), "inputs": list("Tensor"), "parameters": parameters,
+            "id": text(), "inputs": list("Input"), "parameters": parameters,
             "outputs": {"type": "array", "items": object(&["name"], json!({"name": text(), "parameters": {"type": "object", "properties": {
                 "binary_data": {"type": "boolean"}, "classification": {"type": "integer", "minimum": 0}}}}))}})),
         "OpenAiError": object(&["error"], json!({"error": object(&["message", "type"], json!({

@@ -5,6 +5,79 @@ use strum::IntoEnumIterator as _;
 use super::super::proto::inference::model_infer_request::InferRequestedOutputTensor;
 use super::*;
 
+#[test]
+fn typed_contents_are_counted_as_they_will_be() {
+    let bytes = |contents: InferTensorContents| {
+        let input = InferInputTensor {
+            contents: Some(contents),
+            ..InferInputTensor::default()
+        };
+        let request = ModelInferRequest {
+            inputs: vec![input.clone(), input],
+            ..ModelInferRequest::default()
+        };
+        typed_bytes(&request.encode_to_vec())
+    };
+    let none = InferTensorContents::default;
+    assert_eq!(bytes(none()), 0);
+    assert_eq!(
+        bytes(InferTensorContents {
+            bool_contents: vec![true; 100],
+            ..none()
+        }),
+        200
+    );
+    assert_eq!(
+        bytes(InferTensorContents {
+            int_contents: vec![-1; 100],
+            ..none()
+        }),
+        800
+    );
+    assert_eq!(
+        bytes(InferTensorContents {
+            uint_contents: vec![300; 100],
+            ..none()
+        }),
+        800
+    );
+    assert_eq!(
+        bytes(InferTensorContents {
+            int64_contents: vec![1; 100],
+            ..none()
+        }),
+        1600
+    );
+    assert_eq!(
+        bytes(InferTensorContents {
+            uint64_contents: vec![u64::MAX; 100],
+            ..none()
+        }),
+        1600
+    );
+    assert_eq!(
+        bytes(InferTensorContents {
+            fp32_contents: vec![1.0; 100],
+            ..none()
+        }),
+        800
+    );
+    assert_eq!(
+        bytes(InferTensorContents {
+            fp64_contents: vec![1.0; 100],
+            ..none()
+        }),
+        1600
+    );
+    assert_eq!(
+        bytes(InferTensorContents {
+            bytes_contents: vec![b"ab".to_vec(); 100],
+            ..none()
+        }),
+        200 * (24 + 2)
+    );
+}
+
 fn input(datatype: &str, shape: &[i64], contents: InferTensorContents) -> ModelInferRequest {
     let input = InferInputTensor {
         name: "x".to_owned(),

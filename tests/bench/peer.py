@@ -8,6 +8,7 @@
     python peer.py infer MODEL... SAMPLES          the bare cost: load every model and run the samples, batches of 32, one thread each for two
     python peer.py sqnr MODEL OTHER SAMPLES        signal to noise of OTHER's outputs, in dB
     python peer.py prune WEIGHTS                   torch's global_unstructured on that many weights in memory; prints its seconds
+    python peer.py repeat SAMPLES OUTPUT COUNT     writes that many samples, the same ones again and again
     python peer.py synthesize OUTPUT GIGABYTES     writes a transformer of that size with external data
 """
 
@@ -132,6 +133,12 @@ def prune(count: str) -> None:
     print(time.perf_counter() - begun)
 
 
+def repeat(path: str, output: str, count: str) -> None:
+    import numpy as np
+
+    np.savez(output, **{name: np.resize(values, (int(count), *values.shape[1:])) for name, values in samples(path).items()})
+
+
 def synthesize(output: str, gigabytes: str) -> None:
     """Blocks of a transformer's feed-forward part, 4096 wide, written without ever holding more than a matrix."""
     import numpy as np
@@ -170,7 +177,7 @@ def synthesize(output: str, gigabytes: str) -> None:
 
 
 def main() -> None:
-    tasks = {task.__name__: task for task in (dynamic, static, int4, fp16, agree, infer, sqnr, prune, synthesize)}
+    tasks = {task.__name__: task for task in (dynamic, static, int4, fp16, agree, infer, sqnr, prune, repeat, synthesize)}
     if len(sys.argv) < 2 or sys.argv[1] not in tasks:
         sys.exit(__doc__)
     tasks[sys.argv[1]](*sys.argv[2:])

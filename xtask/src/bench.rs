@@ -3,10 +3,10 @@
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
-mod heldout;
 mod load;
 mod optimizer;
 mod process;
+mod real;
 mod runtime;
 
 #[derive(Args)]
@@ -21,8 +21,10 @@ enum Bench {
     Optimizer(optimizer::Arguments),
     /// Serving beside Triton, MLServer and ONNX Runtime in process; writes target/bench/runtime/runtime.json.
     Runtime(runtime::Arguments),
-    /// The optimiser on models that it was not tuned on; prints the table of docs/compression.md.
-    Heldout(heldout::Arguments),
+    /// The optimiser on real models; prints the table of docs/benchmarks.md.
+    Real(real::Arguments),
+    /// The same on models that it was not tuned on.
+    Heldout(real::Arguments),
 }
 
 /// Runs a benchmark.
@@ -33,6 +35,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.bench {
         Bench::Optimizer(arguments) => optimizer::run(arguments),
         Bench::Runtime(arguments) => runtime::run(arguments),
-        Bench::Heldout(arguments) => heldout::run(arguments),
+        Bench::Real(arguments) => real::run(real::Which::Tested, arguments),
+        Bench::Heldout(arguments) => real::run(real::Which::HeldOut, arguments),
     }
 }

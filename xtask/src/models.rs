@@ -4,9 +4,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
-use crate::{progress, workspace};
+use crate::{progress, python, workspace};
 
 /// A set of models: its folder in the user's cache, and what each script of `tests/models` writes into it.
 pub(crate) struct Set {
@@ -52,19 +52,10 @@ pub(crate) fn fetch(set: &Set) -> Result<PathBuf> {
         return Ok(folder);
     }
     fs::create_dir_all(&folder)?;
+    let log = workspace::cache().join("models.log");
+    let scripts = workspace::root().join("tests/models");
+    let python = python::environment("models", &scripts.join("requirements.txt"), &log)?;
     progress::phase(&format!("fetching real models ({})", set.folder), |bar| {
-        let log = workspace::cache().join("models.log");
-        let scripts = workspace::root().join("tests/models");
-        let environment = workspace::cache().join("venvs").join("models");
-        let python = environment.join("bin/python");
-        let mut create = Command::new("python3");
-        create.args(["-m", "venv", "--clear"]).arg(&environment);
-        progress::run_logged(&mut create, &log, bar).context("cannot make a virtual environment (Debian: apt install python3-venv)")?;
-        let mut install = Command::new(&python);
-        install
-            .args(["-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--requirement"])
-            .arg(scripts.join("requirements.txt"));
-        progress::run_logged(&mut install, &log, bar)?;
         for script in &missing {
             // Beside their place, so that an interrupted run leaves no half of a file there.
             let scratch = tempfile::tempdir_in(workspace::cache())?;

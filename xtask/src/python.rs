@@ -40,8 +40,8 @@ pub(crate) fn with_venv() -> Result<Command> {
     ensure(&VENV)
 }
 
-/// The interpreter of the virtual environment of that name in the user's cache, with what the file `requirements` lists installed into it
-/// unless it is there. What pip says goes to the file `log`.
+/// The interpreter of the virtual environment of that name in the user's cache, with what the file `requirements` lists, and nothing that
+/// it does not list, installed into it unless it is there. What pip says goes to the file `log`.
 ///
 /// # Errors
 /// Without Python, and where a package cannot be had.
@@ -59,7 +59,7 @@ pub(crate) fn environment(name: &str, requirements: &Path, log: &Path) -> Result
         progress::run_logged(&mut create, log, bar).context("cannot make a virtual environment")?;
         let mut install = Command::new(&python);
         install
-            .args(["-m", "pip", "install", "--disable-pip-version-check", "--requirement"])
+            .args(["-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--requirement"])
             .arg(requirements);
         progress::run_logged(&mut install, log, bar)?;
         Ok(fs::write(&mark, &wanted)?)

@@ -159,9 +159,9 @@ mod tests {
         #[test]
         fn any_model_survives_any_way_of_pruning(seed in any::<u64>()) {
             let model = generator::model(seed);
-            let calibration = generator::calibration(&model);
-            let inputs = generator::inputs(&model);
-            let expected = generator::run(&model, &inputs);
+            let calibration = generator::agreement::calibration(&model);
+            let inputs = generator::agreement::inputs(&model);
+            let expected = generator::agreement::run(&model, &inputs);
             let console = Console::silent();
             let setting = Setting { calibration: Some(&calibration), original: &model, threads: 1, engine: None, console: &console };
             for (structure, criterion, share) in WAYS {
@@ -174,7 +174,7 @@ mod tests {
                         continue;
                     }
                 }
-                for ((kind, expected), (_, outputs)) in expected.iter().zip(generator::run(&pruned, &inputs)) {
+                for ((kind, expected), (_, outputs)) in expected.iter().zip(generator::agreement::run(&pruned, &inputs)) {
                     for (expected, output) in expected.iter().zip(&outputs) {
                         prop_assert_eq!(expected.shape(), output.shape(), "{} by {} on {}", structure, criterion, kind);
                     }

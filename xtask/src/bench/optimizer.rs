@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::process::{Peers, Run, Took, median};
 use crate::images::{self, program};
-use crate::{onnxruntime, progress, workspace};
+use crate::{models, onnxruntime, progress, workspace};
 
 /// The Python that Debian's package python3-torch belongs to.
 const TORCH_PYTHON: &str = "/usr/bin/python3";
@@ -75,7 +75,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         peers: Peers::install("bench", &folder.join("peers.log"))?,
         optimizer: programs.into_iter().next().context("one program was asked for")?,
         library: onnxruntime::library()?,
-        models: folder.join("minilm"),
+        models: models::fetch(&models::TESTED)?,
         work: tempfile::tempdir_in(&folder)?,
         rounds: arguments.rounds,
         rows: Vec::new(),
@@ -93,6 +93,7 @@ struct Bench {
     peers: Peers,
     optimizer: PathBuf,
     library: PathBuf,
+    /// The folder of the real models.
     models: PathBuf,
     work: tempfile::TempDir,
     rounds: u32,
@@ -177,26 +178,8 @@ impl Bench {
         Ok(())
     }
 
-    fn minilm_model(&self) -> Result<PathBuf> {
-        let model = self.models.join("minilm.onnx");
-        if !model.is_file() {
-            progress::phase("exporting MiniLM", |_| {
-                let mut export = self.peers.script("models/minilm/export.py");
-                self.peers.ask(export.arg(&self.models).arg("32")).map(drop)
-            })?;
-        }
-        Ok(model)
-    }
-
     fn minilm(&mut self) -> Result<()> {
-        let model = self.minilm_model()?;
-        let many = self.models.join("many");
-        if !many.join("calibration.npz").is_file() {
-            progress::phase("making 3,200 samples", |_| {
-                let mut export = self.peers.script("models/minilm/export.py");
-                self.peers.ask(export.arg(&many).arg("3200")).map(drop)
-            })?;
-        }
+        let model = self.models.join("minilm.onnx");
         let (calibration, evaluation) = (self.models.join("calibration.npz"), self.models.join("evaluation.npz"));
         let (package, other) = (self.work.path().join("package"), self.work.path().join("peer.onnx"));
         let files = Files {
@@ -247,8 +230,11 @@ impl Bench {
             Some(("the calibration run alone in onnxruntime", &infer)),
             &silent,
         )?;
+        let many = self.work.path().join("many.npz");
+        let mut repeat = self.peers.task("repeat");
+        self.peers.ask(repeat.arg(&calibration).arg(&many).arg("3200"))?;
         let mut ours = self.optimize(&files, "Int8Static", &ungated)?;
-        ours.arg("--calibration").arg(many.join("calibration.npz"));
+        ours.arg("--calibration").arg(&many);
         // What is looked at is memory.
         let rounds = std::mem::replace(&mut self.rounds, 1);
         self.compare("minilm int8 static, 3,200 samples", &ours, None, &silent)?;
@@ -267,22 +253,14 @@ impl Bench {
     }
 
     fn half(&mut self) -> Result<()> {
-        let folder = self.models.with_file_name("models");
         let digits = workspace::root().join("tests/models/digits");
-        let minilm = self.minilm_model()?;
-        progress::phase("fetching magika, the recogniser and the detector", |_| {
-            for script in ["models/magika/fetch.py", "models/ddddocr/fetch.py"] {
-                self.peers.ask(self.peers.script(script).arg(&folder))?;
-            }
-            Ok(())
-        })?;
-        let fetched = |name: &str| (folder.join(format!("{name}.onnx")), folder.join(format!("{name}-inputs.npz")));
+        let fetched = |model: &str, samples: &str| (self.models.join(model), self.models.join(samples));
         let models = [
             (digits.join("digits-v2.onnx"), digits.join("digits-heldout.npz")),
-            (minilm, self.models.join("evaluation.npz")),
-            fetched("magika"),
-            fetched("recogniser"),
-            fetched("detector"),
+            fetched("minilm.onnx", "evaluation.npz"),
+            fetched("magika.onnx", "magika-inputs.npz"),
+            fetched("recogniser.onnx", "recogniser-inputs.npz"),
+            fetched("detector.onnx", "detector-inputs.npz"),
         ];
         let (package, other) = (self.work.path().join("half"), self.work.path().join("half.onnx"));
         let mut agreeing = [0, 0, models.len()];

@@ -16,8 +16,7 @@ use serde_json::{Value, json};
 
 use super::load::{Request, Served, answers, load};
 use super::process::{Peers, median};
-use crate::images;
-use crate::{onnxruntime, progress, workspace};
+use crate::{images, models, onnxruntime, progress, workspace};
 
 /// Longest wait for a server to be ready.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -299,16 +298,7 @@ impl Bench {
     }
 
     fn minilm(&self) -> Result<Model> {
-        let folder = workspace::target().join("bench").join("minilm");
-        let path = folder.join("minilm.onnx");
-        if !path.is_file() {
-            let exporters = Peers::install("bench", &self.folder.join("exporters.log"))?;
-            progress::phase("exporting MiniLM", |_| {
-                exporters
-                    .ask(exporters.script("models/minilm/export.py").arg(&folder).arg("32"))
-                    .map(drop)
-            })?;
-        }
+        let path = models::fetch(&models::TESTED)?.join("minilm.onnx");
         let ids = || ("INT64", vec![1, 64]);
         Ok(Model {
             name: "minilm",

@@ -177,7 +177,7 @@ fn hidden_states_bring_what_lies_inside_nearer_to_the_teacher() {
         distillation
             .apply(&mut model, &setting(Some(&calibration), &teacher, &console))
             .unwrap();
-        generator::try_run(plimsoll_package::manifest::Engine::Tract, &model, &data.first().unwrap()).unwrap();
+        generator::agreement::try_run(plimsoll_package::manifest::Engine::Tract, &model, &data.first().unwrap()).unwrap();
         model
     };
     let before = distance(&teacher, &student, &names, &data);

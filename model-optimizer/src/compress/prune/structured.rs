@@ -625,8 +625,8 @@ mod tests {
                 vec![5, 15 * 64]
             ]
         );
-        let inputs = generator::inputs(&model);
-        for (kind, outputs) in generator::run(&pruned, &inputs) {
+        let inputs = generator::agreement::inputs(&model);
+        for (kind, outputs) in generator::agreement::run(&pruned, &inputs) {
             assert_eq!(outputs[0].shape(), [8, 5], "{kind}");
         }
     }

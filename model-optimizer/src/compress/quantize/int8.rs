@@ -655,12 +655,13 @@ mod tests {
                 let (model, change) = apply(&original, &Quantize::of(scheme), None).unwrap();
                 assert_eq!(change.changed, weights);
                 assert!(change.fold_dequantize && model.encoded_len() < original.encoded_len());
-                let inputs = generator::inputs(&original);
+                let inputs = generator::agreement::inputs(&original);
                 for kind in [EngineKind::Tract, EngineKind::OnnxRuntime] {
-                    let Ok(before) = generator::try_run(kind, &original, &inputs) else {
+                    let Ok(before) = generator::agreement::try_run(kind, &original, &inputs) else {
                         continue;
                     };
-                    let after = generator::try_run(kind, &model, &inputs).unwrap_or_else(|why| panic!("{scheme} on {kind}: {why}"));
+                    let after =
+                        generator::agreement::try_run(kind, &model, &inputs).unwrap_or_else(|why| panic!("{scheme} on {kind}: {why}"));
                     let sqnr = sqnr(before[0].as_f32().unwrap(), after[0].as_f32().unwrap());
                     assert!(sqnr > 30.0, "{scheme} on {kind}: {sqnr:.1} dB");
                 }

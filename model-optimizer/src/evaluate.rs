@@ -9,3 +9,4 @@ pub mod latency;
 pub mod layers;
 mod memory;
 pub mod metric;
+pub mod reference;

@@ -8,6 +8,7 @@
 //! report.html     the same as a page for people
 //! model.onnx      the model
 //! probe.json      an input and the outputs expected for it, which readiness replays
+//! drift.json      how the values of inputs and outputs were distributed on its data      [`drift::Reference`]
 //! tokenizer.json, config.json, ...    what its inputs and outputs mean                  [`companion`]
 //! ```
 //!
@@ -15,6 +16,7 @@
 
 pub mod companion;
 pub mod digest;
+pub mod drift;
 pub mod key;
 pub mod manifest;
 pub mod recipe;

@@ -155,6 +155,9 @@ pub(crate) struct Serve {
 
     #[command(flatten)]
     traces: traces::Flags,
+    /// For how long what goes through the server counts towards its drift from what the package records, 1s to 24h; 0 for no drift.
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = drift_window)]
+    drift_window: Duration,
 
     /// How long requests are served after SIGTERM, while readiness fails already.
     #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = duration)]
@@ -234,6 +237,17 @@ fn duration(written: &str) -> Result<Duration, units::UnitError> {
     }
 }
 
+/// None, or as long as there is something to see and it is still news.
+fn drift_window(written: &str) -> Result<Duration, String> {
+    let window = duration(written).map_err(|error| error.to_string())?;
+    let range = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
+    if window.is_zero() || range.contains(&window) {
+        Ok(window)
+    } else {
+        Err("write 1s to 24h, or 0 for no drift".to_owned())
+    }
+}
+
 impl Serve {
     pub(crate) fn resolve(self) -> Config {
         let instances = usize::from(self.instances);
@@ -275,6 +289,7 @@ impl Serve {
                 bytes_max: bytes(self.max_batch_bytes),
                 delay: Duration::from_millis(self.max_delay_ms.into()),
             },
+            drift_window: self.drift_window,
             stuck_after: self.stuck_after,
             limits: Limits {
                 memory_bytes_max: bytes(self.max_memory),

@@ -14,6 +14,7 @@ mod agreement;
 mod authentication;
 mod classification;
 mod companions;
+mod drift;
 mod encoding;
 mod grpc;
 mod http;
@@ -98,6 +99,8 @@ pub struct Config {
     pub shadow: Option<Shadow>,
     /// Where traces go; `None` makes none.
     pub traces: Option<Traces>,
+    /// For how long what went through the server is compared with the package's reference; zero is not at all.
+    pub drift_window: Duration,
     /// File of the tokens that are let in; `None` lets in everybody.
     pub tokens: Option<PathBuf>,
     /// For how long an engine may be at one batch before the server counts as stuck and liveness fails.

@@ -19,6 +19,7 @@ mod cluster;
 mod commands;
 mod control_plane;
 mod disruption;
+mod drift;
 mod history;
 mod installation;
 mod logs;

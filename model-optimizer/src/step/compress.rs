@@ -127,8 +127,16 @@ impl Materials {
     }
 }
 
-/// The samples that were fetched as `name`, for `model`; the user knows them as the `what` data.
+/// The samples that were fetched as `name`, to calibrate `model` on.
 fn samples(context: &Context, what: &str, name: &str, model: &ModelProto) -> Result<Calibration, Failure> {
+    Ok(Calibration::new(dataset(context, what, name, model)?, context.threads))
+}
+
+/// The samples that were fetched as `name`, for `model`; the user knows them as the `what` data.
+///
+/// # Errors
+/// Where they do not fit the model.
+pub(super) fn dataset(context: &Context, what: &str, name: &str, model: &ModelProto) -> Result<Dataset, Failure> {
     let unfit = |why: String| {
         failure(
             FailureReason::InvalidDataset,
@@ -143,7 +151,7 @@ fn samples(context: &Context, what: &str, name: &str, model: &ModelProto) -> Res
         true => samples.and_then(|samples| samples.split(Part::Calibration, SPLIT_SEED)),
         false => samples,
     };
-    Ok(Calibration::new(samples.map_err(unfit)?, context.threads))
+    samples.map_err(unfit)
 }
 
 /// The teacher, which goes through the same conversion as the model.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use plimsoll_package::digest::Digest;
+use plimsoll_package::drift::{DRIFT_FILE, Source};
 use plimsoll_package::manifest::{
     Engine as EngineKind, File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE, Probe, REPORT_FILE, REPORT_PAGE_FILE, TensorSpec,
 };
@@ -24,7 +25,7 @@ use super::{Context, Step, write_json};
 use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
 use crate::evaluate::engines::{self, Candidates};
 use crate::evaluate::judgement::{self, Judgement};
-use crate::evaluate::{budget, layers};
+use crate::evaluate::{budget, layers, reference};
 use crate::failure::{Failure, FailureReason, chain, disk, failure};
 use crate::graph::{self, serialize};
 use crate::search::{front, sensitivity};
@@ -87,8 +88,43 @@ pub fn run(context: &Context) -> Result<(), Failure> {
         return Err(failed);
     }
     write_json(&context.package().join(PROBE_FILE), &probe)?;
-    let files = [REPORT_FILE, REPORT_PAGE_FILE, PROBE_FILE];
+    let mut files = vec![REPORT_FILE, REPORT_PAGE_FILE, PROBE_FILE];
+    if write_reference(context, &model, &candidates, &report.engines, &data)? {
+        files.push(DRIFT_FILE);
+    }
     write_package(context, &report, signature(context, &model)?, compressed.fold_dequantize, &files)
+}
+
+/// Records what inputs and outputs look like on the calibration data, or else on the evaluation data, as the first engine that serves gives
+/// them, whichever measured faster. Whether there is such data, and the model runs on it: a package can be served without.
+fn write_reference(
+    context: &Context,
+    model: &ModelProto,
+    candidates: &Candidates,
+    engines: &[EngineReport],
+    data: &Data,
+) -> Result<bool, Failure> {
+    let read = match data.from {
+        SampleSource::Signature => return Ok(false),
+        _ if context.inputs.optimize.calibration.is_some() => {
+            super::compress::dataset(context, "calibration", "calibration", model).map(|samples| (samples, Source::Calibration))
+        }
+        _ => Ok((data.samples[0].clone(), Source::Evaluation)),
+    };
+    let serves = candidates.engines.iter().zip(engines).find(|(_, report)| report.refused.is_none());
+    let Some((pair, _)) = serves else { return Ok(false) };
+    let activity = context.console.activity("recording what is usual", "samples");
+    let recorded = read.and_then(|(samples, from)| reference::record(&*pair.after, samples, from, &activity));
+    drop(activity);
+    match recorded {
+        Ok(recorded) => write_json(&context.package().join(DRIFT_FILE), &recorded).map(|()| true),
+        Err(failure) => {
+            context
+                .console
+                .info(&format!("there will be nothing to tell drift by: {}", failure.message));
+            Ok(false)
+        }
+    }
 }
 
 /// What was measured of a compressed model.

@@ -5,6 +5,7 @@ mod chain;
 mod companions;
 mod custom;
 mod distill;
+mod drift;
 mod external;
 mod fetch;
 // What only the unit tests build with is unused here.

@@ -76,6 +76,7 @@ fn server(tensors: &[Tensor]) -> Arc<State> {
         device: Device::Cpu,
         shadow: None,
         traces: None,
+        drift_window: Duration::ZERO,
         threads: 1,
         instances: 1,
         batching: batching.clone(),

@@ -40,10 +40,12 @@ pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
         .route("/v2/models/{name}", get(model))
         .route("/v2/models/{name}/config", get(configuration))
         .route("/v2/models/{name}/stats", get(statistics))
+        .route("/v2/models/{name}/drift", get(drift))
         .route("/v2/models/{name}/ready", get(model_ready))
         .route("/v2/models/{name}/infer", post(infer::infer))
         .route("/v2/models/{name}/versions/{version}/config", get(configuration))
         .route("/v2/models/{name}/versions/{version}/stats", get(statistics))
+        .route("/v2/models/{name}/versions/{version}/drift", get(drift))
         .route("/v2/models/{name}/versions/{version}", get(model))
         .route("/v2/models/{name}/versions/{version}/ready", get(model_ready))
         .route("/v2/models/{name}/versions/{version}/infer", post(infer::infer));
@@ -204,6 +206,27 @@ async fn statistics_of_all(Shared(state): Shared<Arc<State>>) -> Json {
     Json(json!({"model_stats": [of_model]}))
 }
 
+async fn drift(Shared(state): Shared<Arc<State>>, Path(target): Path<Target>) -> Result<impl IntoResponse, Refusal> {
+    #[derive(serde::Serialize)]
+    struct OfModel<'a> {
+        model_name: &'a str,
+        model_version: &'a str,
+        #[serde(flatten)]
+        summary: super::drift::Summary<'a>,
+    }
+    target.check(&state)?;
+    let model = state.model().ok_or_else(Refusal::loading)?;
+    let drift = model.drift.as_ref().map_err(|why| Refusal::new(Reason::NotFound, why.clone()))?;
+    Ok(Json(json!(OfModel {
+        model_name: &state.config.name,
+        model_version: &state.config.version,
+        summary: drift.summary(),
+    })))
+}
+
 async fn scrape(Shared(state): Shared<Arc<State>>) -> impl IntoResponse {
+    if let Some(drift) = state.model().and_then(|model| model.drift.as_ref().ok()) {
+        state.metrics.drift.set(&state.config.name, &drift.summary());
+    }
     ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], state.metrics.text())
 }

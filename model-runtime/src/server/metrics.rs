@@ -11,6 +11,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use super::Config;
+use super::drift::{Summary, Verdict};
 use super::model::Model;
 use super::refusal::Reason;
 use super::scheduler::Answer;
@@ -67,9 +68,54 @@ impl ShadowMetrics {
     }
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DriftLabels {
+    model: String,
+    tensor: String,
+    side: &'static str,
+    kind: &'static str,
+}
+
+/// How far what goes through the server is from the package's reference.
+#[derive(Debug, Clone, Default)]
+pub(super) struct DriftMetrics {
+    psi: Family<DriftLabels, Gauge<f64, AtomicU64>>,
+    ks: Family<DriftLabels, Gauge<f64, AtomicU64>>,
+    count: Family<DriftLabels, Gauge>,
+}
+
+impl DriftMetrics {
+    /// Sets the distances; there is none where too little was seen to tell, so that no alarm is founded on that.
+    pub(super) fn set(&self, model: &str, summary: &Summary) {
+        for tensor in &summary.tensors {
+            let labels = DriftLabels {
+                model: model.to_owned(),
+                tensor: tensor.name.to_owned(),
+                side: tensor.side.into(),
+                kind: tensor.kind.into(),
+            };
+            self.count
+                .get_or_create(&labels)
+                .set(i64::try_from(tensor.count).unwrap_or(i64::MAX));
+            let is_founded = tensor.verdict != Verdict::TooFew;
+            for (family, value) in [(&self.psi, tensor.psi), (&self.ks, tensor.ks)] {
+                match value.filter(|_| is_founded) {
+                    Some(value) => {
+                        family.get_or_create(&labels).set(value);
+                    }
+                    None => {
+                        family.remove(&labels);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Metrics {
     registry: Registry,
+    pub(super) drift: DriftMetrics,
     pub(super) shadow: ShadowMetrics,
     /// Of traces, by what came of them.
     pub(super) spans: Family<SpanLabels, Counter>,
@@ -94,6 +140,7 @@ impl Default for Metrics {
         let durations = || Histogram::new(exponential_buckets(1e-5, 2.0, 23));
         let mut registry = Registry::with_prefix("plimsoll_runtime");
         let metrics = Self {
+            drift: DriftMetrics::default(),
             requests: Counter::default(),
             shadow: ShadowMetrics {
                 requests: Family::default(),
@@ -160,6 +207,18 @@ impl Default for Metrics {
             shadow.duration.clone(),
         );
         registry.register("spans", "Spans of traces, by what came of them", metrics.spans.clone());
+        let drift = &metrics.drift;
+        registry.register(
+            "drift_psi",
+            "Population stability index against what the optimiser recorded, where enough was seen: from 0.1 moderate, from 0.25 significant",
+            drift.psi.clone(),
+        );
+        registry.register(
+            "drift_ks",
+            "Kolmogorov-Smirnov statistic against what the optimiser recorded, 0 to 1, where enough was seen",
+            drift.ks.clone(),
+        );
+        registry.register("drift_count", "What was looked at within --drift-window", drift.count.clone());
         registry.register(
             "requests_in_flight",
             "Inference requests taken on and not yet answered",

@@ -8,6 +8,7 @@ use plimsoll_package::manifest::{MODEL_FILE, Manifest, PackageError, Probe, Tens
 
 use super::Config;
 use super::companions::{CompanionError, Companions};
+use super::drift::Drift;
 use super::preprocessing::Preprocessing;
 use super::scheduler::{Batching, Scheduler};
 use crate::engine::{self, Device, Engine, EngineError, EngineKind, LoadOptions, Tensor, independence, probe};
@@ -41,6 +42,8 @@ pub(super) struct Model {
     /// Whether another engine than the preferred one serves.
     pub(super) fell_back: bool,
     pub(super) manifest: Option<Manifest>,
+    /// Compares what goes through with what the package records, or says why not.
+    pub(super) drift: Result<Drift, String>,
     kind: EngineKind,
     inputs: Vec<TensorSpec>,
     outputs: Vec<TensorSpec>,
@@ -73,6 +76,7 @@ impl Model {
             tracing::warn!(reason, "classes have no names");
             vec![]
         });
+        let drift = Drift::read(&config.path, manifest.as_ref(), config.drift_window, &inputs, &outputs);
         let batching = batching(config, &**first, recorded.as_ref());
         Ok(Self {
             scheduler: Scheduler::start(engines, batching),
@@ -80,6 +84,7 @@ impl Model {
             preprocessing,
             fell_back,
             manifest,
+            drift,
             kind,
             inputs,
             outputs,
@@ -94,6 +99,7 @@ impl Model {
             preprocessing: Preprocessing::read(&Companions::default(), engine.inputs(), engine.outputs()),
             fell_back: false,
             manifest: None,
+            drift: Err(String::new()),
             kind: engine.kind(),
             inputs: engine.inputs().to_vec(),
             outputs: engine.outputs().to_vec(),

@@ -3,6 +3,7 @@
 mod channel;
 mod client;
 mod drain;
+mod drift;
 mod grpc;
 mod limits;
 mod preprocessing;

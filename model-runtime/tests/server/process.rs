@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use plimsoll_package::digest::Digest;
+use plimsoll_package::drift::DRIFT_FILE;
 use plimsoll_package::manifest::{Engine, File, MANIFEST_FILE, MODEL_FILE, Manifest, PROBE_FILE};
 use plimsoll_runtime::{engine, onnx};
 use serde_json::Value;
@@ -62,13 +63,16 @@ pub(crate) fn seal(dir: &Path, name: &str, engine: Engine) {
             },
         )
     };
+    let files = [MODEL_FILE, PROBE_FILE, DRIFT_FILE]
+        .into_iter()
+        .filter(|name| dir.join(name).is_file());
     let manifest = Manifest {
         schema_version: 1,
         inputs,
         outputs,
         engine,
         fold_dequantize: true,
-        files: [file(MODEL_FILE), file(PROBE_FILE)].into(),
+        files: files.map(file).collect(),
         source_digest: Digest::of(b"source"),
         toolchain: "0.0.0-test".into(),
     };

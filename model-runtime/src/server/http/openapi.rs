@@ -97,6 +97,13 @@ fn describe(name: &str, version: &str, model: Option<&Model>) -> Value {
             format!("{prefix}/stats"),
             read(&id("stats"), "How many requests there were, and where their time went.", "Stats"),
         );
+        let mut drift = read(
+            &id("drift"),
+            "How far inputs and outputs are from those that the optimiser recorded.",
+            "Drift",
+        );
+        drift["get"]["responses"]["404"] = error("The package records nothing to compare with.");
+        paths.insert(format!("{prefix}/drift"), drift);
         paths.insert(format!("{prefix}/infer"), infer(&id("infer")));
     }
     // The list of models is there for every model, and empty for one that gives no embeddings.
@@ -181,6 +188,8 @@ fn schemas(model: Option<&Model>) -> Value {
     let text = || json!({"type": "string"});
     let list = |schema: &str| json!({"type": "array", "items": {"$ref": format!("#/components/schemas/{schema}")}});
     let count = || json!({"type": "integer", "minimum": 0});
+    let number = || json!({"type": "number", "minimum": 0});
+    let verdict = || json!({"enum": ["TooFew", "Stable", "Moderate", "Significant"]});
     let datatypes = [
         "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "BF16", "FP32", "FP64", "BYTES",
     ];
@@ -224,6 +233,16 @@ fn schemas(model: Option<&Model>) -> Value {
             Some(inputs) => json!({"allOf": [{"$ref": "#/components/schemas/Tensor"}, {"anyOf": inputs}]}),
             None => json!({"$ref": "#/components/schemas/Tensor"}),
         },
+        "Drift": object(&["model_name", "model_version", "window_s", "reference", "thresholds", "rows", "verdict", "tensors"], json!({
+            "model_name": text(), "model_version": text(), "window_s": number(),
+            "reference": object(&["from", "samples"], json!({"from": {"enum": ["Calibration", "Evaluation"]}, "samples": count()})),
+            "thresholds": object(&["moderate", "significant", "rows_min"], json!({"moderate": number(), "significant": number(), "rows_min": count()})),
+            "rows": count(), "verdict": verdict(),
+            "tensors": {"type": "array", "items": object(&["name", "side", "kind", "psi", "ks", "count", "verdict"], json!({
+                "name": text(), "side": {"enum": ["input", "output"]}, "kind": {"enum": ["values", "lengths", "classes"]},
+                "psi": {"type": ["number", "null"], "minimum": 0, "description": "Population stability index."},
+                "ks": {"type": ["number", "null"], "minimum": 0, "maximum": 1, "description": "Kolmogorov-Smirnov statistic; null for classes."},
+                "count": count(), "verdict": verdict()}))}})),
         "InferRequest": object(&["inputs"], json!({
             "id": text(), "inputs": list("Input"), "parameters": parameters,
             "outputs": {"type": "array", "items": object(&["name"], json!({"name": text(), "parameters": {"type": "object", "properties": {

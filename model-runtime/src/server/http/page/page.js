@@ -165,6 +165,20 @@ async function look(name) {
   at("totals").textContent = `Since the start: ${now.count} requests answered${mean}${batch}, ${now.failed} failed.`;
 }
 
+const verdicts = { TooFew: "too few to tell", Stable: "stable", Moderate: "moderate", Significant: "significant" };
+
+function showDrift({ tensors, rows, window_s, reference }) {
+  at("drifted").textContent =
+    `${rows} samples of the last ${window_s / 60} minutes beside ${reference.samples} that the optimiser saw: PSI from 0.1 is moderate, from 0.25 significant.`;
+  const table = at("distances");
+  table.replaceChildren();
+  row(table, ["", "tensor", "seen", "PSI", "KS", "drift"], "th");
+  const digits = (value) => (value === null ? "" : value.toFixed(3));
+  for (const { name, side, kind, count, psi, ks, verdict } of tensors)
+    row(table, [`${side}: ${kind}`, name, String(count), digits(psi), digits(ks), verdicts[verdict]]);
+  at("drift").hidden = false;
+}
+
 function draw() {
   const chart = at("chart");
   const [width, height, left] = [600, 140, 56];
@@ -209,6 +223,11 @@ async function start() {
     get("report.json").then(showCosts, () => {});
     const again = () => look(name).catch(() => {}).then(() => setTimeout(again, 1000));
     again();
+    const compare = () => get(`v2/models/${encodeURIComponent(name)}/drift`).then((drift) => {
+      showDrift(drift);
+      setTimeout(compare, 5000);
+    }, () => {});
+    compare();
   } catch (error) {
     at("about").textContent = error.message;
     setTimeout(() => location.reload(), 2000);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_package::units;
 use plimsoll_runtime::engine::{Device, EngineKind};
-use plimsoll_runtime::server::{Address, AddressError, Batching, Config, Limits, Shadow, Tls, log, quota};
+use plimsoll_runtime::server::{Address, AddressError, Batching, Config, Limits, Sampling, Shadow, Tls, log, quota};
 
 mod traces;
 
@@ -155,6 +155,19 @@ pub(crate) struct Serve {
 
     #[command(flatten)]
     traces: traces::Flags,
+    /// Where a share of the requests is written, with what was answered, as JSON lines that the optimiser reads as evaluation data:
+    /// file:///DIR, a folder that is there. What cannot be written in time is dropped and counted; no request waits for it.
+    #[arg(long, value_name = "URL", value_parser = place)]
+    sample_to: Option<String>,
+
+    /// Share of the requests that is written there, 0% to 100%.
+    #[arg(long, value_name = "PERCENT", default_value = "1%", value_parser = share, requires = "sample_to")]
+    sample_share: f64,
+
+    /// An input or output whose values are not written, or `id` for the request's; may be given several times.
+    #[arg(long, value_name = "NAME", requires = "sample_to")]
+    sample_redact: Vec<String>,
+
     /// For how long what goes through the server counts towards its drift from what the package records, 1s to 24h; 0 for no drift.
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = drift_window)]
     drift_window: Duration,
@@ -216,6 +229,15 @@ fn url(written: &str) -> Result<String, String> {
     match written.strip_prefix("http://").or_else(|| written.strip_prefix("https://")) {
         Some(rest) if !rest.is_empty() => Ok(written.to_owned()),
         _ => Err("write http://HOST/v2/models/NAME or https://...".to_owned()),
+    }
+}
+
+fn place(written: &str) -> Result<String, String> {
+    let is_known = written.strip_prefix("file:///").is_some_and(|rest| !rest.is_empty());
+    if is_known {
+        Ok(written.to_owned())
+    } else {
+        Err("write file:///DIR, for a folder".to_owned())
     }
 }
 
@@ -289,6 +311,11 @@ impl Serve {
                 bytes_max: bytes(self.max_batch_bytes),
                 delay: Duration::from_millis(self.max_delay_ms.into()),
             },
+            sampling: self.sample_to.map(|to| Sampling {
+                to,
+                share: self.sample_share,
+                redact: self.sample_redact,
+            }),
             drift_window: self.drift_window,
             stuck_after: self.stuck_after,
             limits: Limits {

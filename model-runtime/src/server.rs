@@ -28,8 +28,10 @@ mod preprocessing;
 pub mod pull;
 pub mod quota;
 mod refusal;
+mod sampling;
 mod scheduler;
 mod shadow;
+mod share;
 mod signature;
 mod statistics;
 mod text;
@@ -44,6 +46,8 @@ use listener::Listener;
 pub use listener::{Address, AddressError};
 use metrics::Metrics;
 use model::Model;
+use sampling::Sampler;
+pub use sampling::Sampling;
 pub use scheduler::Batching;
 pub use shadow::Shadow;
 use shadow::Shadowing;
@@ -99,6 +103,8 @@ pub struct Config {
     pub shadow: Option<Shadow>,
     /// Where traces go; `None` makes none.
     pub traces: Option<Traces>,
+    /// Where a share of the requests is written to.
+    pub sampling: Option<Sampling>,
     /// For how long what went through the server is compared with the package's reference; zero is not at all.
     pub drift_window: Duration,
     /// File of the tokens that are let in; `None` lets in everybody.
@@ -148,6 +154,9 @@ pub enum ServeError {
     /// Traces cannot be sent.
     #[error("cannot send traces: {0}")]
     Traces(String),
+    /// Samples cannot be written.
+    #[error("cannot sample requests: {0}")]
+    Sampling(String),
     /// The signal handler cannot be installed.
     #[error("cannot wait for signals: {0}")]
     Signals(std::io::Error),
@@ -170,6 +179,7 @@ pub(crate) struct State {
     statistics: Statistics,
     tokens: Option<Tokens>,
     shadowing: Option<Shadowing>,
+    sampler: Option<Sampler>,
     tracing: Option<Tracing>,
     /// One permit for each request that may be here.
     slots: Arc<Semaphore>,
@@ -184,7 +194,10 @@ impl State {
         let metrics = Metrics::default();
         let tracing = config.traces.as_ref().map(|traces| Tracing::start(traces, &metrics)).transpose();
         let shadowing = config.shadow.as_ref().map(|shadow| Shadowing::start(shadow, &metrics)).transpose();
+        let start = |sampling| Sampler::start(sampling, &config.name, &config.version, &metrics.samples);
+        let sampler = config.sampling.as_ref().map(start).transpose();
         Ok(Self {
+            sampler: sampler.map_err(ServeError::Sampling)?,
             shadowing: shadowing.map_err(ServeError::Shadow)?,
             tracing: tracing.map_err(ServeError::Traces)?,
             metrics,
@@ -297,6 +310,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         _ = signals.recv() => {}
         model = loaded => {
             let model = model.map_err(|_| ServeError::Loading)??;
+            let checked = state.config.sampling.as_ref().map(|sampling| sampling.check(model.inputs(), model.outputs()));
+            checked.transpose().map_err(ServeError::Sampling)?;
             // Served first, announced then.
             let seconds = started.elapsed().as_secs_f64();
             let engine = model.kind();
@@ -322,6 +337,9 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     }
     if let Some(tracing) = &state.tracing {
         tracing.finish(TRACES_WAIT).await;
+    }
+    if let Some(sampler) = &state.sampler {
+        sampler.end().await;
     }
     if let Some(scraping) = scraping {
         let _ = scraping.await;

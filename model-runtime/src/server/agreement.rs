@@ -75,6 +75,7 @@ fn server(tensors: &[Tensor]) -> Arc<State> {
         tokens: None,
         device: Device::Cpu,
         shadow: None,
+        sampling: None,
         traces: None,
         drift_window: Duration::ZERO,
         threads: 1,

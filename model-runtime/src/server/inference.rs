@@ -158,6 +158,8 @@ impl Admission {
         let deadline = timeout.map_or(self.deadline, |timeout| self.deadline.min(self.started + timeout));
         let shadowing = self.state.shadowing.as_ref().filter(|shadowing| shadowing.wants());
         let copied = shadowing.map(|_| inputs.clone());
+        let sampler = self.state.sampler.as_ref();
+        let sample = sampler.and_then(|sampler| sampler.take(model.inputs(), &inputs, request.id.as_deref()));
         let drift = model.drift.as_ref().ok();
         let look = drift.and_then(|drift| drift.look(&inputs));
         let priority = request.options.priority.filter(|&priority| priority > 0);
@@ -184,6 +186,9 @@ impl Admission {
         span.note(Stage::Compute, submitted + answer.queued, answer.computed, answer.rows);
         if let (Some(drift), Some(look)) = (drift, look) {
             drift.outputs(&look, &answer.outputs);
+        }
+        if let (Some(sampler), Some(sample)) = (sampler, sample) {
+            sampler.send(sample, model.outputs(), &answer.outputs);
         }
         if let (Some(shadowing), Some(inputs)) = (shadowing, copied) {
             let named = |specs: &[TensorSpec], tensors: Vec<Tensor>| specs.iter().map(|spec| spec.name.clone()).zip(tensors).collect();

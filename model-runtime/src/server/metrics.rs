@@ -14,6 +14,7 @@ use super::Config;
 use super::drift::{Summary, Verdict};
 use super::model::Model;
 use super::refusal::Reason;
+use super::sampling::Sampled;
 use super::scheduler::Answer;
 use super::shadow::Comparison;
 
@@ -40,7 +41,7 @@ struct ModelLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ShadowLabels {
+struct ResultLabels {
     result: &'static str,
 }
 
@@ -49,10 +50,26 @@ pub(super) struct SpanLabels {
     pub(super) result: &'static str,
 }
 
+/// What became of samples.
+#[derive(Debug, Clone, Default)]
+pub(super) struct SampleMetrics(Family<ResultLabels, Counter>);
+
+impl SampleMetrics {
+    /// Counts samples.
+    pub(super) fn count(&self, became: Sampled, samples: u64) {
+        self.0.get_or_create(&ResultLabels { result: became.into() }).inc_by(samples);
+    }
+
+    #[cfg(test)]
+    pub(super) fn get(&self, became: Sampled) -> u64 {
+        self.0.get_or_create(&ResultLabels { result: became.into() }).get()
+    }
+}
+
 /// What comparisons with another revision show.
 #[derive(Debug, Clone)]
 pub(super) struct ShadowMetrics {
-    requests: Family<ShadowLabels, Counter>,
+    requests: Family<ResultLabels, Counter>,
     difference: Histogram,
     duration: Histogram,
 }
@@ -60,7 +77,7 @@ pub(super) struct ShadowMetrics {
 impl ShadowMetrics {
     /// Counts a comparison, its difference where there is one, and what it took.
     pub(super) fn compared(&self, comparison: Comparison, difference: Option<f64>, took: Duration) {
-        self.requests.get_or_create(&ShadowLabels { result: comparison.into() }).inc();
+        self.requests.get_or_create(&ResultLabels { result: comparison.into() }).inc();
         if let Some(difference) = difference {
             self.difference.observe(difference);
             self.duration.observe(took.as_secs_f64());
@@ -116,6 +133,7 @@ impl DriftMetrics {
 pub(super) struct Metrics {
     registry: Registry,
     pub(super) drift: DriftMetrics,
+    pub(super) samples: SampleMetrics,
     pub(super) shadow: ShadowMetrics,
     /// Of traces, by what came of them.
     pub(super) spans: Family<SpanLabels, Counter>,
@@ -141,6 +159,7 @@ impl Default for Metrics {
         let mut registry = Registry::with_prefix("plimsoll_runtime");
         let metrics = Self {
             drift: DriftMetrics::default(),
+            samples: SampleMetrics::default(),
             requests: Counter::default(),
             shadow: ShadowMetrics {
                 requests: Family::default(),
@@ -207,6 +226,11 @@ impl Default for Metrics {
             shadow.duration.clone(),
         );
         registry.register("spans", "Spans of traces, by what came of them", metrics.spans.clone());
+        registry.register(
+            "samples",
+            "Requests that were to be written by --sample-to, by what became of them",
+            metrics.samples.0.clone(),
+        );
         let drift = &metrics.drift;
         registry.register(
             "drift_psi",

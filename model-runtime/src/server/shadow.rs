@@ -1,7 +1,6 @@
 //! Shadow comparison: a share of the requests is sent to another revision as well, and its answers are compared with ours. The caller waits
 //! for none of it, and never hears of it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use plimsoll_package::manifest::Datatype;
@@ -11,6 +10,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::metrics::Metrics;
+use super::share::Share;
 use super::trace::Context;
 use crate::engine::{Data, Tensor};
 
@@ -62,8 +62,7 @@ pub(super) struct Copy {
 /// Sends copies in the background.
 pub(super) struct Shadowing {
     sender: mpsc::Sender<Copy>,
-    share: f64,
-    seen: AtomicU64,
+    share: Share,
 }
 
 impl Shadowing {
@@ -108,15 +107,13 @@ impl Shadowing {
         }
         Ok(Self {
             sender,
-            share: shadow.share,
-            seen: AtomicU64::new(0),
+            share: Share::new(shadow.share),
         })
     }
 
-    /// Whether a copy of this request is to be sent: evenly spread, so that the share is exact.
+    /// Whether a copy of this request is to be sent.
     pub(super) fn wants(&self) -> bool {
-        let seen = self.seen.fetch_add(1, Ordering::Relaxed) as f64;
-        ((seen + 1.0) * self.share).floor() > (seen * self.share).floor()
+        self.share.takes()
     }
 
     /// Sends a copy, where there is room.
@@ -216,26 +213,6 @@ fn difference(ours: &[(String, Tensor)], theirs: &[(String, Tensor)]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn shadowing(share: f64) -> Shadowing {
-        Shadowing {
-            sender: mpsc::channel(1).0,
-            share,
-            seen: AtomicU64::new(0),
-        }
-    }
-
-    #[test]
-    fn the_share_is_exact_and_spread_evenly() {
-        for (share, expected) in [(0.05, 50), (1.0, 1000), (0.0, 0), (0.333, 333)] {
-            let shadowing = shadowing(share);
-            let wanted: Vec<bool> = (0..1000).map(|_| shadowing.wants()).collect();
-            assert_eq!(wanted.iter().filter(|&&wanted| wanted).count(), expected, "{share}");
-            if share == 0.05 {
-                assert!(wanted.chunks(20).all(|part| part.iter().filter(|&&wanted| wanted).count() == 1));
-            }
-        }
-    }
 
     #[test]
     fn what_differs_in_kind_differs_infinitely() {

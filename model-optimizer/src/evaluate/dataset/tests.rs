@@ -73,6 +73,27 @@ fn all(dataset: &Dataset) -> Vec<f64> {
 const IMAGE: [i64; 2] = [-1, 2];
 
 #[test]
+fn what_a_runtime_sampled_is_evaluation_data() {
+    let specs = [
+        spec("name", Datatype::Bytes, &[-1]),
+        spec("image", Datatype::Fp32, &[-1, 2, 2]),
+        spec("mask", Datatype::Bool, &[-1, 1]),
+    ];
+    // As the runtime's tests hold it to write.
+    let dataset = read(include_str!("../../../../model-runtime/tests/models/samples.jsonl"), &specs).unwrap();
+    assert_eq!((dataset.samples(), dataset.labels()), (2, None));
+    let [name, image, mask] = &dataset.batch(0..2).unwrap()[..] else {
+        panic!("three inputs")
+    };
+    assert_eq!(name.data(), &Data::Bytes(vec![b"one".to_vec(), b"two".to_vec()]));
+    assert_eq!(
+        (image.shape(), image.as_f32()),
+        (&[2, 2, 2][..], Some(&[0.1, 0.25, 3.0, -4.5, 5.0, 6.0, 7.0, 8.0][..]))
+    );
+    assert_eq!((mask.shape(), mask.data()), (&[2, 1][..], &Data::Bool(vec![true, false])));
+}
+
+#[test]
 fn arrays_are_found_by_name_and_read_packed_or_not() {
     let image = [spec("image", Datatype::Fp32, &IMAGE)];
     for method in [CompressionMethod::Stored, CompressionMethod::Deflated] {

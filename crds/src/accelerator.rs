@@ -18,7 +18,7 @@ use crate::LabelValue;
 #[serde(rename_all = "camelCase")]
 pub struct Accelerator {
     /// The extended resource of the device, such as `nvidia.com/gpu`, `amd.com/gpu` or a MIG slice. A toleration of the taint of the same name
-    /// follows from it.
+    /// follows from it. When left out, `deviceClass` names the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 3, max = 128))]
     pub resource: Option<String>,
@@ -33,7 +33,7 @@ pub struct Accelerator {
     #[schemars(extend("maxProperties" = 16))]
     pub node_labels: BTreeMap<String, LabelValue>,
 
-    /// The DeviceClass to claim a device of, by dynamic resource allocation.
+    /// The DeviceClass to claim a device of, by dynamic resource allocation. When left out, `resource` names the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub device_class: Option<String>,
@@ -45,6 +45,7 @@ pub struct Accelerator {
 
 /// What happens where no node with the accelerator is to be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, strum::Display)]
+#[schemars(description = "")]
 pub enum Fallback {
     /// The pods stay Pending.
     None,

@@ -23,12 +23,12 @@ pub struct Autoscaling {
     #[schemars(range(min = 1, max = 1000))]
     pub max_replicas: i32,
 
-    /// What is kept at which level; the metric that asks for most replicas wins. At most 4.
+    /// What is kept at which level; the metric that asks for most replicas wins. At most 4. When left out, nothing drives the replicas.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 4))]
     pub metrics: Vec<MetricTarget>,
 
-    /// How long without a request until the last replica goes.
+    /// How long without a request until the last replica goes. Default: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale_to_zero_after: Option<Duration>,
 

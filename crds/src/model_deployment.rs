@@ -47,7 +47,7 @@ pub struct ModelDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub optimize: Option<Optimize>,
 
-    /// How the model is served.
+    /// How the model is served. When left out, the defaults of its fields hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub runtime: Option<Runtime>,
 
@@ -60,15 +60,15 @@ pub struct ModelDeploymentSpec {
     #[schemars(range(min = 0, max = 1000))]
     pub replicas: Option<i32>,
 
-    /// Replicas that follow the load, instead of a fixed number.
+    /// Replicas that follow the load, instead of a fixed number. When left out, `replicas` holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<Autoscaling>,
 
-    /// How traffic moves from one revision to the next.
+    /// How traffic moves from one revision to the next. When left out, the defaults of its fields hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<Rollout>,
 
-    /// The way in from outside of the cluster.
+    /// The way in from outside of the cluster. When left out, there is a Service alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub route: Option<Route>,
 

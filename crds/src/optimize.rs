@@ -21,7 +21,7 @@ pub struct Optimize {
     #[serde(flatten)]
     pub optimization: Optimization,
 
-    /// The Job that fetches, converts, compresses, evaluates and publishes.
+    /// The Job that fetches, converts, compresses, evaluates and publishes. When left out, the defaults of its fields hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub job: Option<JobSettings>,
 }

@@ -41,18 +41,19 @@ pub struct Rollout {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub automatic_rollback: Option<bool>,
 
-    /// The steps of a canary. At most 16.
+    /// The steps of a canary. At most 16. Default: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub steps: Vec<RolloutStep>,
 
-    /// What must hold for a step to pass.
+    /// What must hold for a step to pass. Default: nothing but that the pods are ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub analysis: Option<Analysis>,
 }
 
 /// How traffic moves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, strum::Display)]
+#[schemars(description = "")]
 pub enum Strategy {
     /// Pod by pod; both revisions serve meanwhile.
     #[default]
@@ -75,10 +76,10 @@ pub enum Strategy {
 ]))]
 #[serde(rename_all = "camelCase")]
 pub struct RolloutStep {
-    /// The share of traffic that the new revision gets.
+    /// The share of traffic that the new revision gets, `"0%"` to `"100%"`. When left out, the step is a pause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<Percentage>,
-    /// How long to wait.
+    /// How long to wait. When left out, the step is a weight.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause: Option<Duration>,
 }
@@ -87,10 +88,10 @@ pub struct RolloutStep {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Analysis {
-    /// Largest share of failed requests.
+    /// Largest share of failed requests, `"0%"` to `"100%"`. Default: not looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_error_rate: Option<Percentage>,
-    /// Largest 99th percentile of the latency.
+    /// Largest 99th percentile of the latency. Default: not looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_latency_p99: Option<Duration>,
 }

@@ -11,7 +11,7 @@ pub struct Route {
     #[schemars(length(min = 1, max = 8))]
     pub parents: Vec<ParentReference>,
 
-    /// The host names to answer to. At most 16.
+    /// The host names to answer to. At most 16. Default: all that the listener admits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), inner(length(min = 1, max = 253)))]
     pub hostnames: Vec<String>,

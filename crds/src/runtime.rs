@@ -30,13 +30,14 @@ pub struct Runtime {
     #[schemars(length(min = 1, max = 512))]
     pub image: Option<String>,
 
-    /// Additions to the serving pods.
+    /// Additions to the serving pods. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<PodOverlay>,
 }
 
 /// The inference engine.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, strum::Display)]
+#[schemars(description = "")]
 pub enum EngineChoice {
     /// The one that measured fastest during optimisation.
     #[default]
@@ -77,12 +78,13 @@ pub struct Batching {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Resources {
-    /// What the scheduler sets aside, such as `cpu: 500m`, `memory: 1Gi`. At most 8.
+    /// What the scheduler sets aside, such as `cpu: 500m`, `memory: 1Gi`. At most 8. Default: the limits, or what is named where these resources
+    /// are asked for.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 8))]
     pub requests: BTreeMap<String, Amount>,
 
-    /// What the container may use at most. At most 8.
+    /// What the container may use at most. At most 8. Default: no limit.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 8))]
     pub limits: BTreeMap<String, Amount>,
@@ -131,31 +133,31 @@ impl JsonSchema for Amount {
 ]))]
 #[serde(rename_all = "camelCase")]
 pub struct PodOverlay {
-    /// More labels. At most 16.
+    /// More labels. At most 16. Default: none.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 16))]
     pub labels: BTreeMap<String, LabelValue>,
 
-    /// More tolerations. At most 16.
+    /// More tolerations. At most 16. Default: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub tolerations: Vec<Toleration>,
 
-    /// Affinity.
+    /// Affinity. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<Affinity>,
 
-    /// Topology spread. At most 8.
+    /// Topology spread. At most 8. Default: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub topology_spread_constraints: Vec<TopologySpreadConstraint>,
 
-    /// Name of a PriorityClass.
+    /// Name of a PriorityClass. Default: the cluster's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub priority_class_name: Option<String>,
 
-    /// More environment variables, of plain values, each name once. At most 64.
+    /// More environment variables, of plain values, each name once. At most 64. Default: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]), length(max = 64))]
     pub env: Vec<EnvironmentVariable>,

@@ -23,21 +23,21 @@ pub struct Source {
     pub uri: String,
 
     /// The content that is expected, `sha256:...` of the model file. Pins the model; a different content is refused, and a content that was
-    /// optimised in the same way before is served without a Job.
+    /// optimised in the same way before is served without a Job. Default: whatever is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
 
-    /// The file's format. Detected from the content when left out.
+    /// The file's format. Default: what the content shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<ModelFormat>,
 
     /// Name of a Secret of this namespace with the credentials to read the source: keys `.dockerconfigjson`, or `username` and `password`, or
-    /// `token`. It is mounted into the fetching container only.
+    /// `token`. It is mounted into the fetching container only. Default: none, the source is read without credentials.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub credentials_secret: Option<String>,
 
-    /// The signature that the source must carry.
+    /// The signature that the source must carry. Default: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verify: Option<Verify>,
 

@@ -122,3 +122,43 @@ fn the_valid_manifests_are_read_and_set_every_field_together() {
     let unset: Vec<_> = fields.difference(&set).collect();
     assert!(unset.is_empty(), "no manifest of tests/fixtures/valid sets {unset:#?}");
 }
+
+/// Of an entry of a recipe exactly one key is set.
+const ONE_OF: [&str; 3] = [
+    "spec.optimize.recipe[].prune",
+    "spec.optimize.recipe[].quantize",
+    "spec.optimize.recipe[].distill",
+];
+
+/// Fields whose documentation lacks a bound that the schema has, or does not say what holds where they are left out.
+fn undocumented(schema: &Value, path: &str, found: &mut Vec<String>) {
+    if FOREIGN.contains(&path) {
+        return;
+    }
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        let path = format!("{path}.{name}");
+        let text = field["description"].as_str().unwrap_or_default();
+        let is_required = schema["required"]
+            .as_array()
+            .is_some_and(|required| required.iter().any(|other| other == name));
+        let tells_default = is_required || ONE_OF.contains(&path.as_str()) || text.contains("Default: ") || text.contains("hen left out");
+        // The bounds of an integer's type are none of the field's: 0 of what is unsigned, all where the values are listed.
+        let is_listed = field["enum"].is_array();
+        let tells = |bound: &str| {
+            let value = field[bound].as_f64();
+            value.is_none_or(|value| is_listed || value == 0.0 || text.contains(&value.to_string()))
+        };
+        if text.is_empty() || !tells_default || !["minimum", "maximum", "maxItems", "maxProperties"].iter().all(|bound| tells(bound)) {
+            found.push(format!("{path}: {text}"));
+        }
+        undocumented(field, &path, found);
+        undocumented(&field["items"], &format!("{path}[]"), found);
+    }
+}
+
+#[test]
+fn every_field_documents_its_range_and_its_default() {
+    let mut found = vec![];
+    undocumented(&schema("modeldeployments.yaml")["properties"]["spec"], "spec", &mut found);
+    assert!(found.is_empty(), "{found:#?}");
+}

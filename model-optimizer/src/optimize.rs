@@ -339,7 +339,7 @@ pub fn front_table(front: &Front) -> Table {
     table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
     let metric = front.candidates.iter().find_map(|candidate| candidate.metric);
     let measured = metric.map_or("fidelity".to_owned(), |metric| metric.name.to_string().to_lowercase());
-    table.set_header(["recipe", "as pulled", &measured, "latency", "outcome"]);
+    table.set_header(["recipe", "file", "as pulled", &measured, "latency", "outcome"]);
     let mut candidates: Vec<&Candidate> = front.candidates.iter().collect();
     candidates.sort_by_key(|candidate| candidate.size_layer.unwrap_or(u64::MAX));
     let or_none = |words: Option<String>| words.unwrap_or_else(|| "-".to_owned());
@@ -348,6 +348,7 @@ pub fn front_table(front: &Front) -> Table {
         let metric = candidate.metric.map(|metric| metric.name.display(metric.after));
         table.add_row([
             front::words(&candidate.recipe),
+            or_none(candidate.size.map(display_size)),
             or_none(candidate.size_layer.map(display_size)),
             or_none(metric.or_else(fidelity)),
             or_none(candidate.latency_ratio.map(|ratio| format!("x {:.2}", ratio.median))),

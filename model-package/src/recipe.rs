@@ -27,12 +27,12 @@ pub use technique::{
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Optimization {
-    /// The techniques to apply, in this order. At most 16.
+    /// The techniques to apply, in this order. At most 16. Default: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schemars(length(max = 16)))]
     pub recipe: Vec<Technique>,
 
-    /// Lets the optimiser find the recipe: the smallest model within the budget.
+    /// Lets the optimiser find the recipe: the smallest model within the budget. When left out, `recipe` is followed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub search: Option<Search>,
 
@@ -41,11 +41,11 @@ pub struct Optimization {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<Dataset>,
 
-    /// Held-out data on which the model is judged before and after.
+    /// Held-out data on which the model is judged before and after. When left out, fidelity alone is judged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluation: Option<Evaluation>,
 
-    /// How much may be lost, and how big and slow the result may be. A result outside of it is never served.
+    /// How much may be lost, and how big and slow the result may be. A result outside of it is never served. Default: `minFidelity` of 0.99.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
 }
@@ -117,11 +117,11 @@ pub struct Dataset {
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
     pub uri: String,
 
-    /// The content that is expected, `sha256:...`. Pins the dataset; a different content is refused.
+    /// The content that is expected, `sha256:...`. Pins the dataset; a different content is refused. Default: whatever is there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
 
-    /// Name of a Secret of this namespace with the credentials to read it.
+    /// Name of a Secret of this namespace with the credentials to read it. Default: none, it is read without credentials.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 253)))]
     pub credentials_secret: Option<String>,
@@ -155,7 +155,7 @@ pub struct Evaluation {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Budget {
     /// Most that the metric may fall, in percentage points: `"1%"` allows 98.1% -> 97.1%. Of a metric for which lower is better
-    /// (MeanAbsoluteError, RootMeanSquaredError, Perplexity) the share by which it may rise: `"1%"` allows 20.0 -> 20.2.
+    /// (MeanAbsoluteError, RootMeanSquaredError, Perplexity) the share by which it may rise: `"1%"` allows 20.0 -> 20.2. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_accuracy_drop: Option<Percentage>,
 
@@ -166,15 +166,16 @@ pub struct Budget {
 
     /// Least fidelity of each output to the original model's: its cosine similarity, from `"0"` to `"1"`. A slice of an output (a class's
     /// scores, a coordinate of a detector's boxes) may lose ten times as much: with `"0.99"` its fidelity is at least 0.9.
+    /// Default: `"0.99"` of each output that no bounded metric judges.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_fidelity: Option<Ratio>,
 
-    /// Most that the model may weigh on disk: `"10Mi"`.
+    /// Most that the model may weigh on disk: `"10Mi"`. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_size: Option<Size>,
 
     /// Most that one inference of one sample may take, median, on the engine that serves: `"5ms"`. Where it is set, a model that is slower
-    /// than the original is refused, too.
+    /// than the original is refused, too. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_latency: Option<Duration>,
 }
@@ -189,7 +190,7 @@ pub struct SourceLocation {
     /// The content that is expected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<Digest>,
-    /// The format; detected from the content when left out.
+    /// The format. Default: what the content shows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<ModelFormat>,
 }
@@ -197,6 +198,7 @@ pub struct SourceLocation {
 /// The format of a source model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(description = ""))]
 pub enum ModelFormat {
     /// ONNX.
     Onnx,

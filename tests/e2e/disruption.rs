@@ -64,7 +64,7 @@ impl Drop for Gate {
     }
 }
 
-/// Four models, each held in another phase while the operator's process is killed.
+/// Five models, each held in another phase while the operator's process is killed.
 #[test]
 fn an_operator_killed_in_each_phase_goes_on_without_a_second_job() {
     let namespace = Namespace::alone("killed");
@@ -74,9 +74,14 @@ fn an_operator_killed_in_each_phase_goes_on_without_a_second_job() {
     // Rolling out: its Deployment is there, and its pod waits for a node.
     let mut spec = digits_spec("v1");
     spec["optimize"]["recipe"][0]["prune"]["amount"] = json!("11%");
+    namespace.apply_model("replacing", &digits_spec("v2"));
+    namespace.wait_ready("replacing");
     spec["accelerator"] = json!({ "resource": "nvidia.com/gpu", "nodeLabels": { Gate::LABEL: "open" } });
     namespace.apply_model("rolling-out", &spec);
     namespace.wait_reason("rolling-out", "Unschedulable");
+    // The same, of a model whose first revision serves on.
+    namespace.apply_model("replacing", &spec);
+    namespace.wait_reason("replacing", "Unschedulable");
 
     // What the others read must not lie in the registry, which goes away for a while so that publishing takes as long.
     let digits = |file: &str| fixture("models/digits").join(file);
@@ -117,14 +122,27 @@ fn an_operator_killed_in_each_phase_goes_on_without_a_second_job() {
         "it was killed while one rolled out"
     );
     assert_eq!(of_model(&namespace.items(&["deployments"]), "rolling-out").len(), 1);
+    let replacing = namespace.get(&["md", "replacing"]);
+    assert_eq!(
+        (&condition(&replacing, "Available")["status"], &replacing["status"]["revision"]),
+        (&json!("True"), &json!(1)),
+        "it was killed while one replaced a revision that served on"
+    );
+    assert_eq!(of_model(&namespace.items(&["deployments"]), "replacing").len(), 2);
 
     drop(down);
     let _gate = Gate::open();
-    for model in ["rolling-out", "publishing", "compressing", "fetching"] {
+    for (model, revisions) in [
+        ("rolling-out", 1),
+        ("replacing", 2),
+        ("publishing", 1),
+        ("compressing", 1),
+        ("fetching", 1),
+    ] {
         namespace.wait_ready(model);
         let made = of_model(&jobs.ever(), model);
         let uids: BTreeSet<&str> = made.iter().map(|job| text(&job["metadata"]["uid"])).collect();
-        assert_eq!(uids.len(), 1, "{model} had other Jobs than its first: {made:#?}");
+        assert_eq!(uids.len(), revisions, "{model} had other Jobs than one a revision: {made:#?}");
         infer(&namespace.address(model), model).unwrap();
     }
 }
@@ -270,6 +288,11 @@ fn an_operator_that_starts_anew_writes_nothing_where_nothing_changed() {
     kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/plimsoll-operator"]);
     wait_up();
     let begun = std::time::Instant::now();
+    // One that stops gives its Lease of 15 seconds up, so that another leads before it would have run out.
+    while !operators().contains(&leader()) {
+        assert!(begun.elapsed() < Duration::from_secs(10), "the Lease was not given up, but ran out");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     let seen = || {
         let leader = leader();
         operators().contains(&leader) && has_seen(&leader, &namespace.name, "digits")

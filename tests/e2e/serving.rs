@@ -39,6 +39,18 @@ fn one_manifest_serves_a_compressed_model_on_the_node_with_the_gpu() {
         assert_eq!(condition(&md, kind)["status"], status, "{kind}\n{}", story(&namespace.name));
     }
 
+    // What Git owns is not written to: of the model, the operator manages the status alone, under one name.
+    let managed = namespace.get(&["md", "digits", "--show-managed-fields"])["metadata"]["managedFields"].clone();
+    let is_ours = |entry: &&Value| entry["manager"].as_str().is_some_and(|manager| manager.contains("plimsoll"));
+    let ours: Vec<&Value> = managed.as_array().unwrap().iter().filter(is_ours).collect();
+    assert!(
+        !ours.is_empty()
+            && ours
+                .iter()
+                .all(|entry| entry["manager"] == "plimsoll" && entry["subresource"] == "status"),
+        "{ours:?}"
+    );
+
     let pod = &namespace.items(&["pods", "-l", "app.kubernetes.io/component=runtime"])[0];
     assert_eq!(pod["spec"]["nodeSelector"]["nvidia.com/gpu.present"], "true");
     assert_eq!(pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"], "1");

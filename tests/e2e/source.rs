@@ -124,6 +124,21 @@ fn a_source_that_says_no_is_not_asked_again() {
 }
 
 #[test]
+fn a_job_that_takes_longer_than_its_deadline_is_stalled_and_not_tried_again() {
+    let namespace = Namespace::new("deadline");
+    let host = file_server(&namespace, &[("digits.onnx", &fixture("models/digits/digits-v1.onnx"))], 1);
+    let source = json!({ "uri": format!("{host}/slow?seconds=120&path=digits.onnx") });
+    namespace.apply_model("m", &json!({ "source": source, "optimize": { "job": { "deadline": "5s" } } }));
+    let stalled = condition(&namespace.wait_reason("m", "DeadlineExceeded"), "Stalled");
+    assert_eq!(stalled["status"], "True", "{stalled}");
+    assert!(
+        stalled["message"].as_str().unwrap().contains("spec.optimize.job.deadline"),
+        "{stalled}"
+    );
+    assert_eq!(namespace.items(&["jobs"]).len(), 1);
+}
+
+#[test]
 fn a_connection_that_breaks_is_resumed() {
     let namespace = Namespace::new("resumed");
     let model = fixture("models/digits/digits-v1.onnx");

@@ -101,6 +101,11 @@ fn each_technique_goes_the_whole_way() {
         let pulled = |field: &str| status[field].as_f64().unwrap();
         let (before, after) = (pulled("sizeLayerBefore"), pulled("sizeLayerAfter"));
         assert!(before / after >= *less, "{name}: {}", status["pulled"]);
+        for field in ["accuracy", "fidelity", "sparsity", "latency", "engine", "toolchain"] {
+            let said = status[field].as_str().unwrap_or_default();
+            assert!(!said.is_empty(), "{name}: no {field} in {status}");
+        }
+        assert_eq!(status["metric"], "Accuracy", "{name}");
         let logits = infer(&namespace.address(name), name).unwrap();
         let answer = (0..10).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
         assert_eq!(answer, 7, "{name}: {logits:?}");

@@ -39,6 +39,7 @@ pub(crate) fn check() -> Result<usize> {
             &format!("{name}: lint"),
             run(Command::new(&helm).arg("lint").arg("--strict").arg(&chart).arg("-f").arg(&values)).map(drop),
         );
+        checks.add(&format!("{name}: the notes tell the next commands"), notes(&helm, &chart, &values));
         match render(&helm, &chart, &["-f", &values.to_string_lossy()]) {
             Ok(manifests) => {
                 check_manifests(&mut checks, &name, &manifests);
@@ -188,6 +189,27 @@ fn values_files(chart: &Path) -> Result<Vec<PathBuf>> {
         .collect();
     files.sort();
     Ok(files)
+}
+
+/// Whether what helm says after an installation can be pasted into a shell as it stands: a here-document ends at the line's beginning.
+fn notes(helm: &Path, chart: &Path, values: &Path) -> Result<()> {
+    let mut command = Command::new(helm);
+    command
+        .args(["install", "plimsoll"])
+        .arg(chart)
+        .args(["--namespace", NAMESPACE, "--dry-run=client", "-f"])
+        .arg(values);
+    let text = run(&mut command)?;
+    let (_, notes) = text.split_once("NOTES:").context("helm says nothing after the installation")?;
+    for words in [
+        "rollout status deployment/",
+        "apply -f - <<EOF\napiVersion: plimsoll.dev/v1alpha1",
+        "\nEOF\n",
+        "get modeldeployment first --watch",
+    ] {
+        ensure!(notes.contains(words), "`{words}` is not in:{notes}");
+    }
+    Ok(())
 }
 
 fn render(helm: &Path, chart: &Path, arguments: &[&str]) -> Result<Vec<Value>> {

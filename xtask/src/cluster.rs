@@ -301,3 +301,21 @@ fn write_whole(file: &Path, content: &str) -> Result<()> {
     fs::write(&temporary, content).with_context(|| format!("cannot write {}", temporary.display()))?;
     fs::rename(&temporary, file).with_context(|| format!("cannot write {}", file.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_ways_out_are_three_and_say_what_is_wrong() {
+        let text = super::ways_out("containers need root");
+        for part in [
+            "containers need root",
+            "1. ",
+            "--kubeconfig FILE",
+            "2. kind or k3d",
+            "3. a Linux machine with root",
+            "--local",
+        ] {
+            assert!(text.contains(part), "`{part}` is not in {text}");
+        }
+    }
+}

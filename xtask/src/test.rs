@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every check and test there is, and one line that sums them up.
 
+mod demo;
 mod end_to_end;
 mod tally;
 
@@ -47,11 +48,15 @@ enum Part {
     Clients,
     /// The embedded cluster's own Go tests.
     Go,
+    /// The end-to-end tests that need no container, beside a control plane alone.
+    ControlPlane,
     /// The end-to-end tests on the cluster.
     EndToEnd,
+    /// The demo: without a cluster, broken off, whole, again, and taken away.
+    Demo,
 }
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 12] = [
     Part::Format,
     Part::Generated,
     Part::Chart,
@@ -61,7 +66,9 @@ const PARTS: [Part; 10] = [
     Part::Conformance,
     Part::Clients,
     Part::Go,
+    Part::ControlPlane,
     Part::EndToEnd,
+    Part::Demo,
 ];
 
 /// Folders of `model-runtime/tests/clients`, each with packages of its own: they do not fit into one environment.
@@ -86,7 +93,11 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
             Part::Conformance => conformance::check().map(|cases| tally.passed += cases),
             Part::Clients => clients(arguments, &mut tally),
             Part::Go => go(&mut tally),
+            Part::ControlPlane => end_to_end::run_beside_control_plane(arguments.filter.as_deref(), arguments.keep, &mut tally),
             Part::EndToEnd => end_to_end::run(arguments.filter.as_deref(), arguments.keep, &mut tally),
+            // It has no tests to choose among.
+            Part::Demo if arguments.filter.is_some() => Ok(()),
+            Part::Demo => demo::run(&mut tally),
         };
         if let Err(error) = result {
             tally.fail(format!("{part:?}: {error:#}"));

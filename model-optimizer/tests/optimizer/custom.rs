@@ -91,6 +91,12 @@ fn a_node_of_another_domain_is_left_as_it_is_by_every_technique() {
         assert!(!change.changed.is_empty(), "{entry}");
         assert_untouched(&changed, &custom, &entry.to_string());
         if entry["prune"]["structure"] == "Channels" {
+            let told = change
+                .skipped
+                .iter()
+                .find(|skipped| skipped.reason.contains("Murmurate"))
+                .unwrap_or_else(|| panic!("what is left alone names the node: {:?}", change.skipped));
+            assert!(told.reason.contains(DOMAIN), "{told:?}");
             let dims = read(&changed);
             assert!(
                 dims.iter().any(|dims| dims.contains(&24)),

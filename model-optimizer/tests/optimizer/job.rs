@@ -85,6 +85,28 @@ async fn a_job_publishes_what_it_measured_and_a_second_one_reuses_it() {
     );
     println!("the whole job took {:?}", begun.elapsed());
     let summary = succeeded("publish", dir.path());
+    let said = fs::metadata(dir.path().join("publish.message")).unwrap().len();
+    assert!(
+        said <= 4096,
+        "Kubernetes cuts a termination message off after 4 KiB; this one has {said} bytes"
+    );
+    let log = STEPS
+        .map(|step| fs::read_to_string(dir.path().join(format!("{step}.log"))).unwrap())
+        .concat();
+    let lines: Vec<serde_json::Value> = log
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect();
+    let is_whole = |line: &serde_json::Value| {
+        line["time"].is_string() && line["level"].is_string() && line["step"].as_str().is_some_and(|step| STEPS.contains(&step))
+    };
+    assert!(lines.iter().all(is_whole), "{log}");
+    assert!(
+        lines
+            .iter()
+            .any(|line| line["done"].is_u64() && line["total"].is_u64() && line["unit"].is_string()),
+        "no progress in\n{log}"
+    );
     assert!(summary.size_before as f64 / summary.size_after as f64 >= 3.5, "{summary:?}");
     let metric = summary.metric.unwrap();
     assert!(metric.before - metric.after <= 0.01 && metric.samples == 450, "{metric:?}");

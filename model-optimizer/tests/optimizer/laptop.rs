@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Output;
 
 use plimsoll_package::manifest::{Engine as EngineKind, Manifest, Probe};
+use plimsoll_package::recipe::QuantizeScheme;
 use plimsoll_package::report::{Report, SampleSource, Spread, Verdict, exit_code};
 use plimsoll_runtime::engine::{self, LoadOptions, probe};
 
@@ -100,6 +101,7 @@ fn a_model_without_data_is_judged_by_its_fidelity() {
     let package = dir.path().join("package");
     let flags = ["--quantize", "int8-dynamic", "--json"];
     let first = report(&optimize(&model("digits/digits-v1.onnx"), &package, &flags));
+    assert_eq!(first.samples.as_ref().unwrap().from, SampleSource::Signature);
     assert!(first.summary.metric.is_none());
     assert!(first.summary.fidelity.unwrap() >= 0.99);
     assert_eq!(first.outputs.len(), 1);
@@ -115,6 +117,69 @@ fn a_model_without_data_is_judged_by_its_fidelity() {
         first.summary.fidelity.map(|f| (f * 1e4).round()),
         second.summary.fidelity.map(|f| (f * 1e4).round())
     );
+}
+
+#[test]
+fn every_scheme_has_a_flag_and_a_share_may_be_a_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let training = model("digits/digits-training.npz").to_str().unwrap().to_owned();
+    for (flag, scheme) in [
+        ("int8-static", QuantizeScheme::Int8Static),
+        ("int8-blocks", QuantizeScheme::Int8Blocks),
+        ("int4", QuantizeScheme::Int4),
+        ("fp16", QuantizeScheme::Float16),
+    ] {
+        let flags = [
+            "--prune",
+            "0.1",
+            "--quantize",
+            flag,
+            "--calibration",
+            &training,
+            "--min-fidelity",
+            "0.8",
+            "--threads",
+            "1",
+            "--json",
+        ];
+        let report = report(&optimize(&model("digits/digits-v1.onnx"), &dir.path().join("package"), &flags));
+        let prune = report.steps[0].technique.prune.as_ref().unwrap();
+        assert_eq!(prune.amount, Some("10%".parse().unwrap()), "{flag}");
+        assert_eq!(report.steps[1].technique.quantize.as_ref().unwrap().scheme, scheme, "{flag}");
+        assert_eq!(report.samples.as_ref().unwrap().from, SampleSource::Calibration, "{flag}");
+    }
+}
+
+#[test]
+fn progress_is_json_lines_where_nobody_looks_and_drawn_on_a_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let digits = model("digits/digits-v1.onnx");
+    let output = optimize(
+        &digits,
+        &dir.path().join("package"),
+        &["--quantize", "int8", "--evaluation", &heldout()],
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<serde_json::Value> = said
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|why| panic!("{why}: {line}")))
+        .collect();
+    let is_whole = |line: &serde_json::Value| ["time", "level", "step", "message"].iter().all(|field| line[field].is_string());
+    assert!(lines.iter().all(is_whole), "{said}");
+    assert!(lines.iter().any(|line| line["unit"].is_string() && line["done"].is_u64()), "{said}");
+    // `script` of Debian's essential package bsdutils gives it a terminal.
+    let program = program();
+    let shown = format!(
+        "{} optimize {} --quantize int8 --output {}",
+        program.get_program().display(),
+        digits.display(),
+        dir.path().join("other").display()
+    );
+    let mut script = std::process::Command::new("script");
+    script.args(["-qec", &shown, "/dev/null"]);
+    script.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let shown = String::from_utf8_lossy(&script.output().unwrap().stdout).into_owned();
+    assert!(!shown.contains("\"level\"") && shown.contains("\u{1b}["), "{shown}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod distill;
 mod drift;
 mod external;
 mod fetch;
+mod https;
 // What only the unit tests build with is unused here.
 #[allow(dead_code)]
 #[path = "../../src/graph/generator.rs"]

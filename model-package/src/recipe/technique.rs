@@ -80,11 +80,13 @@ impl Technique {
 ])))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Prune {
-    /// The share that goes, `"0%"` to `"100%"`: of the weights, or, by structure, of the channels, heads or feed-forward units.
+    /// The share that goes, `"0%"` to `"100%"`: of the weights, or, by structure, of the channels, heads or feed-forward units. When left out,
+    /// `pattern` says it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub amount: Option<Percentage>,
 
     /// N:M, for structure SemiStructured: of every M consecutive weights along a product's inner dimension, N stay: `"2:4"`.
+    /// When left out, `amount` says how many go.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^[1-9][0-9]?:[1-9][0-9]?$")))]
     pub pattern: Option<String>,
@@ -190,7 +192,7 @@ pub struct Quantize {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rounding: Option<Rounding>,
 
-    /// Names of nodes that stay as they are. At most 256.
+    /// Names of nodes that stay as they are. At most 256. Default: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "schema", schemars(length(max = 256), inner(length(min = 1, max = 512))))]
     pub exclude: Vec<String>,
@@ -238,6 +240,7 @@ pub enum QuantizeScheme {
 /// What shares a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(description = ""))]
 pub enum Granularity {
     /// Each output channel of a weight.
     PerChannel,
@@ -248,6 +251,7 @@ pub enum Granularity {
 /// How the range of an activation is taken from the calibration data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(description = ""))]
 pub enum ActivationRange {
     /// From the smallest to the largest value.
     MinMax,
@@ -267,6 +271,7 @@ pub struct BlockSize(pub u16);
 /// How weights are rounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(description = ""))]
 pub enum Rounding {
     /// To the nearest.
     Nearest,
@@ -372,6 +377,7 @@ pub struct HiddenState {
 /// What trains.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(description = ""))]
 pub enum DistillDevice {
     /// A CUDA device where the optimiser is built with CUDA and finds one, else the processor.
     #[default]
@@ -385,6 +391,7 @@ pub enum DistillDevice {
 /// What distillation makes small.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, strum::Display)]
 #[cfg_attr(feature = "schema", derive(JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(description = ""))]
 pub enum DistillLoss {
     /// The relative entropy of the softened class scores (Hinton et al. 2015).
     SoftTargets,

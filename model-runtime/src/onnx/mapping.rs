@@ -72,27 +72,33 @@ fn map_file(file: &File, path: Option<&Path>) -> io::Result<Bytes> {
 #[must_use]
 pub fn origin(bytes: &[u8]) -> Option<(PathBuf, u64)> {
     let mappings = mappings();
-    let (mapped, offset) = within(&mappings, bytes)?;
+    let (mapped, offset) = within(&mappings, bytes.as_ptr() as usize, bytes.len())?;
     Some((mapped.path.clone()?, offset as u64))
 }
 
-fn within<'a>(mappings: &'a BTreeMap<usize, Mapped>, bytes: &[u8]) -> Option<(&'a Mapped, usize)> {
-    let start = bytes.as_ptr() as usize;
+/// The mapping that holds the `length` bytes from the address `start` on, and where they begin in it.
+fn within(mappings: &BTreeMap<usize, Mapped>, start: usize, length: usize) -> Option<(&Mapped, usize)> {
     let (first, mapped) = mappings.range(..=start).next_back()?;
     let offset = start - first;
-    (offset + bytes.len() <= mapped.map.len() && !bytes.is_empty()).then_some((mapped, offset))
+    (offset + length <= mapped.map.len() && length > 0).then_some((mapped, offset))
 }
 
 /// Gives the pages of `bytes` back to the system where they are of a mapped file; touched again, they are read again. Bytes of other
 /// memory are left alone.
 pub fn release(bytes: &[u8]) {
+    release_values(bytes);
+}
+
+/// The same of values of any type, as a chunk of the bytes of floats is.
+pub fn release_values<T>(values: &[T]) {
     let mappings = mappings();
-    let Some((Mapped { map, .. }, offset)) = within(&mappings, bytes) else {
+    let length = size_of_val(values);
+    let Some((Mapped { map, .. }, offset)) = within(&mappings, values.as_ptr() as usize, length) else {
         return;
     };
     // Sound: the mapping is of a file and read-only, so that its pages come back as they were.
     #[allow(unsafe_code)]
-    let released = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, bytes.len()) };
+    let released = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, length) };
     // Where the system does not take the advice, the pages stay.
     drop(released);
 }

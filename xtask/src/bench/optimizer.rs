@@ -329,8 +329,14 @@ impl Bench {
             samples: None,
         };
         let rounds = std::mem::replace(&mut self.rounds, 1);
-        for (scheme, name) in [("Int8", "int8"), ("Int4", "int4")] {
-            let ours = self.optimize(&files, scheme, &["--no-gate"])?;
+        for (name, technique) in [
+            ("int8", "quantize: {scheme: Int8}"),
+            ("int4", "quantize: {scheme: Int4}"),
+            ("fp16", "quantize: {scheme: Float16}"),
+            ("half of the weights pruned", "prune: {amount: \"50%\"}"),
+            ("pruned 2:4", "prune: {structure: SemiStructured, pattern: \"2:4\"}"),
+        ] {
+            let ours = self.apply(&files, name, technique, &["--no-gate"])?;
             self.compare(
                 &format!("synthetic transformer of {gigabytes} GB, {name}, no gate"),
                 &ours,
@@ -344,8 +350,13 @@ impl Bench {
 
     /// The optimiser, told to quantise by `scheme`.
     fn optimize(&self, files: &Files, scheme: &str, flags: &[&str]) -> Result<Command> {
-        let recipe = self.work.path().join(format!("{scheme}.yaml"));
-        fs::write(&recipe, format!("recipe:\n- quantize: {{scheme: {scheme}}}\n"))?;
+        self.apply(files, scheme, &format!("quantize: {{scheme: {scheme}}}"), flags)
+    }
+
+    /// The optimiser, told to apply one technique.
+    fn apply(&self, files: &Files, name: &str, technique: &str, flags: &[&str]) -> Result<Command> {
+        let recipe = self.work.path().join(format!("{name}.yaml"));
+        fs::write(&recipe, format!("recipe:\n- {technique}\n"))?;
         let mut command = Command::new(&self.optimizer);
         command
             .arg("optimize")

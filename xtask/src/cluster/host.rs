@@ -90,7 +90,10 @@ pub(super) fn obstacles() -> Vec<String> {
 
 /// The cgroup hierarchy that containers are put in: v1 where controllers are mounted apart, whatever else is.
 pub(super) fn cgroups() -> Option<Cgroups> {
-    let root = Path::new("/sys/fs/cgroup");
+    cgroups_at(Path::new("/sys/fs/cgroup"))
+}
+
+fn cgroups_at(root: &Path) -> Option<Cgroups> {
     if root.join("cgroup.controllers").exists() {
         Some(Cgroups::V2)
     } else {
@@ -311,4 +314,19 @@ pub(super) fn output(command: &mut Command) -> Result<String> {
         bail!("`{shown}` failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_hierarchies_of_cgroups_are_told_apart() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(cgroups_at(root.path()), None);
+        fs::create_dir(root.path().join("memory")).unwrap();
+        assert_eq!(cgroups_at(root.path()), Some(Cgroups::V1));
+        fs::write(root.path().join("cgroup.controllers"), "").unwrap();
+        assert_eq!(cgroups_at(root.path()), Some(Cgroups::V2));
+    }
 }

@@ -48,7 +48,7 @@ impl Cluster {
 
     pub(super) fn up(&self) -> Result<PathBuf> {
         if self.kind == Kind::Node {
-            can_run().map_err(|reasons| anyhow::anyhow!("this machine cannot run a cluster: {reasons}"))?;
+            can_run().map_err(|reasons| anyhow::anyhow!(super::ways_out(&reasons)))?;
         }
         let _lock = lock("run")?;
         if self.kind == Kind::Node {

@@ -209,3 +209,64 @@ pub(super) fn before_and_after(report: &Report) -> Table {
     }
     table
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use plimsoll_package::digest::Digest;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_file_and_the_tables_hold_what_was_measured() {
+        let report = json!({
+            "schemaVersion": 1, "steps": [], "outputs": [], "engines": [], "skipped": [], "stepMs": {},
+            "inputs": {"source": {"uri": "m"}, "toolchain": "0", "repository": "r", "maxFetchSize": "1Gi"},
+            "summary": {
+                "sourceDigest": Digest::of(b"m").to_string(), "sizeBefore": 4000, "sizeAfter": 1000, "sparsity": 0.5,
+                "metric": {"name": "Accuracy", "before": 0.984, "after": 0.98, "samples": 450},
+                "latency": {"beforeUs": 40.0, "afterUs": 30.0}, "engine": "Tract", "toolchain": "0",
+            },
+        });
+        let (begun, now) = (Instant::now(), SystemTime::now());
+        let served = Served {
+            begun,
+            applied_at: now,
+            ready_s: 1.0,
+            ready_at: now,
+            revision: 1,
+            revision_name: "digits-a".into(),
+            endpoint: "http://digits".into(),
+            artifact: "sha256:0".into(),
+            seen: vec![],
+        };
+        let mut record = Record::new(&served, begun, serde_json::from_value(report).unwrap());
+        record.nodes = "node1".into();
+        let counted = Counted {
+            total: 7,
+            ..Counted::default()
+        };
+        record.moved(&served, &served, counted);
+        let json = serde_json::to_value(&record).unwrap();
+        for field in [
+            "apply_to_ready_s",
+            "size_bytes_before",
+            "size_bytes_after",
+            "accuracy_before",
+            "accuracy_after",
+            "requests_total",
+            "requests_failed",
+            "revisions",
+            "seconds_by_phase",
+        ] {
+            assert!(!json[field].is_null(), "{field} is not in {json}");
+        }
+        let table = record.table();
+        for part in ["4.00x smaller", "98.4", "40 us", "30 us", "1 (digits-a)", "node1", "http://digits"] {
+            assert!(table.contains(part), "{part} is not in\n{table}");
+        }
+        assert!(record.story().contains("7 requests during the rollout and the undo, 0 failed"));
+    }
+}

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::layer::{Layer, USER_ID};
-use crate::workspace;
+use crate::{debian, workspace};
 
 /// Where ONNX Runtime's library lies in an image; the value of `ORT_DYLIB_PATH`.
 pub(crate) const ONNXRUNTIME: &str = "/usr/lib/onnxruntime/libonnxruntime.so";
@@ -145,7 +145,7 @@ fn add_copyrights(layer: &mut Layer, packages: &[&str]) -> Result<()> {
 /// The trusted roots in one file: Debian's, sorted by name, which an administrator's additions to this machine do not touch.
 fn certificates() -> Result<Vec<u8>> {
     if !Path::new(MOZILLA).is_dir() {
-        install_certificates()?;
+        debian::install(&["ca-certificates"])?;
     }
     let mut files: Vec<PathBuf> = fs::read_dir(MOZILLA)
         .with_context(|| format!("no trusted roots in {MOZILLA}: install Debian's package ca-certificates"))?
@@ -165,22 +165,6 @@ fn certificates() -> Result<Vec<u8>> {
         }
     }
     Ok(bundle)
-}
-
-fn install_certificates() -> Result<()> {
-    let install = || {
-        Command::new("apt-get")
-            .args(["install", "--yes", "--quiet", "ca-certificates"])
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .output()
-    };
-    let output = install().context("no trusted roots on this machine: install the package ca-certificates")?;
-    ensure!(
-        output.status.success(),
-        "cannot install the package ca-certificates: {}",
-        String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default()
-    );
-    Ok(())
 }
 
 #[cfg(test)]

@@ -95,7 +95,9 @@ fn an_archive_is_a_complete_oci_layout_whose_digests_hold() {
     let config: serde_json::Value = serde_json::from_slice(&blob(&manifest["config"])).unwrap();
     assert_eq!(config["config"]["User"], "65532:65532");
     assert_eq!(config["config"]["Entrypoint"][0], "/usr/bin/true");
-    assert_eq!(config["config"]["Labels"]["org.opencontainers.image.revision"], "c0ffee");
+    let label = |name: &str| &config["config"]["Labels"][format!("org.opencontainers.image.{name}")];
+    assert_eq!(*label("revision"), "c0ffee");
+    assert_eq!(*label("version"), env!("CARGO_PKG_VERSION"));
     let mut paths = Vec::new();
     for (descriptor, diff_id) in manifest["layers"]
         .as_array()
@@ -124,6 +126,40 @@ fn an_archive_is_a_complete_oci_layout_whose_digests_hold() {
         !paths.iter().any(|path| path.ends_with("/sh") || path.ends_with("bash")),
         "there is a shell in {paths:?}"
     );
+}
+
+#[test]
+fn the_dockerfiles_say_what_the_archives_do() {
+    for specification in &SPECIFICATIONS {
+        let Program::Package { name, onnxruntime } = specification.program else {
+            continue;
+        };
+        let path = workspace::root().join("images").join(specification.name).join("Dockerfile");
+        let file = fs::read_to_string(path).unwrap();
+        for line in [
+            "USER 65532:65532".to_owned(),
+            format!("ENTRYPOINT [\"/usr/bin/{name}\"]"),
+            format!("ARG VERSION={}", env!("CARGO_PKG_VERSION")),
+        ] {
+            assert!(
+                file.lines().any(|found| found == line),
+                "{}: its Dockerfile has no `{line}`",
+                specification.name
+            );
+        }
+        // When it was built, only whoever builds it knows.
+        for label in labels(specification, &revision("c0ffee"))
+            .keys()
+            .filter(|label| !label.ends_with(".created"))
+        {
+            assert!(
+                file.contains(&format!("{label}=")),
+                "{}: its Dockerfile has no {label}",
+                specification.name
+            );
+        }
+        assert_eq!(file.contains("ORT_DYLIB_PATH="), onnxruntime, "{}", specification.name);
+    }
 }
 
 #[test]

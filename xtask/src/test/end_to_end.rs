@@ -15,7 +15,7 @@ use installation::Installation;
 mod installation;
 
 /// Namespaces of tests with a file server of their own, which is spoken to in plain HTTP.
-const FILE_SERVER_NAMESPACES: [&str; 7] = [
+const FILE_SERVER_NAMESPACES: [&str; 8] = [
     "unreachable",
     "too-large",
     "refused",
@@ -23,6 +23,7 @@ const FILE_SERVER_NAMESPACES: [&str; 7] = [
     "registry-publish",
     "killed",
     "deleted",
+    "deadline",
 ];
 
 /// The module of the tests that need an apiserver and the operator, and no container.
@@ -39,7 +40,7 @@ const NOWHERE: &str = "registry.invalid/plimsoll";
 pub(super) fn run(filter: Option<&str>, keep: bool, tally: &mut Tally) -> Result<()> {
     if let Err(reasons) = cluster::can_run() {
         eprintln!("{}", cluster::ways_out(&reasons));
-        return run_control_plane(filter, keep, &reasons, tally);
+        return run_control_plane(filter, keep, Some(&reasons), tally);
     }
     if cluster::is_running() {
         eprintln!("  a cluster runs already: it stays up, and so does what is in it");
@@ -132,8 +133,24 @@ fn forget_discovery(kubeconfig: &Path) -> Result<()> {
     }
 }
 
-/// What can be tested with the control plane and the operator as processes of this machine; the rest is counted and named.
-fn run_control_plane(filter: Option<&str>, keep: bool, reasons: &str, tally: &mut Tally) -> Result<()> {
+/// Runs the tests that need no container as a machine does that can run none. Where this is one, [`run`] does it.
+///
+/// # Errors
+/// Where the control plane or the operator does not come up.
+pub(super) fn run_beside_control_plane(filter: Option<&str>, keep: bool, tally: &mut Tally) -> Result<()> {
+    if cluster::can_run().is_err() {
+        return Ok(());
+    }
+    if cluster::is_running() {
+        tally.skip("the control plane alone: a cluster with a node runs already".to_owned());
+        return Ok(());
+    }
+    run_control_plane(filter, keep, None, tally)
+}
+
+/// What can be tested with the control plane and the operator as processes of this machine; for `reasons` to run nothing else, the rest is
+/// counted and named.
+fn run_control_plane(filter: Option<&str>, keep: bool, reasons: Option<&str>, tally: &mut Tally) -> Result<()> {
     let operator = images::programs(&["plimsoll-operator"])?.remove(0);
     let was_running = cluster::is_control_plane_running();
     let result = cluster::up_control_plane(FAKE_NODES).and_then(|kubeconfig| {
@@ -146,15 +163,17 @@ fn run_control_plane(filter: Option<&str>, keep: bool, reasons: &str, tally: &mu
         let (here, elsewhere): (Vec<String>, Vec<String>) = names(&kubeconfig, filter)?
             .into_iter()
             .partition(|name| name.starts_with(CONTROL_PLANE_TESTS));
-        for name in elsewhere {
-            tally.skip(format!("{name}: it needs containers ({reasons})"));
+        if let Some(reasons) = reasons {
+            for name in elsewhere {
+                tally.skip(format!("{name}: it needs containers ({reasons})"));
+            }
         }
         if here.is_empty() {
             return Ok(());
         }
         let mut command = tests(&kubeconfig)?;
         command.args(["--", "--test-threads", "4", "--exact"]).args(here);
-        tally.cargo_test("end-to-end tests on the control plane", &mut command, &log("end-to-end"))
+        tally.cargo_test("end-to-end tests on the control plane", &mut command, &log("control-plane"))
     });
     cluster::stop_operator();
     if was_running {
@@ -182,6 +201,10 @@ fn operator_command(program: &Path, kubeconfig: &Path) -> Command {
 
 /// The end-to-end tests whose name contains `filter`, or all.
 fn names(kubeconfig: &Path, filter: Option<&str>) -> Result<Vec<String>> {
+    let mut compile = tests(kubeconfig)?;
+    phase("compiling the end-to-end tests", |bar| {
+        run_logged(compile.arg("--no-run"), &log("end-to-end-compilation"), bar)
+    })?;
     let output = tests(kubeconfig)?.args(["--", "--list"]).args(filter).output()?;
     if !output.status.success() {
         bail!("cannot list the end-to-end tests: {}", String::from_utf8_lossy(&output.stderr));

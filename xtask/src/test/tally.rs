@@ -85,6 +85,10 @@ impl Tally {
         for failed in &self.failed {
             println!("failed: {}", failed.lines().next().unwrap_or_default());
         }
+        println!("{}", self.summary());
+    }
+
+    fn summary(&self) -> String {
         let skipped = if self.skipped.is_empty() {
             String::new()
         } else {
@@ -96,7 +100,7 @@ impl Tally {
         } else {
             format!(": {}", names.join("; "))
         };
-        println!("{} passed, {} failed{skipped}{failed}", self.passed, self.failed.len());
+        format!("{} passed, {} failed{skipped}{failed}", self.passed, self.failed.len())
     }
 }
 
@@ -116,12 +120,24 @@ fn go_tests(output: &str) -> (usize, Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use super::{count, go_tests};
+    use super::{Tally, count, go_tests};
 
     #[test]
     fn the_tests_of_go_are_read_without_their_parts() {
         let output = "=== RUN   TestA\n    --- PASS: TestA/part (0.00s)\n--- PASS: TestA (0.01s)\n--- FAIL: TestB (0.00s)\nFAIL\n";
         assert_eq!(go_tests(output), (1, vec!["TestB".to_owned()]));
+    }
+
+    #[test]
+    fn the_last_line_counts_and_names_what_failed() {
+        let mut tally = Tally {
+            passed: 2,
+            ..Tally::default()
+        };
+        assert_eq!(tally.summary(), "2 passed, 0 failed");
+        tally.skip("the demo".to_owned());
+        tally.fail("Go: a test\nand its words".to_owned());
+        assert_eq!(tally.summary(), "2 passed, 1 failed, 1 skipped: Go: a test");
     }
 
     #[test]

@@ -2,12 +2,13 @@
 
 use bytes::Bytes;
 use plimsoll_package::recipe::PruneScope;
-use plimsoll_runtime::onnx::{ModelProto, TensorProto, weights};
+use plimsoll_runtime::onnx::{ModelProto, TensorProto, mapping, weights};
 use rayon::prelude::*;
 
 use super::{NotFinite, nothing_to_prune, selection};
 use crate::compress::{Change, Setting, Technique};
 use crate::failure::{Failure, FailureReason, failure};
+use crate::graph::serialize::spilled;
 use crate::graph::weight::{self, ProductWeight};
 
 /// Most weights that are ranked together with torch's choice among equal ones: that choice follows from moving every weight about, which
@@ -196,7 +197,9 @@ impl Cut {
         values.par_chunks_mut(CHUNK).enumerate().for_each(|(index, chunk)| {
             let (start, length) = (offset + index * CHUNK, chunk.len());
             if let Some(source) = source {
-                chunk.copy_from_slice(&source[index * CHUNK..][..length]);
+                let source = &source[index * CHUNK..][..length];
+                chunk.copy_from_slice(source);
+                mapping::release_values(source);
             }
             // From here on ties go.
             let ties_from = match self.ties {
@@ -235,7 +238,7 @@ impl Cut {
                     key_of_bytes,
                     [0; 4],
                 );
-                pruned.into()
+                spilled(pruned)
             }
         }
     }
@@ -295,7 +298,11 @@ impl Place {
         let stride = length / SAMPLE;
         let mut sample: Vec<u32> = chunks
             .par_iter()
-            .flat_map_iter(|chunk| chunk.iter().step_by(stride).map(|value| key(*value)))
+            .flat_map_iter(|chunk| {
+                let keys: Vec<u32> = chunk.iter().step_by(stride).map(|value| key(*value)).collect();
+                mapping::release_values(chunk);
+                keys
+            })
             .collect();
         sample.par_sort_unstable();
         let share = rank as f64 / length as f64;
@@ -362,6 +369,7 @@ impl Near {
                 near.within.extend(keys.filter(|key| (low..=high).contains(key)));
             }
         }
+        mapping::release_values(chunk);
         near
     }
 }
@@ -386,6 +394,7 @@ fn histogram<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, pre
                 counts[(key >> shift) as usize & ((1 << bits) - 1)] += 1;
             }
         }
+        mapping::release_values(chunk);
         counts
     });
     counts.reduce(
@@ -399,7 +408,11 @@ fn histogram<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, pre
 
 /// How many values of each chunk have exactly the threshold's magnitude.
 fn count_ties<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, threshold: u32) -> Vec<usize> {
-    let count = |chunk: &&[T]| chunk.iter().filter(|value| key(**value) == threshold).count();
+    let count = |chunk: &&[T]| {
+        let count = chunk.iter().filter(|value| key(**value) == threshold).count();
+        mapping::release_values(chunk);
+        count
+    };
     chunks.par_iter().map(count).collect()
 }
 

@@ -2,12 +2,13 @@
 
 use std::str::FromStr;
 
-use plimsoll_runtime::onnx::{ModelProto, OnnxError, weights};
+use plimsoll_runtime::onnx::{ModelProto, OnnxError, mapping, weights};
 use rayon::prelude::*;
 
 use super::{NotFinite, magnitude::to_raw, not_finite, nothing_to_prune};
 use crate::compress::{Change, Setting, Technique, skipped};
 use crate::failure::{Failure, FailureReason, failure};
+use crate::graph::serialize::spilled;
 use crate::graph::weight::{self, Rows};
 
 /// N:M, such as 2:4.
@@ -91,14 +92,10 @@ impl Technique for SemiStructured {
                 continue;
             }
             let mut values = weights::floats(found.tensor).map_err(unreadable)?;
+            mapping::release(found.tensor.raw_data());
             prune_pattern(&mut values, rows, self.pattern).map_err(|NotFinite| not_finite(&name))?;
-            found.tensor.raw_data = Some(
-                values
-                    .par_iter()
-                    .flat_map_iter(|value| value.to_le_bytes())
-                    .collect::<Vec<u8>>()
-                    .into(),
-            );
+            let bytes = values.par_iter().flat_map_iter(|value| value.to_le_bytes()).collect();
+            found.tensor.raw_data = Some(spilled(bytes));
             change.changed.push(name);
         }
         Ok(change)

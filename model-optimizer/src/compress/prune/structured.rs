@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use plimsoll_package::recipe::{PruneScope, PruneStructure};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, weights};
+use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, mapping, weights};
 use rayon::prelude::*;
 
 use super::magnitude::to_raw;
 use crate::compress::{Change, Setting, Technique, skipped};
 use crate::failure::{Failure, FailureReason, failure};
 use crate::graph::dependency::{self, Axis, Dependencies, Unit, touch};
+use crate::graph::serialize::spilled;
 use crate::graph::shape::{Dim, Shapes, axis_of};
 use crate::graph::{Names, attribute, integers, is_standard, opset, reads, subgraphs, tensor, weight};
 
@@ -313,6 +314,7 @@ fn squares(tensor: &TensorProto, axis: usize) -> Result<Vec<f64>, Failure> {
     let refuse = |error: &dyn std::fmt::Display| failure(FailureReason::UnreadableModel, error.to_string());
     let shape = weights::shape(tensor).map_err(|error| refuse(&error))?;
     let values = weights::floats(tensor).map_err(|error| refuse(&error))?;
+    mapping::release(tensor.raw_data());
     let inner = shape[axis + 1..].iter().product::<usize>().max(1);
     let mut squares = vec![0.0; shape[axis]];
     for (run, values) in values.chunks_exact(inner).enumerate() {
@@ -484,7 +486,9 @@ fn slice(tensor: &mut TensorProto, axis: usize, kept: &[usize]) -> Result<(), Fa
             return Err(unreadable(&name, "does not hold as many values as its shape says"));
         }
         let width = raw.len() / count;
-        tensor.raw_data = Some(keep(raw, length, inner * width, kept).into());
+        let stays = keep(raw, length, inner * width, kept);
+        mapping::release(raw);
+        tensor.raw_data = Some(spilled(stays));
     } else {
         tensor.int32_data = keep(&tensor.int32_data, length, inner, kept);
         tensor.int64_data = keep(&tensor.int64_data, length, inner, kept);

@@ -219,3 +219,53 @@ fn run(engine: &dyn Engine, samples: &Dataset) -> Option<Vec<Vec<Tensor>>> {
     let run = |range| engine.run(&samples.batch(range).ok()?).ok();
     samples.batches().map(run).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_package::recipe::Granularity;
+    use plimsoll_runtime::onnx::tensor_proto::DataType;
+
+    use super::super::fixture::{model, named, numbers, value};
+    use super::super::int8::Products;
+    use super::*;
+    use crate::graph::{float_tensor, node};
+    use crate::progress::Console;
+
+    #[test]
+    fn the_product_whose_activation_has_outliers_is_named_and_no_other() {
+        const N: usize = 256;
+        let mut blind = numbers(N * N, 1);
+        // The outliers add nothing to its output.
+        blind[..N].fill(0.0);
+        let original = model(
+            vec![value("a", DataType::Float, &[N as i64]), value("b", DataType::Float, &[N as i64])],
+            vec![
+                named("rough", node("MatMul", &["a", "v"], "x", vec![])),
+                named("even", node("MatMul", &["b", "w"], "y", vec![])),
+            ],
+            vec![float_tensor("v", &[N, N], &blind), float_tensor("w", &[N, N], &numbers(N * N, 2))],
+            vec![value("x", DataType::Float, &[N as i64]), value("y", DataType::Float, &[N as i64])],
+        );
+        let mut outlying = numbers(32 * N, 3);
+        outlying.iter_mut().step_by(N).for_each(|value| *value = 3000.0);
+        let tensor = |values| Tensor::new(vec![32, N], values).unwrap();
+        let (specs, _) = onnx::signature(&original).unwrap();
+        let data = Dataset::of_tensors(vec![tensor(outlying), tensor(numbers(32 * N, 4))], &specs, None).unwrap();
+        let calibration = Calibration::new(data, 1);
+        let setting = Setting {
+            calibration: Some(&calibration),
+            original: &original,
+            threads: 1,
+            engine: None,
+            console: &Console::silent(),
+        };
+        let technique = Int8 {
+            products: Products::Dynamic,
+            fold: true,
+            granularity: Granularity::PerChannel,
+            in_floats: vec![],
+            exclude: vec![],
+        };
+        assert_eq!(in_floats(&technique, &original, &setting).unwrap(), ["rough"]);
+    }
+}

@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use half::f16;
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, weights};
+use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, mapping, weights};
 use rayon::prelude::*;
 
 use super::{Exclusion, nothing_to_quantize, raise, skipped, unreadable};
@@ -92,6 +92,7 @@ fn constants_beyond(graph: &GraphProto, change: &mut Change) -> Result<HashSet<S
         .filter(|tensor| tensor.data_type() == DataType::Float as i32)
     {
         let values = weights::floats(constant).map_err(|error| unreadable(constant.name(), &error.to_string()))?;
+        mapping::release(constant.raw_data());
         // Not `abs() > LARGEST`, which a NaN would pass.
         if !values.par_iter().all(|value| value.abs() <= LARGEST) {
             change.skipped.push(skipped(
@@ -261,6 +262,7 @@ impl Halving {
 fn halves(original: &TensorProto, name: &str) -> Result<TensorProto, Failure> {
     let unreadable = |why: String| unreadable(original.name(), &why);
     let values = weights::floats(original).map_err(|error| unreadable(error.to_string()))?;
+    mapping::release(original.raw_data());
     let shape = weights::shape(original).map_err(|error| unreadable(error.to_string()))?;
     let mut bytes = vec![0; 2 * values.len()];
     bytes

@@ -113,6 +113,13 @@ fn arrays_are_found_by_name_and_read_packed_or_not() {
             assert_eq!(dataset.batch(1..3).unwrap()[0].as_f32(), Some(&[2.0, 3.0, 4.0, 5.0][..]));
         }
     }
+    // Labels by the name that they are given by.
+    let pixels = ("image.npy", npy("<f4", "(2, 2)", &floats([0.0, 1.0, 2.0, 3.0])));
+    let labels = ("target.npy", npy("<i8", "(2,)", &integers([4, 5])));
+    let file = zipped(&[pixels, labels], CompressionMethod::Stored);
+    let place = Place::new();
+    let dataset = Dataset::read(&place.write(file), &image, Some("target"), 1 << 20).unwrap();
+    assert_eq!(dataset.labels(), Some(&[4.0, 5.0][..]));
 }
 
 #[test]

@@ -97,6 +97,7 @@ pub struct ScalingRules {
 
 /// Which of several policies holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, strum::Display)]
+#[schemars(description = "")]
 pub enum PolicySelection {
     /// The one that allows the greatest change.
     Max,

@@ -1,6 +1,5 @@
 //! `cargo xtask test`: every check and test there is, and one line that sums them up.
 
-mod demo;
 mod end_to_end;
 mod tally;
 
@@ -52,11 +51,9 @@ enum Part {
     ControlPlane,
     /// The end-to-end tests on the cluster.
     EndToEnd,
-    /// The demo: without a cluster, broken off, whole, again, and taken away.
-    Demo,
 }
 
-const PARTS: [Part; 12] = [
+const PARTS: [Part; 11] = [
     Part::Format,
     Part::Generated,
     Part::Chart,
@@ -68,7 +65,6 @@ const PARTS: [Part; 12] = [
     Part::Go,
     Part::ControlPlane,
     Part::EndToEnd,
-    Part::Demo,
 ];
 
 /// Folders of `model-runtime/tests/clients`, each with packages of its own: they do not fit into one environment.
@@ -95,9 +91,6 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
             Part::Go => go(&mut tally),
             Part::ControlPlane => end_to_end::run_beside_control_plane(arguments.filter.as_deref(), arguments.keep, &mut tally),
             Part::EndToEnd => end_to_end::run(arguments.filter.as_deref(), arguments.keep, &mut tally),
-            // It has no tests to choose among.
-            Part::Demo if arguments.filter.is_some() => Ok(()),
-            Part::Demo => demo::run(&mut tally),
         };
         if let Err(error) = result {
             tally.fail(format!("{part:?}: {error:#}"));

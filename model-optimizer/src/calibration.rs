@@ -5,12 +5,13 @@ use std::path::Path;
 use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_runtime::engine::{self, Data, Engine, LoadOptions, Tensor};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{GraphProto, ModelProto, TypeProto, ValueInfoProto, type_proto};
+use plimsoll_runtime::onnx::{GraphProto, ModelProto, ValueInfoProto};
 use rayon::prelude::*;
 
 use crate::convert;
 use crate::evaluate::dataset::Dataset;
 use crate::failure::{Failure, FailureReason, chain, failure, internal};
+use crate::graph::value_info;
 use histogram::Histogram;
 
 pub mod histogram;
@@ -168,7 +169,7 @@ impl Calibration {
             places.push(match position(&given, name) {
                 Some(index) => Place::Input(index),
                 None => Place::Output(position(&graph.output, name).unwrap_or_else(|| {
-                    graph.output.push(float_value(name));
+                    graph.output.push(value_info(name, DataType::Float, None));
                     graph.output.len() - 1
                 })),
             });
@@ -215,21 +216,6 @@ fn empty() -> Tensor {
     Tensor::new(vec![0], Data::Fp32(vec![])).unwrap_or_else(|_| unreachable!("no values fill an empty shape"))
 }
 
-fn float_value(name: &str) -> ValueInfoProto {
-    let kind = type_proto::Tensor {
-        elem_type: Some(DataType::Float as i32),
-        shape: None,
-    };
-    ValueInfoProto {
-        name: Some(name.to_owned()),
-        r#type: Some(TypeProto {
-            value: Some(type_proto::Value::TensorType(kind)),
-            ..TypeProto::default()
-        }),
-        ..ValueInfoProto::default()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,15 +228,7 @@ mod tests {
             value: size.map(Value::DimValue),
             ..Dimension::default()
         });
-        let mut info = float_value(name);
-        if let Some(TypeProto {
-            value: Some(type_proto::Value::TensorType(kind)),
-            ..
-        }) = &mut info.r#type
-        {
-            kind.shape = Some(TensorShapeProto { dim: dim.collect() });
-        }
-        info
+        value_info(name, DataType::Float, Some(TensorShapeProto { dim: dim.collect() }))
     }
 
     fn doubling(batch: Option<i64>) -> ModelProto {

@@ -3,7 +3,10 @@
 use std::collections::{HashMap, HashSet};
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, attribute_proto::AttributeType};
+use plimsoll_runtime::onnx::{
+    AttributeProto, GraphProto, NodeProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, attribute_proto::AttributeType,
+    type_proto,
+};
 
 pub mod dependency;
 pub mod elements;
@@ -129,6 +132,23 @@ pub fn integers(name: &str, values: &[i64]) -> AttributeProto {
 #[must_use]
 pub fn attribute<'a>(node: &'a NodeProto, name: &str) -> Option<&'a AttributeProto> {
     node.attribute.iter().find(|attribute| attribute.name() == name)
+}
+
+/// What a graph declares of a value that is a tensor; without a shape, of any.
+#[must_use]
+pub fn value_info(name: &str, kind: DataType, shape: Option<TensorShapeProto>) -> ValueInfoProto {
+    let kind = type_proto::Tensor {
+        elem_type: Some(kind as i32),
+        shape,
+    };
+    ValueInfoProto {
+        name: Some(name.to_owned()),
+        r#type: Some(TypeProto {
+            value: Some(type_proto::Value::TensorType(kind)),
+            ..TypeProto::default()
+        }),
+        ..ValueInfoProto::default()
+    }
 }
 
 /// A tensor of raw little-endian bytes.

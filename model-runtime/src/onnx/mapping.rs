@@ -83,14 +83,9 @@ fn within(mappings: &BTreeMap<usize, Mapped>, start: usize, length: usize) -> Op
     (offset + length <= mapped.map.len() && length > 0).then_some((mapped, offset))
 }
 
-/// Gives the pages of `bytes` back to the system where they are of a mapped file; touched again, they are read again. Bytes of other
+/// Gives the pages of `values` back to the system where they are of a mapped file; touched again, they are read again. Values of other
 /// memory are left alone.
-pub fn release(bytes: &[u8]) {
-    release_values(bytes);
-}
-
-/// The same of values of any type, as a chunk of the bytes of floats is.
-pub fn release_values<T>(values: &[T]) {
+pub fn release<T>(values: &[T]) {
     let mappings = mappings();
     let length = size_of_val(values);
     let Some((Mapped { map, .. }, offset)) = within(&mappings, values.as_ptr() as usize, length) else {
@@ -116,10 +111,10 @@ mod tests {
         let mapped = map_unnamed(&file).unwrap();
         let part = mapped.slice(10_000..90_000);
         assert_eq!(part, content[10_000..90_000]);
-        release(&part);
+        release(&part[..]);
         assert_eq!(part, content[10_000..90_000]);
         let heap = content.clone();
-        release(&heap);
+        release(&heap[..]);
         assert_eq!(heap, content);
         let start = mapped.as_ptr() as usize;
         assert!(mappings().contains_key(&start));

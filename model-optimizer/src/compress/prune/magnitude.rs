@@ -199,7 +199,7 @@ impl Cut {
             if let Some(source) = source {
                 let source = &source[index * CHUNK..][..length];
                 chunk.copy_from_slice(source);
-                mapping::release_values(source);
+                mapping::release(source);
             }
             // From here on ties go.
             let ties_from = match self.ties {
@@ -300,7 +300,7 @@ impl Place {
             .par_iter()
             .flat_map_iter(|chunk| {
                 let keys: Vec<u32> = chunk.iter().step_by(stride).map(|value| key(*value)).collect();
-                mapping::release_values(chunk);
+                mapping::release(chunk);
                 keys
             })
             .collect();
@@ -369,7 +369,7 @@ impl Near {
                 near.within.extend(keys.filter(|key| (low..=high).contains(key)));
             }
         }
-        mapping::release_values(chunk);
+        mapping::release(chunk);
         near
     }
 }
@@ -394,7 +394,7 @@ fn histogram<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, pre
                 counts[(key >> shift) as usize & ((1 << bits) - 1)] += 1;
             }
         }
-        mapping::release_values(chunk);
+        mapping::release(chunk);
         counts
     });
     counts.reduce(
@@ -410,7 +410,7 @@ fn histogram<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, pre
 fn count_ties<T: Copy + Sync>(chunks: &[&[T]], key: impl Fn(T) -> u32 + Sync, threshold: u32) -> Vec<usize> {
     let count = |chunk: &&[T]| {
         let count = chunk.iter().filter(|value| key(**value) == threshold).count();
-        mapping::release_values(chunk);
+        mapping::release(chunk);
         count
     };
     chunks.par_iter().map(count).collect()

@@ -5,8 +5,7 @@ use plimsoll_package::recipe::Quantize;
 use plimsoll_runtime::engine::{self, LoadOptions, Tensor};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{
-    GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto,
-    type_proto,
+    GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, ValueInfoProto, tensor_shape_proto,
 };
 
 use super::technique;
@@ -15,6 +14,7 @@ use crate::compress::{Change, Setting};
 use crate::convert;
 use crate::evaluate::dataset::Dataset;
 use crate::failure::Failure;
+use crate::graph::value_info;
 use crate::progress::Console;
 
 /// Numbers of a fixed sequence, about normally distributed with variance 1.
@@ -37,18 +37,7 @@ pub(super) fn value(name: &str, kind: DataType, sizes: &[i64]) -> ValueInfoProto
         value: size.map(Value::DimValue),
         ..Dimension::default()
     });
-    let kind = type_proto::Tensor {
-        elem_type: Some(kind as i32),
-        shape: Some(TensorShapeProto { dim: dim.collect() }),
-    };
-    ValueInfoProto {
-        name: Some(name.to_owned()),
-        r#type: Some(TypeProto {
-            value: Some(type_proto::Value::TensorType(kind)),
-            ..TypeProto::default()
-        }),
-        ..ValueInfoProto::default()
-    }
+    value_info(name, kind, Some(TensorShapeProto { dim: dim.collect() }))
 }
 
 /// A model of opset 17.

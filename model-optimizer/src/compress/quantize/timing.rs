@@ -20,7 +20,7 @@ use crate::evaluate::latency;
 use crate::failure::{Failure, chain, internal};
 use crate::graph::shape::Shapes;
 use crate::graph::weight::{self, Operator};
-use crate::graph::{float_tensor, integer, node, opset};
+use crate::graph::{float_tensor, integer, node, opset, value_info};
 
 /// Most bytes of a weight that is measured: of a larger one, fewer outputs are.
 const WEIGHT_BYTES_MAX: usize = 64 << 20;
@@ -298,17 +298,7 @@ impl Shape {
             true => node("Gemm", &["x", "w"], "y", vec![integer("transB", 1)]),
             false => node("MatMul", &["x", "w"], "y", vec![]),
         };
-        let declared = |name: &str, features: usize| ValueInfoProto {
-            name: Some(name.to_owned()),
-            r#type: Some(TypeProto {
-                value: Some(type_proto::Value::TensorType(type_proto::Tensor {
-                    elem_type: Some(DataType::Float as i32),
-                    shape: Some(shape_of(&[rows, features])),
-                })),
-                ..TypeProto::default()
-            }),
-            ..ValueInfoProto::default()
-        };
+        let declared = |name: &str, features: usize| value_info(name, DataType::Float, Some(shape_of(&[rows, features])));
         let model = ModelProto {
             ir_version: Some(8),
             opset_import: vec![OperatorSetIdProto {

@@ -2,11 +2,11 @@
 
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto,
-    attribute_proto::AttributeType, tensor_shape_proto, type_proto,
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, TensorShapeProto, ValueInfoProto,
+    attribute_proto::AttributeType, tensor_shape_proto,
 };
 
-use plimsoll_optimizer::graph::{float_tensor, integer, integers, node, tensor};
+use plimsoll_optimizer::graph::{float_tensor, integer, integers, node, tensor, value_info};
 
 /// Builds a model node by node.
 pub(crate) struct Builder {
@@ -24,6 +24,10 @@ pub(crate) struct Value {
 
 /// A float value with a symbolic batch before `shape`.
 pub(crate) fn declared(name: &str, shape: &[usize]) -> ValueInfoProto {
+    value_info(name, DataType::Float, Some(batched(shape)))
+}
+
+fn batched(shape: &[usize]) -> TensorShapeProto {
     use tensor_shape_proto::dimension::Value as Size;
     let dimension = |value| tensor_shape_proto::Dimension {
         value: Some(value),
@@ -31,18 +35,7 @@ pub(crate) fn declared(name: &str, shape: &[usize]) -> ValueInfoProto {
     };
     let batch = dimension(Size::DimParam("batch".into()));
     let dim = std::iter::once(batch).chain(shape.iter().map(|size| dimension(Size::DimValue(*size as i64))));
-    let kind = type_proto::Tensor {
-        elem_type: Some(DataType::Float as i32),
-        shape: Some(TensorShapeProto { dim: dim.collect() }),
-    };
-    ValueInfoProto {
-        name: Some(name.to_owned()),
-        r#type: Some(TypeProto {
-            value: Some(type_proto::Value::TensorType(kind)),
-            ..TypeProto::default()
-        }),
-        ..ValueInfoProto::default()
-    }
+    TensorShapeProto { dim: dim.collect() }
 }
 
 impl Builder {
@@ -159,11 +152,7 @@ impl Builder {
 
     /// Rows of a table, looked up by an input of `length` numbers that takes the place of the one there was.
     pub(crate) fn embedding(&mut self, length: usize, features: usize) -> Value {
-        let mut input = declared("x", &[length]);
-        if let Some(type_proto::Value::TensorType(tensor)) = input.r#type.as_mut().and_then(|kind| kind.value.as_mut()) {
-            tensor.elem_type = Some(DataType::Int64 as i32);
-        }
-        self.graph.input = vec![input];
+        self.graph.input = vec![value_info("x", DataType::Int64, Some(batched(&[length])))];
         let table = self.constant(&[20, features], 0.0);
         self.push("Gather", &[&table, "x"], vec![], &[length, features])
     }
@@ -277,20 +266,8 @@ pub(super) fn bare(name: &str, kind: DataType, shape: &[usize]) -> ValueInfoProt
         value: Some(tensor_shape_proto::dimension::Value::DimValue(*size as i64)),
         ..Default::default()
     };
-    let kind = type_proto::Tensor {
-        elem_type: Some(kind as i32),
-        shape: Some(TensorShapeProto {
-            dim: shape.iter().map(dimension).collect(),
-        }),
-    };
-    ValueInfoProto {
-        name: Some(name.to_owned()),
-        r#type: Some(TypeProto {
-            value: Some(type_proto::Value::TensorType(kind)),
-            ..TypeProto::default()
-        }),
-        ..ValueInfoProto::default()
-    }
+    let dim = shape.iter().map(dimension).collect();
+    value_info(name, kind, Some(TensorShapeProto { dim }))
 }
 
 pub(super) fn body(name: &str, graph: GraphProto) -> AttributeProto {

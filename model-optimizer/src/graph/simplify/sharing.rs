@@ -44,7 +44,7 @@ pub(super) fn share(graph: &mut GraphProto) {
             let Some(constant) = Constant::of(tensor) else { continue };
             let twin = firsts.iter().find(|(_, first)| *first == constant);
             // What was compared need not stay in memory.
-            mapping::release(&constant.bytes);
+            mapping::release(&constant.bytes[..]);
             match twin {
                 Some((first, _)) => drop(renamed.insert(tensor.name().to_owned(), graph.initializer[*first].name().to_owned())),
                 None => firsts.push((place, constant)),

@@ -2,11 +2,10 @@
 //! here is ever optimised: its source is nowhere.
 
 use std::path::Path;
-use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, PATIENCE, apply, condition, fixture, kubectl, story, try_apply};
+use crate::cluster::{Namespace, apply, condition, fixture, kubectl, try_apply};
 
 /// A source that no name server knows.
 const NOWHERE: &str = "https://models.invalid/digits.onnx";
@@ -155,13 +154,7 @@ fn a_model_gets_one_revision_and_one_job_of_five_steps_without_a_token() {
     assert_eq!(pod["automountServiceAccountToken"], false);
     // The namespace enforces the restricted profile: a pod that breaks it is never made.
     wait_count(&namespace, "pods", "digits", 1);
-    // News is told last, when what it tells of is there.
-    let begun = Instant::now();
-    let is_told = |event: &Value| event["regarding"]["kind"] == "ModelDeployment" && event["reason"] == "Optimizing";
-    while !namespace.items(&["events.events.k8s.io"]).iter().any(is_told) {
-        assert!(begun.elapsed() < PATIENCE, "no Event\n{}", story(&namespace.name));
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
+    namespace.wait_event("Optimizing");
 }
 
 #[test]

@@ -90,11 +90,7 @@ fn stalls(name: &str, spec: &Value, reason: &str, says: &[&str]) {
     assert_eq!(namespace.items(&["jobs"]).len(), 1, "nor by another Job");
     let table = namespace.kubectl(&["get", "md", "m"]);
     assert!(table.lines().nth(1).unwrap().contains("False"), "{table}");
-    let warned = namespace
-        .items(&["events.events.k8s.io"])
-        .iter()
-        .any(|event| event["reason"] == reason && event["type"] == "Warning" && event["regarding"]["kind"] == "ModelDeployment");
-    assert!(warned, "an Event tells of it, too");
+    assert_eq!(namespace.wait_event(reason)["type"], "Warning", "an Event tells of it, too");
 }
 
 #[test]

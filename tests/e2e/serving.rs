@@ -79,14 +79,8 @@ fn every_child_of_a_model_is_there_and_owned() {
             assert_eq!(item["metadata"]["ownerReferences"][0]["uid"], md["metadata"]["uid"], "{kind}");
         }
     }
-    let reasons: Vec<String> = namespace
-        .items(&["events.events.k8s.io"])
-        .iter()
-        .filter(|event| event["regarding"]["kind"] == "ModelDeployment")
-        .map(|event| event["reason"].as_str().unwrap().to_owned())
-        .collect();
     for reason in ["Optimizing", "RollingOut", "Serving"] {
-        assert!(reasons.iter().any(|seen| seen == reason), "no Event {reason} among {reasons:?}");
+        namespace.wait_event(reason);
     }
 }
 

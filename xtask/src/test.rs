@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every check and test there is, and one line that sums them up.
 
+mod demo;
 mod end_to_end;
 mod tally;
 
@@ -51,9 +52,11 @@ enum Part {
     ControlPlane,
     /// The end-to-end tests on the cluster.
     EndToEnd,
+    /// The demo, on this machine alone and on a cluster of its own.
+    Demo,
 }
 
-const PARTS: [Part; 11] = [
+const PARTS: [Part; 12] = [
     Part::Format,
     Part::Generated,
     Part::Chart,
@@ -65,6 +68,7 @@ const PARTS: [Part; 11] = [
     Part::Go,
     Part::ControlPlane,
     Part::EndToEnd,
+    Part::Demo,
 ];
 
 /// Folders of `model-runtime/tests/clients`, each with packages of its own: they do not fit into one environment.
@@ -91,6 +95,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
             Part::Go => go(&mut tally),
             Part::ControlPlane => end_to_end::run_beside_control_plane(arguments.filter.as_deref(), arguments.keep, &mut tally),
             Part::EndToEnd => end_to_end::run(arguments.filter.as_deref(), arguments.keep, &mut tally),
+            Part::Demo => demo::run(&mut tally),
         };
         if let Err(error) = result {
             tally.fail(format!("{part:?}: {error:#}"));

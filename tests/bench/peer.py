@@ -1,6 +1,6 @@
 """What the optimiser is measured against, as users of the peers call it; `cargo xtask bench optimizer` runs each as a process of its own.
 
-    python peer.py dynamic MODEL OUTPUT            onnxruntime.quantization.quantize_dynamic, per channel
+    python peer.py dynamic MODEL OUTPUT [HOW]      onnxruntime.quantization.quantize_dynamic, per channel; HOW is per-tensor or external
     python peer.py static MODEL OUTPUT SAMPLES     onnxruntime.quantization.quantize_static, QDQ, per channel, min-max
     python peer.py int4 MODEL OUTPUT               onnxruntime's MatMulNBits, blocks of 32, symmetric
     python peer.py fp16 MODEL OUTPUT               onnxruntime.transformers.float16, inputs and outputs as they were
@@ -39,10 +39,12 @@ def session(path: str):
     return onnxruntime.InferenceSession(path, options)
 
 
-def dynamic(model: str, output: str) -> None:
+def dynamic(model: str, output: str, how: str = "") -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(model, output, per_channel=True, weight_type=QuantType.QInt8)
+    quantize_dynamic(
+        model, output, per_channel=how != "per-tensor", weight_type=QuantType.QInt8, use_external_data_format=how == "external"
+    )
 
 
 def static(model: str, output: str, path: str) -> None:

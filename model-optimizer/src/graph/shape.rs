@@ -277,3 +277,101 @@ pub fn integers_of(tensor: &TensorProto) -> Option<Vec<i64>> {
     let length = weights::shape(tensor).ok()?.iter().product::<usize>();
     (values.len() == length).then_some(values)
 }
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_runtime::onnx::GraphProto;
+
+    use super::*;
+    use crate::graph::generator::declared;
+    use crate::graph::{float_tensor, integer, integers, node};
+
+    /// Why the shape of `v`, which `made` makes of an `x` of a batch of 3 by 4, is not known; there is a weight `w` of 2 by 2, too.
+    fn refusal(mut made: NodeProto) -> String {
+        made.name = Some("it".into());
+        let graph = GraphProto {
+            input: vec![declared("x", &[3, 4])],
+            initializer: vec![float_tensor("w", &[2, 2], &[0.0; 4])],
+            node: vec![made],
+            ..GraphProto::default()
+        };
+        let shapes = Shapes::of(&ModelProto {
+            graph: Some(graph),
+            ..ModelProto::default()
+        });
+        assert_eq!(shapes.get("v"), None);
+        shapes.refusal("v")
+    }
+
+    #[test]
+    fn a_shape_that_is_not_known_is_refused_with_its_node_and_the_reason() {
+        let custom = NodeProto {
+            domain: Some("example.org".into()),
+            ..node("Attend", &["x"], "v", vec![])
+        };
+        let told = integers("pads", &[1]);
+        for (made, operator, why) in [
+            (custom, "Attend", "it is of the domain `example.org`"),
+            (
+                node("Unique", &["x"], "v", vec![]),
+                "Unique",
+                "the operator is not one whose shape is inferred",
+            ),
+            (node("Relu", &[], "v", vec![]), "Relu", "it has no input 0"),
+            (
+                node("Relu", &["gone"], "v", vec![]),
+                "Relu",
+                "the shape of `gone` is not known: nothing in the graph makes it",
+            ),
+            (
+                node("Reshape", &["x", "gone"], "v", vec![]),
+                "Reshape",
+                "the shape that it is told (`gone`) depends on more than shapes",
+            ),
+            (
+                node("Concat", &["x", "w"], "v", vec![integer("axis", 0)]),
+                "Concat",
+                "its inputs have different numbers of axes",
+            ),
+            (
+                node("Flatten", &["x"], "v", vec![integer("axis", 9)]),
+                "Flatten",
+                "it works along axis 9 of a value of 3 axes",
+            ),
+            (
+                node("Transpose", &["x"], "v", vec![integers("perm", &[0, 1])]),
+                "Transpose",
+                "its order does not name every axis",
+            ),
+            (
+                node("MaxPool", &["x"], "v", vec![integers("kernel_shape", &[2]), told]),
+                "MaxPool",
+                "its pads are not two for each spatial axis",
+            ),
+            (
+                node("Conv", &["x", "w"], "v", vec![]),
+                "Conv",
+                "its weight and input do not have the same spatial axes",
+            ),
+        ] {
+            assert_eq!(refusal(made), format!("the shape of `v` ({operator} `it`) is not known: {why}"));
+        }
+    }
+
+    #[test]
+    fn what_follows_from_an_unknown_shape_names_where_it_began() {
+        let mut first = node("Unique", &["x"], "u", vec![]);
+        first.name = Some("first".into());
+        let graph = GraphProto {
+            input: vec![declared("x", &[4])],
+            node: vec![first, node("Relu", &["u"], "v", vec![]), node("Exp", &["v"], "y", vec![])],
+            ..GraphProto::default()
+        };
+        let shapes = Shapes::of(&ModelProto {
+            graph: Some(graph),
+            ..ModelProto::default()
+        });
+        assert!(shapes.refusal("y").contains("(Unique `first`)"), "{}", shapes.refusal("y"));
+        assert_eq!(shapes.refusal("z"), "the shape of `z` is not known: nothing in the graph makes it");
+    }
+}

@@ -10,6 +10,7 @@ use plimsoll_runtime::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, Val
 use super::shape::Shapes;
 use super::{attribute, is_standard, opset, reads, subgraphs, subgraphs_mut, tensor};
 
+mod arrangement;
 mod constant;
 mod folding;
 mod functions;
@@ -50,6 +51,7 @@ pub fn simplify(model: &mut ModelProto) -> Result<(), String> {
     hoisting::hoist(graph);
     sharing::share(graph);
     remove_dead(graph);
+    arrangement::arrange(graph);
     Ok(())
 }
 

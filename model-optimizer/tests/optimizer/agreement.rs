@@ -26,8 +26,13 @@ const SCHEMES: [(&str, f64, bool); 7] = [
     ("Int8Static", 15.0, true),
     ("Int4", 10.0, false),
 ];
+/// Schemes that know matrix products alone.
+const OF_PRODUCTS: [&str; 2] = ["Int8Blocks", "Int4"];
+const BOTH: [EngineKind; 2] = [EngineKind::OnnxRuntime, EngineKind::Tract];
 /// Most samples that are calibrated on and compared.
 const SAMPLES: usize = 8;
+/// The same of models that take long.
+const FEW: usize = 2;
 
 fn load(kind: EngineKind, model: &ModelProto, fold_dequantize: bool) -> Result<Box<dyn Engine>, String> {
     let folder = tempfile::tempdir().unwrap();
@@ -59,15 +64,20 @@ fn sqnr_db(before: &dyn Engine, after: &dyn Engine, samples: &Dataset) -> Result
     Ok(sums.iter().map(ratio).fold(f64::INFINITY, f64::min))
 }
 
-fn check(name: &str, mut original: ModelProto, data: &Path) {
-    simplify(&mut original).unwrap();
+fn check(name: &str, original: ModelProto, data: &Path) {
     let (inputs, _) = onnx::signature(&original).unwrap();
     let samples = Dataset::read(data, &inputs, None, 1 << 30).unwrap();
-    let some = samples.batch(0..SAMPLES.min(samples.samples())).unwrap();
+    check_on(name, original, &samples, SAMPLES, &[], &BOTH);
+}
+
+/// Checks all schemes on so many samples and on these engines; those that have `nothing` to do in the model say so.
+fn check_on(name: &str, mut original: ModelProto, samples: &Dataset, count: usize, nothing: &[&str], engines: &[EngineKind]) {
+    simplify(&mut original).unwrap();
+    let (inputs, _) = onnx::signature(&original).unwrap();
+    let some = samples.batch(0..count.min(samples.samples())).unwrap();
     let samples = Dataset::of_tensors(some, &inputs, None).unwrap();
     let calibration = Calibration::new(samples.clone(), 1);
-    let engines = [EngineKind::OnnxRuntime, EngineKind::Tract];
-    let before = engines.map(|kind| load(kind, &original, false).unwrap());
+    let before: Vec<_> = engines.iter().map(|kind| load(*kind, &original, false).unwrap()).collect();
     for (scheme, sqnr_db_min, in_tract) in SCHEMES {
         let entry: Technique = serde_json::from_value(json!({"quantize": {"scheme": scheme}})).unwrap();
         let setting = Setting {
@@ -78,7 +88,13 @@ fn check(name: &str, mut original: ModelProto, data: &Path) {
             console: &Console::silent(),
         };
         let mut compressed = original.clone();
-        let change = compress::technique(&entry).unwrap().apply(&mut compressed, &setting).unwrap();
+        let applied = compress::technique(&entry).unwrap().apply(&mut compressed, &setting);
+        if nothing.contains(&scheme) {
+            let refused = applied.unwrap_err();
+            assert!(refused.message.contains("nothing to quantise"), "{name} as {scheme}: {refused}");
+            continue;
+        }
+        let change = applied.unwrap_or_else(|refused| panic!("{name} as {scheme}: {refused}"));
         for before in &before {
             let kind = before.kind();
             if kind == EngineKind::Tract && !in_tract {
@@ -124,4 +140,37 @@ fn a_block_of_a_transformer_agrees_in_every_scheme() {
 fn magika_agrees_in_every_scheme() {
     let source = real_model("magika.onnx");
     check("magika", onnx::read(&source).unwrap(), &real_model("magika-inputs.npz"));
+}
+
+/// A model of a test that has no machine's time to lose, and its samples.
+fn check_real(model: &str, data: &str, nothing: &[&str], engines: &[EngineKind]) {
+    let original = onnx::read(&real_model(model)).unwrap();
+    let (inputs, _) = onnx::signature(&original).unwrap();
+    let samples = Dataset::read(&real_model(data), &inputs, None, 1 << 30).unwrap();
+    check_on(model, original, &samples, FEW, nothing, engines);
+}
+
+#[test]
+fn a_sentence_encoder_agrees_in_every_scheme() {
+    check_real("minilm.onnx", "evaluation.npz", &[], &BOTH);
+}
+
+#[test]
+fn a_detector_agrees_in_every_scheme() {
+    check_real("detector.onnx", "detector-inputs.npz", &OF_PRODUCTS, &BOTH);
+}
+
+#[test]
+fn a_recogniser_agrees_in_every_scheme() {
+    check_real("recogniser.onnx", "recogniser-inputs.npz", &[], &BOTH);
+}
+
+#[test]
+fn the_body_of_a_scan_is_compressed_and_agrees_in_every_scheme() {
+    let (mut builder, x) = generator::Builder::new(8, &[5, 32]);
+    let y = builder.scan(&x);
+    let model = builder.finish(&y);
+    let (inputs, _) = onnx::signature(&model).unwrap();
+    let samples = Dataset::drawn(&inputs, SAMPLES, false).unwrap();
+    check_on("a scan", model.clone(), &samples, SAMPLES, &OF_PRODUCTS, &[EngineKind::OnnxRuntime]);
 }

@@ -1,7 +1,8 @@
 //! Models that nobody here made, on pictures, texts and files: each within its budget and much smaller. How fast they are is for the benchmark: a
 //! machine that runs other tests meanwhile says nothing of it.
 
-use plimsoll_package::report::{Report, Verdict};
+use plimsoll_optimizer::compress::quantize::qdq;
+use plimsoll_package::report::{Report, Verdict, exit_code};
 
 use super::{program, real_model};
 
@@ -63,4 +64,48 @@ fn a_recogniser_of_print() {
 #[test]
 fn a_detector_of_print() {
     check("detector.onnx", "detector-inputs.npz", "detector-inputs.npz");
+}
+
+/// The detector by `quantize`, an entry of a recipe in YAML's flow style, within the default budget: its exit code and report.
+fn detector(quantize: &str) -> (u8, Report) {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = folder.path().join("recipe.yaml");
+    std::fs::write(&recipe, format!("recipe:\n- quantize: {quantize}\n")).unwrap();
+    let samples = real_model("detector-inputs.npz");
+    let mut command = program();
+    command
+        .arg("optimize")
+        .arg(real_model("detector.onnx"))
+        .arg("--recipe")
+        .arg(&recipe);
+    command.arg("--calibration").arg(&samples).arg("--evaluation").arg(&samples);
+    let output = command
+        .arg("--output")
+        .arg(folder.path().join("package"))
+        .arg("--json")
+        .output()
+        .unwrap();
+    let code = output.status.code().unwrap();
+    let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
+    (u8::try_from(code).unwrap(), report)
+}
+
+#[test]
+fn a_detector_in_integers_keeps_every_slice_and_one_that_loses_its_scores_is_refused() {
+    let (code, report) = detector("{scheme: Int8Static}");
+    assert_eq!((code, report.gate.verdict), (0, Verdict::WithinBudget));
+    let smaller = report.summary.size_before as f64 / report.summary.size_after as f64;
+    assert!(smaller >= 3.5, "{smaller:.2} times smaller");
+    let least = report.outputs[0].worst_slices[0].cosine;
+    assert!(least >= 0.9, "{least}");
+
+    // Boxes and scores, which lie side by side in one output, get one scale together.
+    let operators = qdq::supported().join(", ");
+    let (code, report) = detector(&format!("{{scheme: Int8Static, range: Entropy, operators: [{operators}]}}"));
+    assert_eq!((code, report.gate.verdict), (exit_code::BUDGET_EXCEEDED, Verdict::BudgetExceeded));
+    let whole = &report.gate.limits[0];
+    assert!(whole.passed && whole.of == "output output", "{whole:?}");
+    // The index of axis 2 is what a box is said to hold: four places, whether it holds anything, and whether that is print.
+    let lost = report.gate.limits.iter().find(|limit| !limit.passed).unwrap();
+    assert_eq!(lost.of, "output output, index 4 of axis 2");
 }

@@ -16,6 +16,9 @@ use crate::{models, onnxruntime, progress, workspace};
 /// The Python that Debian's package python3-torch belongs to.
 const TORCH_PYTHON: &str = "/usr/bin/python3";
 
+/// Memory that a peer may have for the synthetic transformer, in bytes: it would take all that there is.
+const PEER_MEMORY_BYTES: u64 = 16 << 30;
+
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Times that each program runs; ours and its peer take turns.
@@ -50,6 +53,8 @@ struct Row {
     theirs: Option<Took>,
     /// Median of the peer's seconds to ours, round by round; above 1 is ours faster.
     speedup: Option<f64>,
+    /// The last that a peer said that came to no end.
+    failure: Option<String>,
     /// Peak memory to the size of the model's file.
     memory_to_file: Option<f64>,
     /// Signal to noise of our result and of the peer's, in dB.
@@ -66,13 +71,22 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let folder = workspace::target().join("bench");
     fs::create_dir_all(&folder)?;
     let programs = images::programs(&["plimsoll-optimizer"])?;
-    progress::phase("compiling the example magnitude", |bar| {
+    progress::phase("compiling the examples magnitude and bare", |bar| {
         let mut command = program::release("build")?;
-        command.args(["--locked", "--package", "plimsoll-optimizer", "--example", "magnitude"]);
-        progress::run_logged(&mut command, &folder.join("magnitude.log"), bar)
+        command.args([
+            "--locked",
+            "--package",
+            "plimsoll-optimizer",
+            "--example",
+            "magnitude",
+            "--example",
+            "bare",
+        ]);
+        progress::run_logged(&mut command, &folder.join("examples.log"), bar)
     })?;
     let mut bench = Bench {
         peers: Peers::install("bench", &folder.join("peers.log"))?,
+        neural_compressor: Peers::install("bench/neural-compressor", &folder.join("neural-compressor.log"))?,
         optimizer: programs.into_iter().next().context("one program was asked for")?,
         library: onnxruntime::library()?,
         models: models::fetch(&models::TESTED)?,
@@ -91,6 +105,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
 
 struct Bench {
     peers: Peers,
+    neural_compressor: Peers,
     optimizer: PathBuf,
     library: PathBuf,
     /// The folder of the real models.
@@ -131,8 +146,7 @@ impl Bench {
     }
 
     fn prune(&mut self) -> Result<()> {
-        let folder = self.optimizer.parent().context("a program lies in a folder")?;
-        let ours = folder.join("examples").join("magnitude");
+        let ours = self.example("magnitude")?;
         let torch = Peers::has(TORCH_PYTHON, "torch");
         if !torch {
             eprintln!("  torch is left out (Debian: apt install python3-torch)");
@@ -170,6 +184,7 @@ impl Bench {
                     peak_bytes,
                 }),
                 speedup: torch.then_some(speedup),
+                failure: None,
                 memory_to_file: Some(own_memory as f64 / (count.parse::<f64>()? * 4.0)),
                 sqnr_db: None,
                 agreeing: None,
@@ -190,34 +205,44 @@ impl Bench {
         };
         let ungated = ["--no-gate"];
 
+        let technique = "quantize: {scheme: Int8Dynamic, granularity: PerTensor}";
+        let ours = self.apply(&files, "per-tensor", technique, &ungated)?;
         let mut peer = self.peers.task("dynamic");
-        peer.arg(&model).arg(&other);
-        let ours = self.optimize(&files, "Int8Dynamic", &ungated)?;
+        peer.arg(&model).arg(&other).arg("per-tensor");
         self.compare(
-            "minilm int8 dynamic, no gate",
+            "minilm int8 dynamic per tensor, no gate",
             &ours,
             Some(("onnxruntime quantize_dynamic", &peer)),
             &files,
         )?;
+        let ours = self.optimize(&files, "Int8Dynamic", &ungated)?;
+        let peers = [
+            ("onnxruntime quantize_dynamic", self.peers.task("dynamic")),
+            ("Neural Compressor, dynamic", self.neural_compressor.task("dynamic")),
+        ];
+        for (name, mut peer) in peers {
+            peer.arg(&model).arg(&other);
+            self.compare("minilm int8 dynamic, no gate", &ours, Some((name, &peer)), &files)?;
+        }
 
-        let mut infer = self.peers.task("infer");
-        infer.arg(&model).arg(package.join("model.onnx")).arg(&evaluation);
         let silent = Files { samples: None, ..files };
-        // The second has two engines to run: the one that is measured against, and tract.
-        for (work, flags) in [
-            (
-                "minilm int8 dynamic, gated on 32 samples by one engine",
-                &["--min-fidelity", "0.5", "--engine", "onnxruntime"][..],
-            ),
-            (
-                "minilm int8 dynamic, gated on 32 samples by both engines",
-                &["--min-fidelity", "0.5"][..],
-            ),
+        // Where it is not settled which engine serves, both run.
+        let judged = ["--min-fidelity", "0.5"];
+        for (work, engines, flags) in [
+            ("one engine", "OnnxRuntime", &[&judged[..], &["--engine", "onnxruntime"]].concat()),
+            ("both engines", "OnnxRuntime,Tract", &judged.to_vec()),
         ] {
             let mut ours = self.optimize(&files, "Int8Dynamic", flags)?;
             ours.arg("--evaluation").arg(&evaluation);
-            let peer = ("both models loaded and run in onnxruntime", &infer);
-            self.compare(work, &ours, Some(peer), &silent)?;
+            let mut bare = Command::new(self.example("bare")?);
+            bare.arg(engines).arg(&evaluation).arg(&model).arg(package.join("model.onnx"));
+            bare.env("ORT_DYLIB_PATH", &self.library);
+            self.compare(
+                &format!("minilm int8 dynamic, gated on 32 samples by {work}"),
+                &ours,
+                Some(("both models loaded and run there", &bare)),
+                &silent,
+            )?;
         }
 
         let mut peer = self.peers.task("static");
@@ -228,6 +253,14 @@ impl Bench {
             "minilm int8 static, 32 samples",
             &ours,
             Some(("onnxruntime quantize_static", &peer)),
+            &files,
+        )?;
+        let mut peer = self.neural_compressor.task("static");
+        peer.arg(&model).arg(&other).arg(&calibration);
+        self.compare(
+            "minilm int8 static, 32 samples",
+            &ours,
+            Some(("Neural Compressor, static", &peer)),
             &files,
         )?;
         let mut infer = self.peers.task("infer");
@@ -252,6 +285,9 @@ impl Bench {
         peer.arg(&model).arg(&other);
         let ours = self.optimize(&files, "Int4", &ungated)?;
         self.compare("minilm int4, no gate", &ours, Some(("onnxruntime MatMulNBits", &peer)), &files)?;
+        let mut peer = self.neural_compressor.task("int4");
+        peer.arg(&model).arg(&other);
+        self.compare("minilm int4, no gate", &ours, Some(("Neural Compressor, int4", &peer)), &files)?;
 
         for (scheme, name) in [("Int8Weights", "int8 weights"), ("Float16", "fp16")] {
             let ours = self.optimize(&files, scheme, &ungated)?;
@@ -308,6 +344,7 @@ impl Bench {
             ours: total(&own),
             theirs: Some(total(&others)),
             speedup: None,
+            failure: None,
             memory_to_file: None,
             sqnr_db: None,
             agreeing: Some(agreeing),
@@ -345,7 +382,47 @@ impl Bench {
             )?;
         }
         self.rounds = rounds;
+        self.synthetic_by_peers(&files, gigabytes)
+    }
+
+    /// What becomes of the same in the peer: of a model that it cannot hold it does not come to an end.
+    fn synthetic_by_peers(&mut self, files: &Files, gigabytes: u32) -> Result<()> {
+        let output = self.work.path().join("peer.onnx");
+        let mut peer = Command::new("prlimit");
+        let task = self.peers.task("dynamic");
+        peer.arg(format!("--data={PEER_MEMORY_BYTES}"))
+            .arg(task.get_program())
+            .args(task.get_args());
+        peer.arg(files.model).arg(&output).arg("external");
+        let work = format!("synthetic transformer of {gigabytes} GB, int8 by the peer alone");
+        let ended = progress::phase(&work, |_| Ok(self.peers.measure(&peer)))?;
+        let (took, failure) = match ended {
+            Ok(run) => (Some(Took::of(&[run])), None),
+            Err(error) => (None, error.to_string().lines().last().map(str::to_owned)),
+        };
+        let ours = self
+            .rows
+            .iter()
+            .rfind(|row| row.work.ends_with("int8, no gate"))
+            .map(|row| row.ours);
+        self.rows.push(Row {
+            work,
+            peer: Some("onnxruntime quantize_dynamic within 16 GiB".to_owned()),
+            ours: ours.context("the optimiser ran before")?,
+            theirs: took,
+            speedup: None,
+            failure,
+            memory_to_file: None,
+            sqnr_db: None,
+            agreeing: None,
+        });
         Ok(())
+    }
+
+    /// An example of the optimiser's.
+    fn example(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.optimizer.parent().context("a program lies in a folder")?;
+        Ok(folder.join("examples").join(name))
     }
 
     /// The optimiser, told to quantise by `scheme`.
@@ -399,6 +476,7 @@ impl Bench {
             peer: peer.map(|(name, _)| name.to_owned()),
             ours: took,
             theirs: peer.map(|_| Took::of(&others)),
+            failure: None,
             speedup: peer.map(|_| median(others.iter().zip(&own).map(|(other, own)| other.seconds / own.seconds).collect())),
             memory_to_file: Some(took.peak_bytes as f64 / file as f64),
             sqnr_db: sqnr_db.transpose()?,
@@ -433,7 +511,10 @@ fn table(rows: &[Row]) -> Table {
             display_size(row.ours.peak_bytes),
             row.memory_to_file.map_or_else(dash, |share| format!("{share:.2}x")),
             row.peer.clone().unwrap_or_else(dash),
-            row.theirs.map_or_else(dash, |took| display_seconds(took.seconds)),
+            row.theirs.map_or_else(
+                || row.failure.as_ref().map_or_else(dash, |why| format!("fails: {why}")),
+                |took| display_seconds(took.seconds),
+            ),
             row.theirs.map_or_else(dash, |took| display_size(took.peak_bytes)),
             row.speedup.map_or_else(dash, |speedup| format!("{speedup:.1}x")),
             row.sqnr_db.map_or_else(dash, |(ours, _)| decibels(ours)),

@@ -198,13 +198,11 @@ mod tests {
     use candle_core::Var;
     use plimsoll_package::manifest::{Datatype, Engine as EngineKind};
     use plimsoll_runtime::engine::{self, LoadOptions};
-    use plimsoll_runtime::onnx::{
-        AttributeProto, ModelProto, OperatorSetIdProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto,
-    };
+    use plimsoll_runtime::onnx::{AttributeProto, ModelProto, OperatorSetIdProto, ValueInfoProto, tensor_shape_proto};
 
     use super::*;
     use crate::convert;
-    use crate::graph::{float_tensor, node, tensor};
+    use crate::graph::{float_tensor, node, tensor, value_info};
 
     /// A small graph from floats (named a, b, c) to the floats `y`.
     struct Case {
@@ -317,20 +315,10 @@ mod tests {
             value: Some(tensor_shape_proto::dimension::Value::DimValue(*size as i64)),
             ..Default::default()
         };
-        let kind = type_proto::Tensor {
-            elem_type: Some(DataType::Float as i32),
-            shape: dims.map(|dims| plimsoll_runtime::onnx::TensorShapeProto {
-                dim: dims.iter().map(dimension).collect(),
-            }),
-        };
-        ValueInfoProto {
-            name: Some(name.into()),
-            r#type: Some(TypeProto {
-                value: Some(type_proto::Value::TensorType(kind)),
-                ..TypeProto::default()
-            }),
-            ..ValueInfoProto::default()
-        }
+        let shape = dims.map(|dims| plimsoll_runtime::onnx::TensorShapeProto {
+            dim: dims.iter().map(dimension).collect(),
+        });
+        value_info(name, DataType::Float, shape)
     }
 
     fn ints(name: &str, values: &[i64]) -> AttributeProto {

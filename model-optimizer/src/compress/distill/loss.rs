@@ -196,27 +196,15 @@ pub(super) fn loss(measure: Measure, student: &Tensor, teacher: &Tensor, tempera
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
-    use plimsoll_runtime::onnx::TypeProto;
 
     use super::*;
-    use crate::graph::{float_tensor, integer, node};
+    use crate::graph::{float_tensor, integer, node, value_info};
 
     fn graph(nodes: Vec<plimsoll_runtime::onnx::NodeProto>, output: &str) -> GraphProto {
-        let kind = type_proto::Tensor {
-            elem_type: Some(DataType::Float as i32),
-            shape: None,
-        };
         GraphProto {
             node: nodes,
             initializer: vec![float_tensor("w", &[2, 3], &[0.0; 6])],
-            output: vec![ValueInfoProto {
-                name: Some(output.into()),
-                r#type: Some(TypeProto {
-                    value: Some(type_proto::Value::TensorType(kind)),
-                    ..TypeProto::default()
-                }),
-                ..ValueInfoProto::default()
-            }],
+            output: vec![value_info(output, DataType::Float, None)],
             ..GraphProto::default()
         }
     }

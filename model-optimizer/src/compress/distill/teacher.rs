@@ -2,11 +2,12 @@
 
 use plimsoll_package::manifest::Engine as EngineKind;
 use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor};
-use plimsoll_runtime::onnx::{ModelProto, TypeProto, ValueInfoProto, type_proto};
+use plimsoll_runtime::onnx::ModelProto;
 
 use crate::convert;
 use crate::failure::{Failure, FailureReason, chain, failure, internal};
 use crate::graph::elements::element_types;
+use crate::graph::value_info;
 
 /// Runs the teacher.
 pub(super) struct Teacher(Box<dyn Engine>);
@@ -70,18 +71,8 @@ fn show(model: &mut ModelProto, hidden: &[&str]) -> Vec<usize> {
         if let Some(known) = graph.output.iter().position(|output| output.name() == *name) {
             return known;
         }
-        let kind = type_proto::Tensor {
-            elem_type: types.get(*name).map(|kind| *kind as i32),
-            shape: None,
-        };
-        graph.output.push(ValueInfoProto {
-            name: Some((*name).to_owned()),
-            r#type: Some(TypeProto {
-                value: Some(type_proto::Value::TensorType(kind)),
-                ..TypeProto::default()
-            }),
-            ..ValueInfoProto::default()
-        });
+        let kind = types.get(*name).copied().unwrap_or_default();
+        graph.output.push(value_info(name, kind, None));
         graph.output.len() - 1
     };
     hidden.iter().map(place).collect()

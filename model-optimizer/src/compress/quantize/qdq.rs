@@ -457,10 +457,10 @@ impl<'a> Rewriting<'a> {
         );
         self.added.push(float_tensor(&scale, &[], &[parameters.scale]));
         self.added.push(tensor(&zero, DataType::Uint8, &[], vec![parameters.zero_point]));
-        vec![
-            node("QuantizeLinear", &[input, &scale, &zero], &quantized, vec![]),
-            node("DequantizeLinear", &[&quantized, &scale, &zero], output, vec![]),
-        ]
+        let mut back = node("DequantizeLinear", &[&quantized, &scale, &zero], output, vec![]);
+        // Without a name tract calls it by its output, as exporters call the node that made that before.
+        back.name = Some(self.names.fresh(&format!("{value}_dequantize")));
+        vec![node("QuantizeLinear", &[input, &scale, &zero], &quantized, vec![]), back]
     }
 
     /// Puts `DequantizeLinear` of integers in the place of a layer's weight and bias.

@@ -308,7 +308,7 @@ impl Builder {
     }
 
     /// `If`: a product with one weight or another, by the sign of the sum of all values.
-    pub(super) fn branch(&mut self, input: &Value) -> Value {
+    pub(crate) fn branch(&mut self, input: &Value) -> Value {
         let features = input.shape[input.shape.len() - 1];
         let sum = self.push("ReduceSum", &[&input.name], vec![integer("keepdims", 0)], &[]);
         let zero = self.fresh("w");
@@ -358,7 +358,7 @@ impl Builder {
     }
 
     /// `Scan`: a recurrence over the steps, written out.
-    pub(super) fn scan(&mut self, input: &Value) -> Value {
+    pub(crate) fn scan(&mut self, input: &Value) -> Value {
         let (steps, features) = (input.shape[0], input.shape[1]);
         let axes = vec![integers("axes", &[1]), integer("keepdims", 0)];
         let first = self.push("ReduceMean", &[&input.name], axes, &[features]);

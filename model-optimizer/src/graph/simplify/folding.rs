@@ -31,7 +31,44 @@ const ON_SIZES: [&str; 12] = [
 /// Replaces nodes whose result is known by that result, in `graph` and the bodies within. `shapes` are those of `graph`. What would make
 /// the model larger by more than 1 KiB stays: a constant that others read, too, is not gained back.
 pub(super) fn fold(graph: &mut GraphProto, shapes: &Shapes) {
-    fold_within(graph, Some(shapes), None);
+    fold_within(graph, Some(shapes), None, &mut Parts::default());
+}
+
+/// Replaces nodes that make `parts` of constants, too, however large these are.
+pub(super) fn fold_parts(graph: &mut GraphProto, parts: &mut Parts) {
+    fold_within(graph, None, None, parts);
+}
+
+/// Constants of which every piece is to be folded, and their pieces.
+#[derive(Default)]
+pub(super) struct Parts {
+    /// Their names.
+    pub(super) names: HashSet<String>,
+    /// Most bytes that further pieces may take together.
+    pub(super) bytes_left: usize,
+}
+
+impl Parts {
+    /// Operators that give values that they are given, in other places.
+    const MOVES: [&str; 8] = [
+        "Concat",
+        "Flatten",
+        "Gather",
+        "Reshape",
+        "Slice",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    ];
+
+    /// Whether `node` may make pieces of constants.
+    pub(super) fn moves(node: &NodeProto) -> bool {
+        is_standard(node) && Self::MOVES.contains(&node.op_type())
+    }
+
+    fn are_made_by(&self, node: &NodeProto) -> bool {
+        Self::moves(node) && node.input.iter().any(|input| self.names.contains(input))
+    }
 }
 
 /// The constants that nodes of a graph see.
@@ -57,7 +94,7 @@ impl Scope<'_> {
     }
 }
 
-fn fold_within(graph: &mut GraphProto, shapes: Option<&Shapes>, outer: Option<&Scope>) {
+fn fold_within(graph: &mut GraphProto, shapes: Option<&Shapes>, outer: Option<&Scope>, parts: &mut Parts) {
     let outputs: HashSet<String> = graph.output.iter().map(|output| output.name().to_owned()).collect();
     let mut left: HashMap<String, usize> = reads(graph).into_iter().map(|(name, count)| (name.to_owned(), count)).collect();
     let initializers = std::mem::take(&mut graph.initializer);
@@ -81,7 +118,7 @@ fn fold_within(graph: &mut GraphProto, shapes: Option<&Shapes>, outer: Option<&S
         let folded = match node.output.as_slice() {
             [output] if is_standard(&node) && !outputs.contains(output) => {
                 let size = shapes.and_then(|shapes| size(&node, shapes, &scope, &mut sizes));
-                size.or_else(|| computed(&node, &scope, &left))
+                size.or_else(|| computed(&node, &scope, &left, parts))
                     .map(|constant| (output.clone(), constant))
             }
             _ => None,
@@ -97,7 +134,7 @@ fn fold_within(graph: &mut GraphProto, shapes: Option<&Shapes>, outer: Option<&S
                 results.push(output);
             }
             None => {
-                subgraphs_mut(&mut node).for_each(|body| fold_within(body, None, Some(&scope)));
+                subgraphs_mut(&mut node).for_each(|body| fold_within(body, None, Some(&scope), parts));
                 graph.node.push(node);
             }
         }
@@ -126,7 +163,7 @@ fn size(node: &NodeProto, shapes: &Shapes, scope: &Scope, sizes: &mut HashSet<St
 }
 
 /// What the node makes of constants, where all its inputs are, and the result is not too large for what goes in its place.
-fn computed(node: &NodeProto, scope: &Scope, left: &HashMap<String, usize>) -> Option<Constant> {
+fn computed(node: &NodeProto, scope: &Scope, left: &HashMap<String, usize>, parts: &mut Parts) -> Option<Constant> {
     if !operators::KNOWN.contains(&node.op_type()) {
         return None;
     }
@@ -145,7 +182,14 @@ fn computed(node: &NodeProto, scope: &Scope, left: &HashMap<String, usize>) -> O
         }
         inputs.push(Some(constant));
     }
-    evaluate(node, &inputs, freed + GROWTH_BYTES_MAX)
+    let fits = freed + GROWTH_BYTES_MAX;
+    if !parts.are_made_by(node) {
+        return evaluate(node, &inputs, fits);
+    }
+    let made = evaluate(node, &inputs, fits.max(parts.bytes_left))?;
+    parts.bytes_left = parts.bytes_left.saturating_sub(made.bytes.len());
+    parts.names.extend(node.output.iter().cloned());
+    Some(made)
 }
 
 #[cfg(test)]
@@ -153,28 +197,16 @@ mod tests {
     use super::*;
     use crate::graph::generator::{Builder, assert_same, declared};
     use crate::graph::simplify::simplify;
-    use crate::graph::{float_tensor, integer, integers, node, tensor};
-    use plimsoll_runtime::onnx::{AttributeProto, ModelProto, TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto};
+    use crate::graph::{float_tensor, integer, integers, node, tensor, value_info};
+    use plimsoll_runtime::onnx::{AttributeProto, ModelProto, TensorShapeProto, ValueInfoProto, tensor_shape_proto};
 
     fn numbers(name: &str, shape: &[usize], values: &[i64]) -> TensorProto {
         Constant::of_integers(shape.to_vec(), values).tensor(name)
     }
 
     fn output(name: &str, kind: DataType, rank: usize) -> ValueInfoProto {
-        let kind = type_proto::Tensor {
-            elem_type: Some(kind as i32),
-            shape: Some(TensorShapeProto {
-                dim: vec![tensor_shape_proto::Dimension::default(); rank],
-            }),
-        };
-        ValueInfoProto {
-            name: Some(name.into()),
-            r#type: Some(TypeProto {
-                value: Some(type_proto::Value::TensorType(kind)),
-                ..TypeProto::default()
-            }),
-            ..ValueInfoProto::default()
-        }
+        let dim = vec![tensor_shape_proto::Dimension::default(); rank];
+        value_info(name, kind, Some(TensorShapeProto { dim }))
     }
 
     /// A model whose output is what `node` makes of `constants`, times one, and an input beside it.
@@ -358,7 +390,7 @@ mod tests {
                 initializer: vec![float_tensor("w", &[32, 16], &[0.5; 512])],
                 ..GraphProto::default()
             };
-            fold_within(&mut graph, None, None);
+            fold_parts(&mut graph, &mut Parts::default());
             graph.node.len()
         };
         assert_eq!(count(&[], "Transpose"), 1, "the weight gives way to its transpose");
@@ -376,7 +408,7 @@ mod tests {
             ..GraphProto::default()
         };
         let mut left = large.clone();
-        fold_within(&mut left, None, None);
+        fold_parts(&mut left, &mut Parts::default());
         assert_eq!(left, large);
     }
 
@@ -405,7 +437,7 @@ mod tests {
             output: vec![output("y", DataType::Float, 1)],
             ..GraphProto::default()
         };
-        fold_within(&mut graph, None, None);
+        fold_parts(&mut graph, &mut Parts::default());
         assert_eq!(graph.node.len(), 1);
         for body in super::super::subgraphs(&graph.node[0]) {
             assert_eq!(body.node.len(), 1);

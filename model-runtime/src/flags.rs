@@ -155,6 +155,11 @@ pub(crate) struct Serve {
 
     #[command(flatten)]
     traces: traces::Flags,
+
+    /// Share of the answered requests that are logged at level info, 0% to 100%; refused and failed ones always are.
+    #[arg(long, value_name = "PERCENT", default_value = "0%", value_parser = share)]
+    access_log: f64,
+
     /// Where a share of the requests is written, with what was answered, as JSON lines that the optimiser reads as evaluation data:
     /// file:///DIR, a folder that is there. What cannot be written in time is dropped and counted; no request waits for it.
     #[arg(long, value_name = "URL", value_parser = place)]
@@ -237,7 +242,7 @@ fn place(written: &str) -> Result<String, String> {
     if is_known {
         Ok(written.to_owned())
     } else {
-        Err("write file:///DIR, for a folder".to_owned())
+        Err("write file:///DIR, for a folder; object stores are not written to, but as a volume that is mounted there".to_owned())
     }
 }
 
@@ -306,6 +311,7 @@ impl Serve {
                 tolerance: self.shadow_tolerance,
             }),
             traces: self.traces.resolve(),
+            access_log: self.access_log,
             batching: Batching {
                 rows_max: usize::from(self.max_batch),
                 bytes_max: bytes(self.max_batch_bytes),

@@ -51,6 +51,7 @@ pub use sampling::Sampling;
 pub use scheduler::Batching;
 pub use shadow::Shadow;
 use shadow::Shadowing;
+use share::Share;
 use statistics::Statistics;
 use tls::Acceptor;
 pub use tls::Tls;
@@ -103,6 +104,8 @@ pub struct Config {
     pub shadow: Option<Shadow>,
     /// Where traces go; `None` makes none.
     pub traces: Option<Traces>,
+    /// Share of the requests that are logged when they are answered, 0 to 1; refused and failed ones always are.
+    pub access_log: f64,
     /// Where a share of the requests is written to.
     pub sampling: Option<Sampling>,
     /// For how long what went through the server is compared with the package's reference; zero is not at all.
@@ -181,6 +184,8 @@ pub(crate) struct State {
     shadowing: Option<Shadowing>,
     sampler: Option<Sampler>,
     tracing: Option<Tracing>,
+    /// Which answered requests are logged.
+    access: Share,
     /// One permit for each request that may be here.
     slots: Arc<Semaphore>,
     /// Permits for the bodies' memory, in units of [`inference::memory_units`].
@@ -206,6 +211,7 @@ impl State {
             draining: AtomicBool::new(false),
             statistics: Statistics::default(),
             tokens,
+            access: Share::new(config.access_log),
             slots: Arc::new(Semaphore::new(config.limits.concurrency_max)),
             memory: Arc::new(Semaphore::new(memory as usize)),
             config,

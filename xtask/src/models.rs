@@ -19,7 +19,15 @@ pub(crate) const TESTED: Set = Set {
     folder: "models",
     scripts: &[
         ("magika/fetch.py", &["magika.onnx", "magika-inputs.npz"]),
-        ("minilm/export.py", &["minilm.onnx", "calibration.npz", "evaluation.npz"]),
+        (
+            "minilm/export.py",
+            &[
+                "minilm.onnx",
+                "minilm-companions/tokenizer.json",
+                "calibration.npz",
+                "evaluation.npz",
+            ],
+        ),
         (
             "ddddocr/fetch.py",
             &["recogniser.onnx", "recogniser-inputs.npz", "detector.onnx", "detector-inputs.npz"],

@@ -77,6 +77,7 @@ fn server(tensors: &[Tensor]) -> Arc<State> {
         shadow: None,
         sampling: None,
         traces: None,
+        access_log: 0.0,
         drift_window: Duration::ZERO,
         threads: 1,
         instances: 1,

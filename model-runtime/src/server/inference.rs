@@ -238,8 +238,10 @@ impl State {
         let milliseconds = took.as_secs_f64() * 1e3;
         let trace = || span.context.as_ref().map(|context| format!("{:032x}", context.trace));
         match refusal {
-            None if tracing::enabled!(tracing::Level::DEBUG) => tracing::debug!(milliseconds, trace = trace(), "inference"),
-            None => {}
+            None if self.access.takes() => {
+                tracing::info!(method = span.method.name(), milliseconds, trace = trace(), "inference");
+            }
+            None => tracing::debug!(method = span.method.name(), milliseconds, trace = trace(), "inference"),
             Some(Refusal { reason, text }) => {
                 let (method, code) = (span.method.name(), span.method.status(Some(*reason)));
                 let fault = reason.is_the_servers();

@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::{Metric, Registry, Unit};
 
 use super::Config;
 use super::drift::{Summary, Verdict};
@@ -94,7 +94,7 @@ struct DriftLabels {
 }
 
 /// How far what goes through the server is from the package's reference.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct DriftMetrics {
     psi: Family<DriftLabels, Gauge<f64, AtomicU64>>,
     ks: Family<DriftLabels, Gauge<f64, AtomicU64>>,
@@ -152,117 +152,92 @@ pub(super) struct Metrics {
     model: Family<ModelLabels, Gauge>,
 }
 
+/// Metrics that are exposed as they are made.
+struct Exposed(Registry);
+
+impl Exposed {
+    fn of<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        self.0.register(name, help, metric.clone());
+        metric
+    }
+
+    fn in_seconds<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        self.0.register_with_unit(name, help, Unit::Seconds, metric.clone());
+        metric
+    }
+
+    fn durations(&mut self, name: &str, help: &str) -> Histogram {
+        // 10 µs to 42 s.
+        self.in_seconds(name, help, Histogram::new(exponential_buckets(1e-5, 2.0, 23)))
+    }
+}
+
 impl Default for Metrics {
     fn default() -> Self {
-        // 10 µs to 42 s.
-        let durations = || Histogram::new(exponential_buckets(1e-5, 2.0, 23));
-        let mut registry = Registry::with_prefix("plimsoll_runtime");
-        let metrics = Self {
-            drift: DriftMetrics::default(),
-            samples: SampleMetrics::default(),
-            requests: Counter::default(),
+        let mut exposed = Exposed(Registry::with_prefix("plimsoll_runtime"));
+        Self {
+            requests: exposed.of("requests", "Inference requests answered, failed ones included", Counter::default()),
+            failures: exposed.of("request_failures", "Inference requests that failed, by reason", Family::default()),
+            batch_size: exposed.of(
+                "batch_size",
+                "Rows of the batches that the engine computed",
+                Histogram::new(exponential_buckets(1.0, 2.0, 11)),
+            ),
+            request_duration: exposed.durations("request_duration", "From an inference request's headers to its answer"),
+            inference_duration: exposed.durations("inference_duration", "What the engine took for a batch"),
+            queue_duration: exposed.durations("queue_duration", "How long a request waited for an engine"),
             shadow: ShadowMetrics {
-                requests: Family::default(),
-                // A millionth to all of the largest value.
-                difference: Histogram::new(exponential_buckets(1e-6, 10.0, 7)),
-                duration: durations(),
+                requests: exposed.of(
+                    "shadow_requests",
+                    "Copies of requests for another revision, by what came of them",
+                    Family::default(),
+                ),
+                difference: exposed.of(
+                    "shadow_difference",
+                    "Largest difference of the other revision's outputs, relative to the largest absolute value of ours",
+                    Histogram::new([1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0]),
+                ),
+                duration: exposed.durations("shadow_duration", "What the other revision took to answer"),
             },
-            spans: Family::default(),
-            failures: Family::default(),
-            tokens: Counter::default(),
-            batch_size: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
-            request_duration: durations(),
-            inference_duration: durations(),
-            queue_duration: durations(),
-            in_flight: Gauge::default(),
-            ready: Gauge::default(),
-            load_duration: Gauge::default(),
-            engine: Family::default(),
-            model: Family::default(),
-            registry: Registry::default(),
-        };
-        registry.register(
-            "requests",
-            "Inference requests answered, failed ones included",
-            metrics.requests.clone(),
-        );
-        registry.register(
-            "request_failures",
-            "Inference requests that failed, by reason",
-            metrics.failures.clone(),
-        );
-        registry.register(
-            "batch_size",
-            "Rows of the batches that the engine computed",
-            metrics.batch_size.clone(),
-        );
-        let seconds = || Unit::Seconds;
-        let duration = metrics.request_duration.clone();
-        registry.register_with_unit(
-            "request_duration",
-            "From an inference request's headers to its answer",
-            seconds(),
-            duration,
-        );
-        let duration = metrics.inference_duration.clone();
-        registry.register_with_unit("inference_duration", "What the engine took for a batch", seconds(), duration);
-        let duration = metrics.queue_duration.clone();
-        registry.register_with_unit("queue_duration", "How long a request waited for an engine", seconds(), duration);
-        let shadow = &metrics.shadow;
-        registry.register(
-            "shadow_requests",
-            "Copies of requests for another revision, by what came of them",
-            shadow.requests.clone(),
-        );
-        registry.register(
-            "shadow_difference",
-            "Largest difference of the other revision's outputs, relative to the largest absolute value of ours",
-            shadow.difference.clone(),
-        );
-        registry.register_with_unit(
-            "shadow_duration",
-            "What the other revision took to answer",
-            seconds(),
-            shadow.duration.clone(),
-        );
-        registry.register("spans", "Spans of traces, by what came of them", metrics.spans.clone());
-        registry.register(
-            "samples",
-            "Requests that were to be written by --sample-to, by what became of them",
-            metrics.samples.0.clone(),
-        );
-        let drift = &metrics.drift;
-        registry.register(
-            "drift_psi",
-            "Population stability index against what the optimiser recorded, where enough was seen: from 0.1 moderate, from 0.25 significant",
-            drift.psi.clone(),
-        );
-        registry.register(
-            "drift_ks",
-            "Kolmogorov-Smirnov statistic against what the optimiser recorded, 0 to 1, where enough was seen",
-            drift.ks.clone(),
-        );
-        registry.register("drift_count", "What was looked at within --drift-window", drift.count.clone());
-        registry.register(
-            "requests_in_flight",
-            "Inference requests taken on and not yet answered",
-            metrics.in_flight.clone(),
-        );
-        registry.register(
-            "tokens",
-            "Tokens of the texts that the model was given, padding left out",
-            metrics.tokens.clone(),
-        );
-        registry.register("ready", "1 while new traffic should come", metrics.ready.clone());
-        let duration = metrics.load_duration.clone();
-        registry.register_with_unit("load_duration", "From the start of the process to ready", seconds(), duration);
-        registry.register(
-            "engine_info",
-            "The engine that serves, and whether it is not the preferred one",
-            metrics.engine.clone(),
-        );
-        registry.register("model_info", "The model that is served", metrics.model.clone());
-        Self { registry, ..metrics }
+            spans: exposed.of("spans", "Spans of traces, by what came of them", Family::default()),
+            samples: SampleMetrics(exposed.of(
+                "samples",
+                "Requests that were to be written by --sample-to, by what became of them",
+                Family::default(),
+            )),
+            drift: DriftMetrics {
+                psi: exposed.of(
+                    "drift_psi",
+                    "Population stability index against what the optimiser recorded, where enough was seen: from 0.1 moderate, from 0.25 significant",
+                    Family::default(),
+                ),
+                ks: exposed.of(
+                    "drift_ks",
+                    "Kolmogorov-Smirnov statistic against what the optimiser recorded, 0 to 1, where enough was seen",
+                    Family::default(),
+                ),
+                count: exposed.of("drift_count", "What was looked at within --drift-window", Family::default()),
+            },
+            in_flight: exposed.of(
+                "requests_in_flight",
+                "Inference requests taken on and not yet answered",
+                Gauge::default(),
+            ),
+            tokens: exposed.of(
+                "tokens",
+                "Tokens of the texts that the model was given, padding left out",
+                Counter::default(),
+            ),
+            ready: exposed.of("ready", "1 while new traffic should come", Gauge::default()),
+            load_duration: exposed.in_seconds("load_duration", "From the start of the process to ready", Gauge::default()),
+            engine: exposed.of(
+                "engine_info",
+                "The engine that serves, and whether it is not the preferred one",
+                Family::default(),
+            ),
+            model: exposed.of("model_info", "The model that is served", Family::default()),
+            registry: exposed.0,
+        }
     }
 }
 

@@ -306,6 +306,52 @@ fn openais_embeddings_are_the_models() {
     }
 }
 
+/// A file of the user's cache, or of the folder in `PLIMSOLL_MODELS`.
+fn real_model(name: &str) -> PathBuf {
+    let cache = || {
+        let home = || std::env::home_dir().unwrap().join(".cache");
+        std::env::var_os("XDG_CACHE_HOME")
+            .map_or_else(home, PathBuf::from)
+            .join("plimsoll/models")
+    };
+    let path = std::env::var_os("PLIMSOLL_MODELS").map_or_else(cache, PathBuf::from).join(name);
+    assert!(path.exists(), "{} is missing: run `cargo xtask models`", path.display());
+    path
+}
+
+/// What sentence-transformers itself made of the same files: `tests/models/minilm/record.py` of the repository.
+#[test]
+fn minilm_gives_the_embeddings_of_sentence_transformers() {
+    let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/minilm/expected.json");
+    let expected: Value = serde_json::from_slice(&std::fs::read(recorded).unwrap()).unwrap();
+    // As a hub has it: the model in a folder of its own, and beside that what belongs to it.
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("onnx/minilm.onnx");
+    std::fs::create_dir(model.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink(real_model("minilm.onnx"), &model).unwrap();
+    for companion in std::fs::read_dir(real_model("minilm-companions")).unwrap() {
+        let companion = companion.unwrap();
+        std::os::unix::fs::symlink(companion.path(), folder.path().join(companion.file_name())).unwrap();
+    }
+    let server = Server::ready(&model, &["--engine", "onnxruntime"]);
+    let answer = embed(&server, &json!({"model": "minilm", "input": expected["texts"], "truncate": true}));
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let answer = answer.json();
+    let tokens: u64 = expected["tokens"].as_array().unwrap().iter().filter_map(Value::as_u64).sum();
+    assert_eq!(answer["usage"]["prompt_tokens"], tokens);
+    let (_, shape, values) = output(&infer(&server, "minilm", &texts(&expected["texts"], json!({}))));
+    assert_eq!(shape, json!([6, 384]));
+    for (index, values) in values.chunks(384).enumerate() {
+        let (text, expected) = (&expected["texts"][index], &expected["embeddings"][index]);
+        assert_close(
+            &numbers(&answer["data"][index]["embedding"]),
+            expected,
+            &format!("as OpenAI's: {text}"),
+        );
+        assert_close(values, expected, &format!("{text}"));
+    }
+}
+
 #[test]
 fn more_texts_than_one_batch_holds_come_back_in_their_order() {
     let expected = expected("sentences");

@@ -125,12 +125,17 @@ impl Server {
 
     /// Waits for a log line with that message.
     pub(crate) fn line(&mut self, message: &str) -> Value {
+        self.lines_to(message).pop().unwrap()
+    }
+
+    /// The log lines up to one with that message, which is the last of them.
+    pub(crate) fn lines_to(&mut self, message: &str) -> Vec<Value> {
         let mut seen = vec![];
         while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
-            if line["message"] == message {
-                return line;
-            }
             seen.push(line);
+            if seen.last().is_some_and(|line| line["message"] == message) {
+                return seen;
+            }
         }
         panic!("no line `{message}` in {seen:?}");
     }

@@ -337,6 +337,10 @@ fn answers_are_compared_with_another_revision_in_the_background() {
     }
     let metrics = get(server.http, "/metrics").text;
     assert!(metrics.contains("plimsoll_runtime_shadow_difference_count 4"), "{metrics}");
+    for bound in ["0.000001", "0.0001", "0.1", "1.0", "+Inf"] {
+        let bucket = format!("plimsoll_runtime_shadow_difference_bucket{{le=\"{bound}\"}} ");
+        assert!(metrics.contains(&bucket), "{bucket}: {metrics}");
+    }
     drop(other);
     let answers: Vec<u16> = (0..4)
         .map(|_| post(server.http, "/v2/models/mlp/infer", &mlp_body()).status)
@@ -348,4 +352,24 @@ fn answers_are_compared_with_another_revision_in_the_background() {
     {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
+}
+
+#[test]
+fn a_share_of_the_answers_is_logged_and_every_refusal() {
+    let mut server = Server::ready(&model("mlp"), &["--access-log", "25%", "--drain-delay", "0"]);
+    for _ in 0..8 {
+        assert_eq!(post(server.http, "/v2/models/mlp/infer", &mlp_body()).status, 200);
+    }
+    for _ in 0..3 {
+        assert_eq!(post(server.http, "/v2/models/mlp/infer", &json!({"inputs": []})).status, 400);
+    }
+    server.terminate();
+    let lines = server.lines_to("stopped");
+    let count = |message: &str| lines.iter().filter(|line| line["message"] == message).count();
+    assert_eq!((count("inference"), count("inference refused")), (2, 3), "{lines:?}");
+    let line = lines.iter().find(|line| line["message"] == "inference").unwrap();
+    assert!(
+        line["milliseconds"].as_f64().unwrap() > 0.0 && line["method"] == "POST /v2/models/{name}/infer",
+        "{line}"
+    );
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Extension;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State as Shared};
+use axum::extract::{Path, Request, State as Shared};
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, VARY};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
@@ -30,12 +30,12 @@ pub(super) async fn infer(
     Shared(state): Shared<Arc<State>>,
     Path(target): Path<Target>,
     Extension(client): Extension<Client>,
-    headers: HeaderMap,
-    body: Body,
+    request: Request,
 ) -> Response {
     let started = Instant::now();
-    let span = state.begin(METHOD, &headers, started);
-    let answer = answer(&state, &target, client, &headers, body, started, &span).await;
+    let (parts, body) = request.into_parts();
+    let span = state.begin(METHOD, &parts.headers, started);
+    let answer = answer(&state, &target, client, &parts.headers, body, started, &span).await;
     state.answered(span, answer.as_ref().err());
     answer.unwrap_or_else(IntoResponse::into_response)
 }

@@ -1,9 +1,10 @@
 """What the runtime is measured against; `cargo xtask bench runtime` runs each as a process of its own.
 
-    python peer.py mlp MODEL                              writes a net of 128-256-256-10 with random weights
+    python peer.py mlp MODEL SAMPLES                      writes a net of 128-256-256-10 with random weights, and inputs for it
     python peer.py alone MODEL SHAPES SECONDS             onnxruntime in this process, one thread: prints {"rps", "p50_us"}
     python peer.py triton FOLDER NAME MODEL SPECS PORT    the command that serves MODEL in Triton's binary, by its Python backend
     python peer.py mlserver FOLDER NAME MODEL PORT        a folder that `mlserver start` serves MODEL from
+    python peer.py kserve NAME MODEL PORT                 serves MODEL by KServe's server, until it is killed
 
 SHAPES is JSON, {"input": [datatype, [dimensions]]}; SPECS is {"inputs": SHAPES, "outputs": SHAPES}.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 NUMPY = {"FP32": "float32", "INT64": "int64"}
 
 
-def mlp(path: str) -> None:
+def mlp(path: str, samples: str) -> None:
     import numpy as np
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -39,6 +40,7 @@ def mlp(path: str) -> None:
     value = lambda name, size: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size])
     graph = helper.make_graph(nodes, "mlp", [value("x", sizes[0])], [value("y", sizes[-1])], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    np.savez(samples, x=random.random((512, sizes[0])).astype("float32"))
 
 
 def alone(path: str, shapes: str, seconds: str) -> None:
@@ -151,5 +153,34 @@ def mlserver(folder: str, name: str, model: str, port: str) -> None:
     (folder / "onnx_model.py").write_text(MLSERVER_MODEL)
 
 
+def kserve(name: str, path: str, port: str) -> None:
+    import onnxruntime
+    import uvicorn
+    from kserve import InferOutput, InferResponse, Model, ModelServer
+
+    class Onnx(Model):
+        def __init__(self):
+            super().__init__(name)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = options.inter_op_num_threads = 1
+            self.session = onnxruntime.InferenceSession(path, options)
+            self.outputs = self.session.get_outputs()
+            self.ready = True
+
+        def predict(self, payload, headers=None, response_headers=None):
+            feeds = {value.name: value.as_numpy() for value in payload.inputs}
+            outputs = []
+            for output, value in zip(self.outputs, self.session.run(None, feeds)):
+                outputs.append(InferOutput(output.name, list(value.shape), "FP32"))
+                outputs[-1].set_data_from_numpy(value, binary_data=False)
+            return InferResponse(response_id=payload.id or "-", model_name=self.name, infer_outputs=outputs)
+
+    # It listens on every address, and has no flag for that.
+    configuration = uvicorn.Config
+    uvicorn.Config = lambda app, **options: configuration(app, **options | {"host": "127.0.0.1"})
+    ModelServer(http_port=int(port), enable_grpc=False, enable_latency_logging=False, workers=1).start([Onnx()])
+
+
 if __name__ == "__main__":
-    {"mlp": mlp, "alone": alone, "triton": triton, "mlserver": mlserver}[sys.argv[1]](*sys.argv[2:])
+    tasks = {"mlp": mlp, "alone": alone, "triton": triton, "mlserver": mlserver, "kserve": kserve}
+    tasks[sys.argv[1]](*sys.argv[2:])

@@ -1,25 +1,28 @@
-//! The runtime beside Triton, MLServer and ONNX Runtime in one's own process: requests a second, their times, starting, memory.
+//! The runtime beside Triton, MLServer, KServe's server and ONNX Runtime in one's own process: requests a second, their times, starting,
+//! memory; and what watching costs.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener};
+use std::fs;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
-use comfy_table::Table;
-use plimsoll_package::units::display_size;
-use serde::Serialize;
-use serde_json::{Value, json};
+use anyhow::{Context as _, Result};
+use serde_json::Value;
 
-use super::load::{Request, Served, answers, load};
+use self::model::{Model, Wire};
+use self::results::{Minute, Results, Row, Start};
+use self::server::{Candidate, Kind, Servers};
+use super::load::{Served, load};
 use super::process::{Peers, median};
-use crate::{images, models, onnxruntime, progress, workspace};
+use crate::{images, models, onnxruntime, progress, python, workspace};
 
-/// Longest wait for a server to be ready.
-const PATIENCE: Duration = Duration::from_secs(60);
+mod model;
+mod results;
+mod server;
+
+const PROGRAMS: [&str; 2] = ["plimsoll-runtime", "plimsoll-optimizer"];
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -29,12 +32,15 @@ pub(crate) struct Arguments {
     /// Seconds of load on each, each time.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
-    /// Minutes of load with 1,000 idle connections beside it; 0 leaves it out.
-    #[arg(long, default_value_t = 0)]
-    soak: u32,
+    /// Minutes of load with 1,000 idle connections beside it.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    minutes: u32,
     /// Leaves the peers out.
     #[arg(long)]
     alone: bool,
+    /// Folder of programs that are measured instead of being built, as to compare two versions.
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
     /// Only this work; may be given several times.
     #[arg(long)]
     only: Vec<Work>,
@@ -48,45 +54,12 @@ enum Work {
     Minilm,
     /// A sentence encoder with batching and without, 1 to 64 connections.
     Batching,
+    /// A small net with drift, traces and samples.
+    Watching,
     /// Starting and memory.
     Start,
-}
-
-/// What a server did with a piece of work: medians of the rounds.
-#[derive(Serialize)]
-struct Row {
-    work: String,
-    server: String,
-    #[serde(flatten)]
-    served: Served,
-    /// Median, round by round, of its requests a second to those of the first server of this work.
-    ratio: f64,
-}
-
-/// How a server starts.
-#[derive(Serialize)]
-struct Start {
-    server: String,
-    /// From the start of its process to the first answer to an inference, in seconds; the median.
-    seconds: f64,
-    /// Resident after the load, in bytes, its children included.
-    resident_bytes: u64,
-}
-
-/// What a soak showed, minute by minute.
-#[derive(Serialize)]
-struct Minute {
-    minute: u32,
-    #[serde(flatten)]
-    served: Served,
-    resident_bytes: u64,
-}
-
-#[derive(Default, Serialize)]
-struct Results {
-    load: Vec<Row>,
-    start: Vec<Start>,
-    soak: Vec<Minute>,
+    /// A small net at 80 % of the load that it takes, with 1,000 idle connections.
+    Soak,
 }
 
 /// Runs it.
@@ -96,12 +69,27 @@ struct Results {
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let folder = workspace::target().join("bench").join("runtime");
     fs::create_dir_all(&folder)?;
-    let programs = images::programs(&["plimsoll-runtime"])?;
-    let mut bench = Bench {
-        peers: Peers::install("bench/runtime", &folder.join("peers.log"))?,
-        runtime: programs.into_iter().next().context("one program was asked for")?,
+    let [runtime, optimizer] = match &arguments.programs {
+        Some(folder) => PROGRAMS.map(|name| folder.join(name)),
+        None => <[PathBuf; 2]>::try_from(images::programs(&PROGRAMS)?)
+            .ok()
+            .context("two programs were asked for")?,
+    };
+    let kserve = workspace::root().join("tests/bench/runtime/kserve/requirements.txt");
+    let log = folder.join("peers.log");
+    let servers = Servers {
+        runtime,
         library: onnxruntime::library()?,
+        peers: Peers::install("bench/runtime", &log)?,
+        kserve: match arguments.alone {
+            true => None,
+            false => Some(python::environment("bench-runtime-kserve", &kserve, &log)?),
+        },
         folder: folder.clone(),
+    };
+    let mut bench = Bench {
+        servers,
+        optimizer,
         rounds: arguments.rounds,
         time: Duration::from_secs(arguments.seconds.into()),
         alone: arguments.alone,
@@ -109,11 +97,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     };
     let done = bench.all(arguments);
     // What was measured before something failed took its time, too.
-    println!("\n{}", bench.results.load_table());
-    println!("{}", bench.results.start_table());
-    if !bench.results.soak.is_empty() {
-        println!("{}", bench.results.soak_table());
-    }
+    println!("{}", bench.results);
     let path = folder.join("runtime.json");
     fs::write(&path, serde_json::to_vec_pretty(&bench.results)?)?;
     println!("written to {}", path.display());
@@ -121,129 +105,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
 }
 
 struct Bench {
-    peers: Peers,
-    runtime: PathBuf,
-    library: PathBuf,
-    folder: PathBuf,
+    servers: Servers,
+    optimizer: PathBuf,
     rounds: u32,
     time: Duration,
     alone: bool,
     results: Results,
 }
 
-/// A model, and the inputs of one request.
-struct Model {
-    name: &'static str,
-    path: PathBuf,
-    inputs: BTreeMap<&'static str, (&'static str, Vec<usize>)>,
-    outputs: BTreeMap<&'static str, (&'static str, Vec<usize>)>,
-}
-
-impl Model {
-    /// The request as JSON.
-    fn json(&self) -> Request {
-        let inputs: Vec<Value> = self
-            .inputs
-            .iter()
-            .map(|(name, (datatype, shape))| {
-                let count: usize = shape.iter().product();
-                let data: Vec<Value> = (0..count)
-                    .map(|i| {
-                        if *datatype == "FP32" {
-                            json!((i % 97) as f32 / 97.0)
-                        } else {
-                            json!(1)
-                        }
-                    })
-                    .collect();
-                json!({"name": name, "datatype": datatype, "shape": shape, "data": data})
-            })
-            .collect();
-        let body = json!({"inputs": inputs}).to_string();
-        Request::post(&self.infer(), "content-type: application/json\r\n", body.as_bytes())
-    }
-
-    /// The request with tensors as bytes, both ways.
-    fn binary(&self) -> Request {
-        let mut bytes = vec![];
-        let inputs: Vec<Value> = self
-            .inputs
-            .iter()
-            .map(|(name, (datatype, shape))| {
-                let before = bytes.len();
-                for i in 0..shape.iter().product::<usize>() {
-                    match *datatype {
-                        "FP32" => bytes.extend(((i % 97) as f32 / 97.0).to_le_bytes()),
-                        _ => bytes.extend(1_i64.to_le_bytes()),
-                    }
-                }
-                json!({"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": bytes.len() - before}})
-            })
-            .collect();
-        let json = json!({"inputs": inputs, "parameters": {"binary_data_output": true}}).to_string();
-        let headers = format!("inference-header-content-length: {}\r\n", json.len());
-        Request::post(&self.infer(), &headers, &[json.as_bytes(), &bytes].concat())
-    }
-
-    fn infer(&self) -> String {
-        format!("/v2/models/{}/infer", self.name)
-    }
-}
-
-/// A server's process; killed when dropped.
-struct Server {
-    child: Child,
-    address: SocketAddr,
-    /// From the start of its process to the first answer.
-    started: Duration,
-}
-
-impl Server {
-    fn start(command: &mut Command, port: u16, request: &Request, log: &Path) -> Result<Self> {
-        let log = File::create(log)?;
-        let begun = Instant::now();
-        let child = command.stdout(log.try_clone()?).stderr(log).stdin(Stdio::null()).spawn();
-        let child = child.with_context(|| format!("cannot start {:?}", command.get_program()))?;
-        let mut server = Self {
-            child,
-            address: ([127, 0, 0, 1], port).into(),
-            started: Duration::ZERO,
-        };
-        while !answers(server.address, request) {
-            if begun.elapsed() > PATIENCE || server.child.try_wait()?.is_some() {
-                bail!("{:?} does not serve", command.get_program());
-            }
-            thread::sleep(Duration::from_millis(2));
-        }
-        server.started = begun.elapsed();
-        Ok(server)
-    }
-
-    /// Resident memory of the process and its children, in bytes.
-    fn resident(&self) -> u64 {
-        let mut total = 0;
-        let mut processes = vec![self.child.id().to_string()];
-        while let Some(process) = processes.pop() {
-            let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-            let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-            let kilobytes = resident.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
-            total += kilobytes.unwrap_or_default() * 1024;
-            let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap_or_default();
-            processes.extend(children.split_whitespace().map(str::to_owned));
-        }
-        total
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+fn ours(name: &'static str, flags: &str, wire: Wire) -> Candidate {
+    let kind = Kind::ours(flags);
+    Candidate { name, kind, wire }
 }
 
 impl Bench {
@@ -252,43 +124,61 @@ impl Bench {
         let mlp = self.mlp()?;
         if wants(Work::Mlp) {
             for connections in [16, 1] {
-                self.compare(&mlp, connections, &[("Plimsoll", Kind::Ours(&[]), false)], !self.alone)?;
+                self.compare(&mlp, connections, &self.candidates())?;
             }
         }
         if wants(Work::Minilm) {
-            let minilm = self.minilm()?;
-            let ours = [
-                ("Plimsoll", Kind::Ours(&[]), false),
-                ("Plimsoll, binary tensors", Kind::Ours(&[]), true),
-            ];
-            self.compare(&minilm, 1, &ours, !self.alone)?;
+            self.compare(&minilm()?, 1, &self.candidates())?;
         }
         if wants(Work::Batching) {
-            let minilm = self.minilm()?;
+            let minilm = minilm()?;
             for connections in [1, 2, 4, 8, 16, 32, 64] {
-                let servers = [
-                    (
-                        "Plimsoll, no batching",
-                        Kind::Ours(&["--max-batch", "1", "--max-concurrency", "128"]),
-                        true,
-                    ),
-                    ("Plimsoll, batching", Kind::Ours(&["--max-concurrency", "128"]), true),
+                let candidates = [
+                    ours("Plimsoll, no batching", "--max-batch 1 --max-concurrency 128", Wire::Binary),
+                    ours("Plimsoll, batching", "--max-concurrency 128", Wire::Binary),
                 ];
-                self.compare(&minilm, connections, &servers, false)?;
+                self.compare(&minilm, connections, &candidates)?;
             }
+        }
+        if wants(Work::Watching) {
+            self.watching(&mlp)?;
         }
         if wants(Work::Start) {
             self.starts(&mlp)?;
         }
-        if arguments.soak > 0 {
-            self.soak(&mlp, arguments.soak)?;
+        if wants(Work::Soak) {
+            self.soak(&mlp, arguments.minutes)?;
         }
         Ok(())
     }
 
+    /// Ours, however it is asked, and the peers.
+    fn candidates(&self) -> Vec<Candidate> {
+        let mut candidates = vec![
+            ours("Plimsoll", "", Wire::Json),
+            ours("Plimsoll, binary tensors", "", Wire::Binary),
+            ours("Plimsoll, gRPC", "", Wire::Grpc),
+        ];
+        candidates.extend(self.peers());
+        candidates
+    }
+
+    fn peers(&self) -> Vec<Candidate> {
+        let peers = [("Triton", Kind::Triton), ("MLServer", Kind::MlServer), ("KServe", Kind::KServe)];
+        let wire = Wire::Json;
+        let peers = peers.into_iter().filter(|_| !self.alone);
+        peers.map(|(name, kind)| Candidate { name, kind, wire }).collect()
+    }
+
+    /// The file of a small net's inputs.
+    fn samples(&self) -> PathBuf {
+        self.servers.folder.join("mlp.npz")
+    }
+
     fn mlp(&self) -> Result<Model> {
-        let path = self.folder.join("mlp.onnx");
-        self.peers.ask(self.peers.script("bench/runtime/peer.py").arg("mlp").arg(&path))?;
+        let path = self.servers.folder.join("mlp.onnx");
+        let mut script = self.servers.peers.script("bench/runtime/peer.py");
+        self.servers.peers.ask(script.arg("mlp").arg(&path).arg(self.samples()))?;
         Ok(Model {
             name: "mlp",
             path,
@@ -297,41 +187,20 @@ impl Bench {
         })
     }
 
-    fn minilm(&self) -> Result<Model> {
-        let path = models::fetch(&models::TESTED)?.join("minilm.onnx");
-        let ids = || ("INT64", vec![1, 64]);
-        Ok(Model {
-            name: "minilm",
-            path,
-            inputs: [("input_ids", ids()), ("attention_mask", ids()), ("token_type_ids", ids())].into(),
-            outputs: [("last_hidden_state", ("FP32", vec![1, 64, 384]))].into(),
-        })
-    }
-
-    /// Loads ours and, where `peers`, Triton, MLServer and ONNX Runtime alone, in turns.
-    fn compare(&mut self, model: &Model, connections: usize, ours: &[(&str, Kind, bool)], peers: bool) -> Result<()> {
-        let work = format!(
-            "{}, {connections} connection{}",
-            model.name,
-            if connections == 1 { "" } else { "s" }
-        );
-        let mut servers = vec![];
-        for &(name, kind, binary) in ours {
-            let request = if binary { model.binary() } else { model.json() };
-            servers.push((name.to_owned(), self.start(kind, model, &request)?, request));
-        }
-        if peers {
-            for (name, kind) in [("Triton", Kind::Triton), ("MLServer", Kind::MlServer)] {
-                servers.push((name.to_owned(), self.start(kind, model, &model.json())?, model.json()));
-            }
-        }
+    /// Loads the candidates, and with one connection ONNX Runtime alone, in turns.
+    fn compare(&mut self, model: &Model, connections: usize, candidates: &[Candidate]) -> Result<()> {
+        let plural = if connections == 1 { "" } else { "s" };
+        let work = format!("{}, {connections} connection{plural}", model.name);
+        let servers: Vec<_> = candidates
+            .iter()
+            .map(|candidate| Ok((candidate, self.servers.start(candidate, model)?, model.request(candidate.wire))))
+            .collect::<Result<_>>()?;
         let mut rounds: Vec<Vec<Served>> = servers.iter().map(|_| vec![]).collect();
         let mut alone = vec![];
-        let label = work.clone();
-        progress::phase(&label, |bar| {
+        progress::phase(&work, |bar| {
             for round in 1..=self.rounds {
-                for ((name, server, request), rounds) in servers.iter().zip(&mut rounds) {
-                    bar.set_message(format!("round {round} of {}: {name}", self.rounds));
+                for ((candidate, server, request), rounds) in servers.iter().zip(&mut rounds) {
+                    bar.set_message(format!("round {round} of {}: {}", self.rounds, candidate.name));
                     rounds.push(load(server.address, request, connections, self.time, None)?);
                 }
                 if connections == 1 {
@@ -341,39 +210,28 @@ impl Bench {
             }
             Ok(())
         })?;
-        if !alone.is_empty() {
-            rounds.push(alone);
+        let of_first = |served: &[Served]| ratio(served, &rounds[0]);
+        let mut add = |name: &str, served: &[Served], first: f64| {
+            let of_in_process = (!alone.is_empty()).then(|| ratio(served, &alone));
+            self.results.load.push(Row::new(&work, name, served, first, of_in_process));
+        };
+        for ((candidate, ..), served) in servers.iter().zip(&rounds) {
+            add(candidate.name, served, of_first(served));
         }
-        let names = servers
-            .iter()
-            .map(|(name, _, _)| name.clone())
-            .chain(["ONNX Runtime in process".to_owned()]);
-        for (server, served) in names.zip(&rounds) {
-            let of = |value: fn(&Served) -> f64| median(served.iter().map(value).collect());
-            let ratio = median(served.iter().zip(&rounds[0]).map(|(this, first)| this.rps / first.rps).collect());
-            self.results.load.push(Row {
-                work: work.clone(),
-                server,
-                served: Served {
-                    rps: of(|served| served.rps),
-                    p50_us: of(|served| served.p50_us),
-                    p99_us: of(|served| served.p99_us),
-                    failed: served.iter().map(|served| served.failed).sum(),
-                },
-                ratio,
-            });
+        if !alone.is_empty() {
+            add("ONNX Runtime in process", &alone, of_first(&alone));
         }
         Ok(())
     }
 
     fn in_process(&self, model: &Model) -> Result<Served> {
-        let mut script = self.peers.script("bench/runtime/peer.py");
+        let mut script = self.servers.peers.script("bench/runtime/peer.py");
         script
             .arg("alone")
             .arg(&model.path)
             .arg(serde_json::to_string(&model.inputs)?)
             .arg(self.time.as_secs_f64().to_string());
-        let told: Value = serde_json::from_str(&self.peers.ask(&mut script)?)?;
+        let told: Value = serde_json::from_str(&self.servers.peers.ask(&mut script)?)?;
         let number = |name: &str| told[name].as_f64().unwrap_or(f64::NAN);
         Ok(Served {
             rps: number("rps"),
@@ -383,77 +241,69 @@ impl Bench {
         })
     }
 
-    fn start(&self, kind: Kind, model: &Model, request: &Request) -> Result<Server> {
-        let port = free_port()?;
-        let folder = self
-            .folder
-            .join(format!("{kind:?}-{}", model.name).replace(|c: char| !c.is_ascii_alphanumeric(), "-"));
-        let script = || self.peers.script("bench/runtime/peer.py");
-        let mut command = match kind {
-            Kind::Ours(arguments) => {
-                let mut command = Command::new(&self.runtime);
-                command
-                    .arg("serve")
-                    .arg(&model.path)
-                    .args(["--name", model.name, "--threads", "1", "--engine", "onnxruntime"]);
-                command
-                    .args(["--http", &format!("127.0.0.1:{port}"), "--grpc", "none"])
-                    .args(arguments)
-                    .env("ORT_DYLIB_PATH", &self.library);
-                command
+    /// What drift, traces and samples cost, each alone: a package that records how its inputs are distributed, and a collector that takes all.
+    fn watching(&mut self, mlp: &Model) -> Result<()> {
+        let package = self.servers.folder.join("mlp-package");
+        let samples = self.servers.folder.join("samples");
+        for folder in [&package, &samples] {
+            if folder.exists() {
+                fs::remove_dir_all(folder)?;
             }
-            Kind::Triton => {
-                let specs = json!({"inputs": model.inputs, "outputs": model.outputs}).to_string();
-                let mut script = script();
-                script
-                    .arg("triton")
-                    .arg(&folder)
-                    .args([model.name])
-                    .arg(&model.path)
-                    .args([specs, port.to_string()]);
-                let words: Vec<String> = serde_json::from_str(&self.peers.ask(&mut script)?)?;
-                let (program, arguments) = words.split_first().context("a command has a program")?;
-                let mut command = Command::new(program);
-                command.args(arguments);
-                command
-            }
-            Kind::MlServer => {
-                let mut script = script();
-                script
-                    .arg("mlserver")
-                    .arg(&folder)
-                    .args([model.name])
-                    .arg(&model.path)
-                    .arg(port.to_string());
-                self.peers.ask(&mut script)?;
-                let mut command = Command::new(self.peers.python().with_file_name("mlserver"));
-                command.arg("start").arg(".").current_dir(&folder);
-                command
-            }
+        }
+        fs::create_dir_all(&samples)?;
+        let mut optimize = Command::new(&self.optimizer);
+        optimize
+            .arg("optimize")
+            .arg(&mlp.path)
+            .arg("--output")
+            .arg(&package)
+            .env("ORT_DYLIB_PATH", &self.servers.library);
+        optimize
+            .arg("--evaluation")
+            .arg(self.samples())
+            .args(["--engine", "onnxruntime", "--json"]);
+        self.servers.peers.ask(&mut optimize)?;
+        let collector = collector()?;
+        let model = Model {
+            path: package,
+            inputs: mlp.inputs.clone(),
+            outputs: mlp.outputs.clone(),
+            ..*mlp
         };
-        Server::start(&mut command, port, request, &folder.with_extension("log"))
+        let traces = format!("--drift-window 0 --otlp-endpoint {collector}");
+        let sampling = format!("--drift-window 0 --sample-to file://{} --sample-share 1%", samples.display());
+        let candidates = [
+            ours("Plimsoll, watching nothing", "--drift-window 0", Wire::Json),
+            ours("Plimsoll, drift", "", Wire::Json),
+            ours("Plimsoll, a trace of every request", &traces, Wire::Json),
+            ours("Plimsoll, samples of 1 %", &sampling, Wire::Json),
+        ];
+        for connections in [16, 1] {
+            self.compare(&model, connections, &candidates)?;
+        }
+        Ok(())
     }
 
     fn starts(&mut self, model: &Model) -> Result<()> {
-        let mut kinds = vec![("Plimsoll", Kind::Ours(&[]))];
-        if !self.alone {
-            kinds.extend([("Triton", Kind::Triton), ("MLServer", Kind::MlServer)]);
-        }
-        for (name, kind) in kinds {
-            let (mut seconds, mut resident_bytes) = (vec![], 0);
-            progress::phase(&format!("starting {name}"), |_| {
+        let mut candidates = vec![ours("Plimsoll", "", Wire::Json)];
+        candidates.extend(self.peers());
+        let size = fs::metadata(&model.path)?.len();
+        for candidate in &candidates {
+            let (mut seconds, mut resident) = (vec![], 0);
+            progress::phase(&format!("starting {}", candidate.name), |_| {
                 for _ in 0..self.rounds {
-                    let server = self.start(kind, model, &model.json())?;
+                    let server = self.servers.start(candidate, model)?;
                     seconds.push(server.started.as_secs_f64());
-                    load(server.address, &model.json(), 16, self.time, None)?;
-                    resident_bytes = resident_bytes.max(server.resident());
+                    load(server.address, &model.request(candidate.wire), 16, self.time, None)?;
+                    resident = resident.max(server.resident());
                 }
                 Ok(())
             })?;
             self.results.start.push(Start {
-                server: name.to_owned(),
+                server: candidate.name.to_owned(),
                 seconds: median(seconds),
-                resident_bytes,
+                resident_bytes: resident,
+                over_model_bytes: resident.saturating_sub(size),
             });
         }
         Ok(())
@@ -461,17 +311,17 @@ impl Bench {
 
     fn soak(&mut self, model: &Model, minutes: u32) -> Result<()> {
         const CONNECTIONS: usize = 16;
-        let request = model.json();
-        let server = self.start(Kind::Ours(&["--max-connections", "2000"]), model, &request)?;
+        let candidate = ours("Plimsoll", "--max-connections 2000", Wire::Json);
+        let request = model.request(candidate.wire);
+        let server = self.servers.start(&candidate, model)?;
         let most = load(server.address, &request, CONNECTIONS, self.time, None)?.rps;
-        let idle: Vec<std::net::TcpStream> = (0..1000)
-            .map(|_| std::net::TcpStream::connect(server.address))
-            .collect::<std::io::Result<_>>()?;
+        let open = |_| TcpStream::connect(server.address);
+        let idle: Vec<TcpStream> = (0..1000).map(open).collect::<std::io::Result<_>>()?;
         progress::phase("1,000 idle connections, and load at 80 %", |bar| {
             for minute in 1..=minutes {
                 bar.set_message(format!("minute {minute} of {minutes}"));
                 let pace = 0.8 * most / CONNECTIONS as f64;
-                let served = load(server.address, &request, CONNECTIONS, Duration::from_secs(60), Some(pace))?;
+                let served = load(server.address, &request, CONNECTIONS, Duration::from_secs(55), Some(pace))?;
                 self.results.soak.push(Minute {
                     minute,
                     served,
@@ -485,70 +335,50 @@ impl Bench {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Kind {
-    /// With more flags.
-    Ours(&'static [&'static str]),
-    Triton,
-    MlServer,
+/// Median, round by round, of the one's requests a second to the other's.
+fn ratio(these: &[Served], those: &[Served]) -> f64 {
+    median(these.iter().zip(those).map(|(this, that)| this.rps / that.rps).collect())
 }
 
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(header);
-    table
+fn minilm() -> Result<Model> {
+    let path: &Path = &models::fetch(&models::TESTED)?;
+    let ids = || ("INT64", vec![1, 64]);
+    Ok(Model {
+        name: "minilm",
+        path: path.join("minilm.onnx"),
+        inputs: [("input_ids", ids()), ("attention_mask", ids()), ("token_type_ids", ids())].into(),
+        outputs: [("last_hidden_state", ("FP32", vec![1, 64, 384]))].into(),
+    })
 }
 
-fn display_micros(micros: f64) -> String {
-    match micros {
-        micros if micros.is_nan() => "-".to_owned(),
-        micros if micros < 1e4 => format!("{micros:.0} µs"),
-        micros => format!("{:.1} ms", micros / 1e3),
-    }
-}
-
-impl Results {
-    fn load_table(&self) -> Table {
-        let mut table = table(&["work", "server", "requests/s", "ratio", "p50", "p99", "failed"]);
-        for row in &self.load {
-            table.add_row([
-                row.work.clone(),
-                row.server.clone(),
-                format!("{:.0}", row.served.rps),
-                format!("{:.2}x", row.ratio),
-                display_micros(row.served.p50_us),
-                display_micros(row.served.p99_us),
-                row.served.failed.to_string(),
-            ]);
+/// The address of a collector that takes every trace and keeps none.
+fn collector() -> Result<String> {
+    use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = format!("http://{}", listener.local_addr()?);
+    let answer = |stream: TcpStream| -> std::io::Result<()> {
+        let mut reader = BufReader::new(stream);
+        loop {
+            let mut length = 0;
+            let mut line = String::new();
+            while reader.read_line(&mut line)? > 2 {
+                let value = line.to_ascii_lowercase();
+                let value = value.strip_prefix("content-length:").and_then(|value| value.trim().parse().ok());
+                length = value.unwrap_or(length);
+                line.clear();
+            }
+            if line.is_empty() {
+                return Ok(());
+            }
+            std::io::copy(&mut reader.by_ref().take(length), &mut std::io::sink())?;
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/x-protobuf\r\ncontent-length: 0\r\n\r\n";
+            reader.get_mut().write_all(head.as_bytes())?;
         }
-        table
-    }
-
-    fn start_table(&self) -> Table {
-        let mut table = table(&["server", "start to the first answer", "resident after load"]);
-        for row in &self.start {
-            table.add_row([
-                row.server.clone(),
-                format!("{:.2} s", row.seconds),
-                display_size(row.resident_bytes),
-            ]);
+    };
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || answer(stream));
         }
-        table
-    }
-
-    fn soak_table(&self) -> Table {
-        let mut table = table(&["minute", "requests/s", "p50", "p99", "failed", "resident"]);
-        for row in &self.soak {
-            table.add_row([
-                row.minute.to_string(),
-                format!("{:.0}", row.served.rps),
-                display_micros(row.served.p50_us),
-                display_micros(row.served.p99_us),
-                row.served.failed.to_string(),
-                display_size(row.resident_bytes),
-            ]);
-        }
-        table
-    }
+    });
+    Ok(address)
 }

@@ -220,7 +220,10 @@ impl Shared {
                 continue;
             }
             let batch = state.next_batch(&self.batching);
-            if let (false, Some(engine)) = (batch.is_empty(), state.free.pop()) {
+            // Nobody may be left who waits; then the engine stays free.
+            if !batch.is_empty()
+                && let Some(engine) = state.free.pop()
+            {
                 drop(state);
                 self.run(engine, batch, 0);
                 state = self.lock();

@@ -177,6 +177,28 @@ fn nothing_is_computed_for_a_client_that_has_gone_or_a_deadline_that_has_passed(
 }
 
 #[test]
+fn an_engine_serves_on_when_all_that_wait_have_gone() {
+    let (engine, open) = Doubling::gated();
+    let scheduler = Scheduler::start(vec![engine.clone()], batching(8));
+    let first = scheduler.submit(work(&[1.0], 1));
+    await_runs(&engine, 1);
+    drop(scheduler.submit(work(&[2.0], 1)));
+    open.send(()).unwrap();
+    outputs(first);
+    while !scheduler.shared.lock().line.is_empty() {
+        thread::yield_now();
+    }
+    open.send(()).unwrap();
+    let next = scheduler.submit(work(&[3.0], 1));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while engine.runs.lock().unwrap().len() < 2 {
+        assert!(Instant::now() < deadline, "the engine is lost");
+        thread::yield_now();
+    }
+    assert_eq!(outputs(next), (vec![6.0], 1));
+}
+
+#[test]
 fn batches_that_serve_nobody_sooner_are_not_made() {
     // Two rows take eight times as long as one.
     let engine = Doubling::new(|rows| 0.002 * (rows * rows * rows) as f64);

@@ -228,7 +228,7 @@ impl Bench {
         let mut script = self.servers.peers.script("bench/runtime/peer.py");
         script
             .arg("alone")
-            .arg(&model.path)
+            .arg(model.file())
             .arg(serde_json::to_string(&model.inputs)?)
             .arg(self.time.as_secs_f64().to_string());
         let told: Value = serde_json::from_str(&self.servers.peers.ask(&mut script)?)?;

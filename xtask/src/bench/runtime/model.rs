@@ -29,6 +29,15 @@ pub(super) enum Wire {
 }
 
 impl Model {
+    /// The model's file; `path` may be a package's folder.
+    pub(super) fn file(&self) -> PathBuf {
+        if self.path.is_dir() {
+            self.path.join("model.onnx")
+        } else {
+            self.path.clone()
+        }
+    }
+
     pub(super) fn request(&self, wire: Wire) -> Request {
         match wire {
             Wire::Json => self.json(),

@@ -133,11 +133,10 @@ impl Namespace {
 
     /// Waits for the Event of `reason` about a ModelDeployment, and returns it: news is told last, when what it tells of is there.
     pub(crate) fn wait_event(&self, reason: &str) -> Value {
-        self.watch("events.events.k8s.io")
-            .until(&format!("there is an Event {reason}"), |events| {
-                let told = |event: &&&Value| event["regarding"]["kind"] == "ModelDeployment" && event["reason"] == reason;
-                events.iter().find(told).map(|event| (*event).clone())
-            })
+        self.watch("events").until(&format!("there is an Event {reason}"), |events| {
+            let told = |event: &&&Value| event["regarding"]["kind"] == "ModelDeployment" && event["reason"] == reason;
+            events.iter().find(told).map(|event| (*event).clone())
+        })
     }
 
     /// kind/name and resource version of all that the operator writes here, its Events among them.

@@ -21,7 +21,7 @@ const BROKEN_OFF_AFTER: Duration = Duration::from_secs(20);
 /// # Errors
 /// Where one of them fails, or a request failed while versions changed.
 pub(super) fn run(tally: &mut Tally) -> Result<()> {
-    check("demo --local", &mut task(&["demo", "--local"])?, tally)?;
+    check("demo --local", &mut task(&["demo", "--local"]), tally)?;
     if let Err(reasons) = cluster::can_run() {
         tally.skip(format!("the demo: this machine can run no cluster ({reasons})"));
         return Ok(());
@@ -32,7 +32,7 @@ pub(super) fn run(tally: &mut Tally) -> Result<()> {
     }
     let before = Traces::observe();
     let shown = show(tally);
-    let down = check("demo --down", &mut task(&["demo", "--down"])?, tally);
+    let down = check("demo --down", &mut task(&["demo", "--down"]), tally);
     shown.and(down)?;
     let differences = Traces::left_since(&before);
     ensure!(
@@ -47,20 +47,20 @@ pub(super) fn run(tally: &mut Tally) -> Result<()> {
 fn show(tally: &mut Tally) -> Result<()> {
     break_off()?;
     for what in ["the demo after one that was broken off", "the demo once more"] {
-        check(what, &mut task(&["demo"])?, tally)?;
+        check(what, &mut task(&["demo"]), tally)?;
         let path = workspace::target().join("demo.json");
         let text = fs::read(&path).with_context(|| format!("{what} wrote no {}", path.display()))?;
         let record: Value = serde_json::from_slice(&text)?;
         let requests = (record["requests_total"].as_u64(), record["requests_failed"].as_u64());
         ensure!(requests.0 > Some(100) && requests.1 == Some(0), "{what}: {record}");
     }
-    check("cluster status", &mut task(&["cluster", "status"])?, tally)?;
-    check("cluster logs", &mut task(&["cluster", "logs", "kubelet"])?, tally)
+    check("cluster status", &mut task(&["cluster", "status"]), tally)?;
+    check("cluster logs", &mut task(&["cluster", "logs", "kubelet"]), tally)
 }
 
 /// Starts the demo and breaks it off as Ctrl-C does at a terminal: all of the group of processes that stands there.
 fn break_off() -> Result<()> {
-    let mut demo = task(&["demo"])?;
+    let mut demo = task(&["demo"]);
     let mut demo = demo.process_group(0).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     std::thread::sleep(BROKEN_OFF_AFTER);
     let group = format!("-{}", demo.id());
@@ -69,9 +69,9 @@ fn break_off() -> Result<()> {
     Ok(())
 }
 
-/// A call of this very program.
-fn task(arguments: &[&str]) -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe().context("this program has no path")?);
-    command.args(arguments).env_remove("KUBECONFIG").current_dir(workspace::root());
-    Ok(command)
+/// A task as a user calls it, on a cluster of its own.
+fn task(arguments: &[&str]) -> Command {
+    let mut command = workspace::cargo();
+    command.arg("xtask").args(arguments).env_remove("KUBECONFIG");
+    command
 }

@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
     /// Times that each program runs; ours and its peer take turns.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Size of the synthetic transformer in gigabytes; 0 leaves it out. Twice as much disk is needed.
+    /// Size of the synthetic transformer in gigabytes; 0 leaves it out. Three times as much disk is needed.
     #[arg(long, default_value_t = 10)]
     gigabytes: u32,
     /// Only this work; may be given several times.

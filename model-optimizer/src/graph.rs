@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{
     AttributeProto, GraphProto, NodeProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, attribute_proto::AttributeType,
-    type_proto,
+    tensor_shape_proto, type_proto,
 };
 
 pub mod dependency;
@@ -149,6 +149,16 @@ pub fn value_info(name: &str, kind: DataType, shape: Option<TensorShapeProto>) -
         }),
         ..ValueInfoProto::default()
     }
+}
+
+/// A shape whose every size is known.
+#[must_use]
+pub fn fixed_shape(sizes: &[usize]) -> TensorShapeProto {
+    let dim = sizes.iter().map(|size| tensor_shape_proto::Dimension {
+        value: Some(tensor_shape_proto::dimension::Value::DimValue(*size as i64)),
+        ..Default::default()
+    });
+    TensorShapeProto { dim: dim.collect() }
 }
 
 /// A tensor of raw little-endian bytes.

@@ -8,6 +8,8 @@ mod distill;
 mod drift;
 mod external;
 mod fetch;
+#[path = "../../../tests/models/fetched.rs"]
+mod fetched;
 mod https;
 // What only the unit tests build with is unused here.
 #[allow(dead_code)]
@@ -29,24 +31,12 @@ mod server;
 use std::path::PathBuf;
 use std::process::Command;
 
+use fetched::real_model;
 use plimsoll_package::recipe::{Inputs, Optimization, SourceLocation};
 
 /// A file of the repository's models.
 fn model(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/models").join(name)
-}
-
-/// A real model or its samples, from the user's cache or the folder in `PLIMSOLL_MODELS`.
-fn real_model(name: &str) -> PathBuf {
-    let cache = || {
-        let home = || std::env::home_dir().unwrap().join(".cache");
-        std::env::var_os("XDG_CACHE_HOME")
-            .map_or_else(home, PathBuf::from)
-            .join("plimsoll/models")
-    };
-    let path = std::env::var_os("PLIMSOLL_MODELS").map_or_else(cache, PathBuf::from).join(name);
-    assert!(path.is_file(), "{} is missing: run `cargo xtask models`", path.display());
-    path
 }
 
 /// The optimiser's program, with ONNX Runtime's library.

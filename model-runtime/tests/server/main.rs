@@ -4,6 +4,8 @@ mod channel;
 mod client;
 mod drain;
 mod drift;
+#[path = "../../../tests/models/fetched.rs"]
+mod fetched;
 mod grpc;
 mod limits;
 mod preprocessing;

@@ -8,6 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use crate::client::{Answer, Connection, get, post};
+use crate::fetched::real_model;
 use crate::process::Server;
 
 fn file(path: &str) -> PathBuf {
@@ -306,19 +307,6 @@ fn openais_embeddings_are_the_models() {
     }
 }
 
-/// A file of the user's cache, or of the folder in `PLIMSOLL_MODELS`.
-fn real_model(name: &str) -> PathBuf {
-    let cache = || {
-        let home = || std::env::home_dir().unwrap().join(".cache");
-        std::env::var_os("XDG_CACHE_HOME")
-            .map_or_else(home, PathBuf::from)
-            .join("plimsoll/models")
-    };
-    let path = std::env::var_os("PLIMSOLL_MODELS").map_or_else(cache, PathBuf::from).join(name);
-    assert!(path.exists(), "{} is missing: run `cargo xtask models`", path.display());
-    path
-}
-
 /// What sentence-transformers itself made of the same files: `tests/models/minilm/record.py` of the repository.
 #[test]
 fn minilm_gives_the_embeddings_of_sentence_transformers() {
@@ -329,7 +317,8 @@ fn minilm_gives_the_embeddings_of_sentence_transformers() {
     let model = folder.path().join("onnx/minilm.onnx");
     std::fs::create_dir(model.parent().unwrap()).unwrap();
     std::os::unix::fs::symlink(real_model("minilm.onnx"), &model).unwrap();
-    for companion in std::fs::read_dir(real_model("minilm-companions")).unwrap() {
+    let tokenizer = real_model("minilm-companions/tokenizer.json");
+    for companion in std::fs::read_dir(tokenizer.parent().unwrap()).unwrap() {
         let companion = companion.unwrap();
         std::os::unix::fs::symlink(companion.path(), folder.path().join(companion.file_name())).unwrap();
     }

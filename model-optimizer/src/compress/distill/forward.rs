@@ -198,11 +198,11 @@ mod tests {
     use candle_core::Var;
     use plimsoll_package::manifest::{Datatype, Engine as EngineKind};
     use plimsoll_runtime::engine::{self, LoadOptions};
-    use plimsoll_runtime::onnx::{AttributeProto, ModelProto, OperatorSetIdProto, ValueInfoProto, tensor_shape_proto};
+    use plimsoll_runtime::onnx::{AttributeProto, ModelProto, OperatorSetIdProto, ValueInfoProto};
 
     use super::*;
     use crate::convert;
-    use crate::graph::{float_tensor, node, tensor, value_info};
+    use crate::graph::{fixed_shape, float_tensor, node, tensor, value_info};
 
     /// A small graph from floats (named a, b, c) to the floats `y`.
     struct Case {
@@ -311,14 +311,7 @@ mod tests {
     }
 
     fn value(name: &str, dims: Option<&[usize]>) -> ValueInfoProto {
-        let dimension = |size: &usize| tensor_shape_proto::Dimension {
-            value: Some(tensor_shape_proto::dimension::Value::DimValue(*size as i64)),
-            ..Default::default()
-        };
-        let shape = dims.map(|dims| plimsoll_runtime::onnx::TensorShapeProto {
-            dim: dims.iter().map(dimension).collect(),
-        });
-        value_info(name, DataType::Float, shape)
+        value_info(name, DataType::Float, dims.map(fixed_shape))
     }
 
     fn ints(name: &str, values: &[i64]) -> AttributeProto {

@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 use plimsoll_package::recipe::Granularity;
 use plimsoll_runtime::engine::{self, Engine, LoadOptions, Tensor};
 use plimsoll_runtime::onnx::tensor_proto::DataType;
-use plimsoll_runtime::onnx::{
-    self, GraphProto, ModelProto, OperatorSetIdProto, TensorShapeProto, TypeProto, ValueInfoProto, tensor_shape_proto, type_proto, weights,
-};
+use plimsoll_runtime::onnx::{self, GraphProto, ModelProto, OperatorSetIdProto, TypeProto, ValueInfoProto, type_proto, weights};
 
 use super::fastest::ADVANTAGE;
 use super::int8::{Int8, Product, Products};
@@ -20,7 +18,7 @@ use crate::evaluate::latency;
 use crate::failure::{Failure, chain, internal};
 use crate::graph::shape::Shapes;
 use crate::graph::weight::{self, Operator};
-use crate::graph::{float_tensor, integer, node, opset, value_info};
+use crate::graph::{fixed_shape, float_tensor, integer, node, opset, value_info};
 
 /// Most bytes of a weight that is measured: of a larger one, fewer outputs are.
 const WEIGHT_BYTES_MAX: usize = 64 << 20;
@@ -220,16 +218,8 @@ fn resize(input: &mut ValueInfoProto, sizes: &[usize]) {
         ..
     }) = &mut input.r#type
     {
-        kind.shape = Some(shape_of(sizes));
+        kind.shape = Some(fixed_shape(sizes));
     }
-}
-
-fn shape_of(sizes: &[usize]) -> TensorShapeProto {
-    let dim = sizes.iter().map(|size| tensor_shape_proto::Dimension {
-        value: Some(tensor_shape_proto::dimension::Value::DimValue(*size as i64)),
-        ..Default::default()
-    });
-    TensorShapeProto { dim: dim.collect() }
 }
 
 impl Shape {
@@ -298,7 +288,7 @@ impl Shape {
             true => node("Gemm", &["x", "w"], "y", vec![integer("transB", 1)]),
             false => node("MatMul", &["x", "w"], "y", vec![]),
         };
-        let declared = |name: &str, features: usize| value_info(name, DataType::Float, Some(shape_of(&[rows, features])));
+        let declared = |name: &str, features: usize| value_info(name, DataType::Float, Some(fixed_shape(&[rows, features])));
         let model = ModelProto {
             ir_version: Some(8),
             opset_import: vec![OperatorSetIdProto {

@@ -6,7 +6,7 @@ use plimsoll_runtime::onnx::{
     attribute_proto::AttributeType, tensor_shape_proto,
 };
 
-use plimsoll_optimizer::graph::{float_tensor, integer, integers, node, tensor, value_info};
+use plimsoll_optimizer::graph::{fixed_shape, float_tensor, integer, integers, node, tensor, value_info};
 
 /// Builds a model node by node.
 pub(crate) struct Builder {
@@ -262,12 +262,7 @@ impl Builder {
 
 /// A value of a body, whose shape says nothing of a batch.
 pub(super) fn bare(name: &str, kind: DataType, shape: &[usize]) -> ValueInfoProto {
-    let dimension = |size: &usize| tensor_shape_proto::Dimension {
-        value: Some(tensor_shape_proto::dimension::Value::DimValue(*size as i64)),
-        ..Default::default()
-    };
-    let dim = shape.iter().map(dimension).collect();
-    value_info(name, kind, Some(TensorShapeProto { dim }))
+    value_info(name, kind, Some(fixed_shape(shape)))
 }
 
 pub(super) fn body(name: &str, graph: GraphProto) -> AttributeProto {

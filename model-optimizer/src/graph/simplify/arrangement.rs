@@ -35,7 +35,7 @@ pub(super) fn arrange(graph: &mut GraphProto) {
 
 /// The names of weights that every node that reads them cuts up or moves about, by nothing but constants.
 fn moved(graph: &GraphProto) -> HashSet<String> {
-    let (mut constants, mut names, mut others) = (HashSet::new(), HashSet::new(), HashSet::new());
+    let (mut constants, mut names) = (HashSet::new(), HashSet::new());
     visit(graph, &mut |graph| {
         constants.extend(graph.initializer.iter().map(|tensor| tensor.name().to_owned()));
         let large = graph
@@ -45,15 +45,13 @@ fn moved(graph: &GraphProto) -> HashSet<String> {
         names.extend(large.map(|tensor| tensor.name().to_owned()));
     });
     let moves = |node: &NodeProto| Parts::moves(node) && node.input.iter().all(|input| input.is_empty() || constants.contains(input));
+    let (mut read, mut others) = (HashSet::new(), HashSet::new());
     visit(graph, &mut |graph| {
         others.extend(graph.output.iter().map(|output| output.name().to_owned()));
-        for node in graph.node.iter().filter(|node| !moves(node)) {
-            others.extend(node.input.iter().cloned());
+        for node in &graph.node {
+            let readers = if moves(node) { &mut read } else { &mut others };
+            readers.extend(node.input.iter().cloned());
         }
-    });
-    let mut read = HashSet::new();
-    visit(graph, &mut |graph| {
-        read.extend(graph.node.iter().flat_map(|node| node.input.iter().cloned()))
     });
     names.retain(|name| read.contains(name) && !others.contains(name));
     names

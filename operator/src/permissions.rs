@@ -86,7 +86,8 @@ async fn in_the_namespaces_of_models_exactly_what_is_used_is_granted() {
     assert_eq!(granted("models.yaml"), cluster.server.permissions());
 }
 
-#[tokio::test]
+// While the clock is stopped, time passes where somebody waits for it, and nowhere else.
+#[tokio::test(start_paused = true)]
 async fn for_the_election_exactly_what_is_used_is_granted() {
     let cluster = Cluster::new();
     let mut election = Election::new(cluster.client.clone(), "n", "a".into());

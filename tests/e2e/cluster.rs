@@ -21,9 +21,6 @@ pub(crate) const SYSTEM: &str = "plimsoll-system";
 /// Longest wait for anything: a busy machine of two cores, and several tests at once.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Longest that kube-proxy takes to forward to a pod that is ready.
-const FORWARDED_MAX: Duration = Duration::from_secs(10);
-
 static SHARED: RwLock<()> = RwLock::new(());
 
 /// The right to use the cluster, alone or beside others.
@@ -155,6 +152,23 @@ impl Namespace {
         if !self.items(&["jobs"]).is_empty() {
             self.kubectl(&["wait", "--for=condition=complete", "job", "--all", "--timeout=60s"]);
         }
+        self.watch("deployments").until("the Deployments are rolled out", |deployments| {
+            let is_done = |deployment: &&Value| {
+                let (spec, status) = (&deployment["spec"], &deployment["status"]);
+                status["observedGeneration"] == deployment["metadata"]["generation"]
+                    && status["availableReplicas"].as_u64().unwrap_or(0) == spec["replicas"].as_u64().unwrap_or(1)
+                    && condition(deployment, "Progressing")["reason"] == "NewReplicaSetAvailable"
+            };
+            deployments.iter().all(is_done).then_some(())
+        });
+        self.watch("poddisruptionbudgets").until("the pods are counted", |budgets| {
+            let is_counted = |budget: &&Value| {
+                let status = &budget["status"];
+                status["expectedPods"].as_u64() > Some(0) && status["currentHealthy"] == status["expectedPods"]
+            };
+            budgets.iter().all(is_counted).then_some(())
+        });
+        self.wait_event("Serving");
         let mut before = self.versions();
         loop {
             std::thread::sleep(Duration::from_secs(2));
@@ -183,12 +197,19 @@ impl Namespace {
     pub(crate) fn address(&self, model: &str) -> String {
         let service = self.get(&["service", model]);
         let address = service["spec"]["clusterIP"].as_str().expect("a ClusterIP");
-        let begun = Instant::now();
-        while let Err(error) = TcpStream::connect((address, 80)) {
-            assert!(begun.elapsed() < FORWARDED_MAX, "{address}: {error}\n{}", story(&self.name));
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        eventually(&format!("the Service `{model}` leads somewhere"), || {
+            TcpStream::connect((address, 80)).is_ok()
+        });
         format!("http://{address}")
+    }
+}
+
+/// Asks again and again until `holds`, of what cannot be watched.
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < PATIENCE, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(200));
     }
 }
 

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, SYSTEM, condition, digits_spec, file_server, fixture, kubectl, text};
+use crate::cluster::{Namespace, SYSTEM, condition, digits_spec, eventually, file_server, fixture, kubectl, text};
 use crate::operator::{crash_leader, has_seen, leader, metric, operators, remove_leader, wait_up};
 use crate::traffic::infer;
+use crate::watch::Watch;
 
 /// The steps of an optimisation's pod; the containers start together, and each waits for the one before.
 const STEPS: [&str; 5] = ["fetch", "convert", "compress", "evaluate", "publish"];
@@ -186,18 +187,13 @@ impl WritersNoted {
         // It is in force a moment after it is stored.
         let user = format!("--as={OPERATOR_USER}");
         let extra = "--as-user-extra=authentication.kubernetes.io/pod-name=probe";
-        let begun = std::time::Instant::now();
         let mut probe = json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "name": "probe", "labels": { "probe": "true" } },
             "spec": { "ports": [{ "port": 80 }] } });
         probe["metadata"]["namespace"] = json!(namespace.name);
-        while Self::writer(&crate::cluster::apply_with(
-            &["--dry-run=server", "-o", "json", &user, extra],
-            &probe,
-        )) != "probe"
-        {
-            assert!(begun.elapsed() < Duration::from_secs(30), "the policy is not in force");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        eventually("the policy is in force", || {
+            let written = crate::cluster::apply_with(&["--dry-run=server", "-o", "json", &user, extra], &probe);
+            Self::writer(&written) == "probe"
+        });
         noted
     }
 
@@ -231,12 +227,14 @@ fn expect_written_by(namespace: &Namespace, model: &str, writer: &str) {
             object["metadata"]["name"]
         );
     }
-    let events = namespace.items(&["events.events.k8s.io"]);
-    let news = events
-        .iter()
-        .filter(|event| event["regarding"]["kind"] == "ModelDeployment" && event["regarding"]["name"] == model);
-    let writers: BTreeSet<&str> = news.map(|event| text(&event["reportingInstance"])).collect();
-    assert_eq!(writers, BTreeSet::from([writer]), "who told of {model}");
+    // News is told last.
+    let writers: BTreeSet<String> = namespace.watch("events").until("it is told that the model serves", |events| {
+        let is_of_model = |event: &&&Value| event["regarding"]["kind"] == "ModelDeployment" && event["regarding"]["name"] == model;
+        let news: Vec<&&Value> = events.iter().filter(is_of_model).collect();
+        let writers = || news.iter().map(|event| text(&event["reportingInstance"]).to_owned()).collect();
+        news.iter().any(|event| event["reason"] == "Serving").then(writers)
+    });
+    assert_eq!(writers, BTreeSet::from([writer.to_owned()]), "who told of {model}");
 }
 
 #[test]
@@ -285,25 +283,20 @@ fn an_operator_that_starts_anew_writes_nothing_where_nothing_changed() {
     namespace.wait_ready("digits");
     namespace.wait_settled();
     let before = namespace.versions();
+    let leases = Watch::start(SYSTEM, "leases");
     kubectl(&["-n", SYSTEM, "rollout", "restart", "deployment/plimsoll-operator"]);
     wait_up();
-    let begun = std::time::Instant::now();
-    // One that stops gives its Lease of 15 seconds up, so that another leads before it would have run out.
-    while !operators().contains(&leader()) {
-        assert!(begun.elapsed() < Duration::from_secs(10), "the Lease was not given up, but ran out");
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    let seen = || {
+    let new = operators();
+    let holder = |lease: &Value| text(&lease["spec"]["holderIdentity"]).to_owned();
+    leases.until("one of the new pods leads", |leases| {
+        leases.iter().any(|lease| new.contains(&holder(lease))).then_some(())
+    });
+    let is_given_up = |lease: &Value| lease["metadata"]["name"] == "plimsoll-operator" && holder(lease).is_empty();
+    assert!(leases.ever_held(is_given_up), "the Lease was not given up, but ran out");
+    eventually("the new leader has passed over the model", || {
         let leader = leader();
         operators().contains(&leader) && has_seen(&leader, &namespace.name, "digits")
-    };
-    while !seen() {
-        assert!(
-            begun.elapsed() < crate::cluster::PATIENCE,
-            "the new leader has not passed over the model"
-        );
-        std::thread::sleep(Duration::from_millis(500));
-    }
+    });
     // What the pass would write, and what others would then do about it.
     std::thread::sleep(Duration::from_secs(2));
     assert_eq!(namespace.versions(), before);
@@ -401,14 +394,10 @@ fn a_model_deleted_while_its_job_runs_leaves_nothing_behind() {
     pods.until("its Job fetches", |pods| (step(pods, "m") == Some("fetch")).then_some(()));
     namespace.kubectl(&["delete", "md", "m"]);
     pods.until("its pods are gone", |pods| of_optimizer(pods, "m").next().is_none().then_some(()));
-    let begun = std::time::Instant::now();
-    loop {
+    eventually("nothing is left behind", || {
         let now = everything(&namespace);
-        if now == before {
-            break;
-        }
-        let left: Vec<_> = now.symmetric_difference(&before).collect();
-        assert!(begun.elapsed() < crate::cluster::PATIENCE, "left behind, or gone with it: {left:?}");
-        std::thread::sleep(Duration::from_millis(500));
-    }
+        let others: Vec<_> = now.symmetric_difference(&before).collect();
+        println!("left behind, or gone with it: {others:?}");
+        others.is_empty()
+    });
 }

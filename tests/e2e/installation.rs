@@ -2,11 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, PATIENCE, REGISTRY, SYSTEM, apply, condition, digits_spec, fixture, helm, kubectl, pinned_spec, text};
+use crate::cluster::{Namespace, REGISTRY, SYSTEM, apply, condition, digits_spec, eventually, fixture, helm, kubectl, pinned_spec, text};
 use crate::operator::{Aside, has_seen, leader, operators};
 use crate::traffic::{get_as, infer};
 
@@ -367,15 +366,10 @@ fn an_upgrade_renews_the_api_and_an_uninstallation_keeps_it_with_every_model() {
 
     // A new installation takes over what it finds, as it is.
     upgrade("plimsoll", SYSTEM, &chart(), &values);
-    let begun = Instant::now();
-    let adopted = || {
+    eventually("the new operator has passed over the model", || {
         let leader = leader();
         operators().contains(&leader) && has_seen(&leader, &namespace.name, "digits")
-    };
-    while !adopted() {
-        assert!(begun.elapsed() < PATIENCE, "the new operator has not passed over the model");
-        std::thread::sleep(std::time::Duration::from_millis(500));
-    }
+    });
     assert_eq!(namespace.versions(), before, "adopted as it was");
     assert_eq!(
         kubectl(&["-n", SYSTEM, "get", "pvc/plimsoll-registry", "-o", "jsonpath={.metadata.uid}"]),

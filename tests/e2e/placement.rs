@@ -1,10 +1,8 @@
 //! Where pods land, and what is said where they cannot.
 
-use std::time::{Duration, Instant};
-
 use serde_json::{Value, json};
 
-use crate::cluster::{Namespace, PATIENCE, condition, digits_spec, kubectl, text};
+use crate::cluster::{Namespace, condition, digits_spec, eventually, kubectl, text};
 
 /// A node that offers devices but lacks the label that says so; nothing runs on it.
 struct Decoy;
@@ -29,11 +27,9 @@ impl Decoy {
         let patch = status.to_string();
         kubectl(&["patch", "node", Self::NAME, "--subresource=status", "--type=merge", "-p", &patch]);
         // Until the node controller has read it, the node counts as not ready.
-        let begun = Instant::now();
-        while kubectl(&["get", "node", Self::NAME, "-o", "jsonpath={.spec.taints[*].key}"]) != "nvidia.com/gpu" {
-            assert!(begun.elapsed() < PATIENCE, "the decoy does not get ready");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        eventually("the decoy is ready", || {
+            kubectl(&["get", "node", Self::NAME, "-o", "jsonpath={.spec.taints[*].key}"]) == "nvidia.com/gpu"
+        });
         decoy
     }
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::cluster::{PATIENCE, program, story, text};
 
 /// Where the API serves what is watched.
-const KINDS: [(&str, &str); 9] = [
+const KINDS: [(&str, &str); 10] = [
     ("md", "apis/plimsoll.dev/v1alpha1/namespaces/{}/modeldeployments"),
     ("mr", "apis/plimsoll.dev/v1alpha1/namespaces/{}/modelrevisions"),
     ("jobs", "apis/batch/v1/namespaces/{}/jobs"),
@@ -21,6 +21,7 @@ const KINDS: [(&str, &str); 9] = [
     ("networkpolicies", "apis/networking.k8s.io/v1/namespaces/{}/networkpolicies"),
     ("events", "apis/events.k8s.io/v1/namespaces/{}/events"),
     ("poddisruptionbudgets", "apis/policy/v1/namespaces/{}/poddisruptionbudgets"),
+    ("leases", "apis/coordination.k8s.io/v1/namespaces/{}/leases"),
 ];
 
 /// A watch of objects of one kind in one namespace.
@@ -36,6 +37,8 @@ struct Seen {
     now: BTreeMap<String, Value>,
     /// Every object there ever was, as it was last.
     ever: BTreeMap<String, Value>,
+    /// Every state of every object, in the order in which they came.
+    states: Vec<Value>,
     /// That all which there was at the start has been listed.
     is_listed: bool,
     /// That kubectl said its last.
@@ -55,6 +58,7 @@ impl Seen {
         } else {
             self.now.insert(uid.clone(), object.clone());
         }
+        self.states.push(object.clone());
         self.ever.insert(uid, object);
     }
 }
@@ -120,6 +124,11 @@ impl Watch {
     /// Every object that there was since the watch began, those that are gone among them.
     pub(crate) fn ever(&self) -> Vec<Value> {
         lock(&self.seen.0).ever.values().cloned().collect()
+    }
+
+    /// Whether `holds` of any state of any object since the watch began.
+    pub(crate) fn ever_held(&self, holds: impl Fn(&Value) -> bool) -> bool {
+        lock(&self.seen.0).states.iter().any(holds)
     }
 }
 

@@ -28,7 +28,7 @@ const MEMORY_LOADS: usize = 5;
 /// Longest time that a load of both models takes for another one to follow.
 const MEMORY_TIME: Duration = Duration::from_millis(40);
 
-/// An engine whose first inference takes longer than this and so many times another engine's will not serve: it is given up there.
+/// An engine whose first inferences take longer than this and so many times another engine's will not serve: it is given up there.
 const HOPELESS: Duration = Duration::from_millis(100);
 const HOPELESS_RATIO: u32 = 10;
 
@@ -193,7 +193,7 @@ impl Patience {
         let begun = Instant::now();
         let outputs = match self.fastest {
             None => engine.run(inputs)?,
-            Some(fastest) => engine.run_within(inputs, HOPELESS.max(fastest * HOPELESS_RATIO))?,
+            Some(fastest) => latency::within(engine, inputs, HOPELESS.max(fastest * HOPELESS_RATIO))?,
         };
         let took = begun.elapsed();
         self.fastest = Some(self.fastest.map_or(took, |fastest| fastest.min(took)));
@@ -358,7 +358,7 @@ pub fn compare<'a>(
                 }
             }
         }
-        measured.push(match latency::measure(&*pair.before, &*pair.after, sample) {
+        measured.push(match latency::measure(&*pair.before, &*pair.after, sample, Instant::now) {
             Ok((latency, ratio)) => {
                 let (memory, memory_ratio) = memory::summary(&pair.memory).unzip();
                 MeasuredEngine {
@@ -399,6 +399,7 @@ pub fn against_fastest(
     measured: &[MeasuredEngine],
     chosen: &MeasuredEngine,
     sample: &[Tensor],
+    now: latency::Clock,
 ) -> Result<Option<latency::Standing>, EngineError> {
     let (Some(pair), Some(latency), Some(ratio)) = (chosen.pair, chosen.report.latency, chosen.report.latency_ratio) else {
         return Ok(None);
@@ -411,19 +412,19 @@ pub fn against_fastest(
         .zip(&candidates.engines)
         .map(|(measured, pair)| match measured.report.latency {
             Some(latency) => (&pair.before, Some(latency.before_us)),
-            None => (&pair.before, latency::alone(&*pair.before, sample, limit)),
+            None => (&pair.before, latency::alone(&*pair.before, sample, limit, now)),
         });
     let others = candidates
         .originals
         .iter()
-        .map(|original| (original, latency::alone(&**original, sample, limit)));
+        .map(|original| (original, latency::alone(&**original, sample, limit, now)));
     let fastest = of_pairs
         .chain(others)
         .filter_map(|(original, us)| Some((original, us?)))
         .min_by(|one, other| one.1.total_cmp(&other.1));
     Ok(Some(match fastest {
         Some((original, _)) if original.kind() != pair.before.kind() => {
-            let (latency, ratio) = latency::measure(&**original, &*pair.after, sample)?;
+            let (latency, ratio) = latency::measure(&**original, &*pair.after, sample, now)?;
             latency::Standing {
                 engine: original.kind(),
                 latency,
@@ -479,7 +480,7 @@ fn agree(engine: &dyn Engine, probe: &mut Probe) -> Result<(), String> {
 mod tests {
     use plimsoll_package::report::{LatencyChange, Spread};
 
-    use super::super::latency::tests::Slow;
+    use super::super::latency::tests::{Slow, stepped};
     use super::*;
 
     #[test]
@@ -517,7 +518,7 @@ mod tests {
                 .zip(&candidates.engines)
                 .map(|(report, pair)| MeasuredEngine { report, pair: Some(pair) })
                 .collect();
-            against_fastest(candidates, &measured, &measured[0], &[]).unwrap().unwrap()
+            against_fastest(candidates, &measured, &measured[0], &[], stepped).unwrap().unwrap()
         };
         // Faster than the original on the same engine, and slower than it on the other one.
         for of_tract in [Some((3e3, 9e3)), None] {

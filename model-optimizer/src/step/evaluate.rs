@@ -184,7 +184,7 @@ pub(crate) fn measure(
         ..summary(context, fetched, path, model, chosen.after.kind())?
     };
     let standing = match engines::limits_latency(context) {
-        true => engines::against_fastest(candidates, &measured, measured_chosen, &sample).map_err(|error| {
+        true => engines::against_fastest(candidates, &measured, measured_chosen, &sample, Instant::now).map_err(|error| {
             let message = format!("the latency cannot be compared with the original's: {}", chain(&error));
             failure(FailureReason::UnsupportedOperator, message)
         })?,

@@ -32,7 +32,7 @@ struct Requests {
     ranged: AtomicUsize,
 }
 
-/// `/breaks/N`: breaks off after N bytes, each time, but lets a range go on. `/changes`: breaks off, and is another file the next time.
+/// `/file`: also from where a range begins. `/changes`: another file the second time.
 async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<String>, headers: HeaderMap) -> Response<Body> {
     let number = requests.all.fetch_add(1, Ordering::SeqCst);
     let start = headers.get(header::RANGE).and_then(|range| {
@@ -47,7 +47,7 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
     let answer = Response::builder();
     let (first, last) = path.split_once('/').unwrap_or((&path, ""));
     match first {
-        "breaks" => {
+        "file" => {
             let (start, status) = match start {
                 Some(start) if headers.get(header::IF_RANGE).is_some_and(|tag| tag == "\"v1\"") => {
                     requests.ranged.fetch_add(1, Ordering::SeqCst);
@@ -55,33 +55,26 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
                 }
                 _ => (0, StatusCode::OK),
             };
-            let end = (start + last.parse::<usize>().unwrap()).min(LENGTH);
             answer
                 .status(status)
                 .header(header::ETAG, "\"v1\"")
                 .header(header::CONTENT_RANGE, format!("bytes {start}-{}/{LENGTH}", LENGTH - 1))
                 .header(header::CONTENT_LENGTH, LENGTH - start)
-                .body(breaking(&content()[start..end], end < LENGTH))
+                .body(content().split_off(start).into())
         }
         "changes" => {
             let mut bytes = content();
             if number == 0 {
                 bytes.fill(1);
-                bytes.truncate(LENGTH / 2);
             }
             let tag = if number == 0 { "\"old\"" } else { "\"new\"" };
             answer
                 .header(header::ETAG, tag)
                 .header(header::CONTENT_LENGTH, LENGTH)
-                .body(breaking(&bytes, number == 0))
+                .body(bytes.into())
         }
-        "endless" => {
-            let pieces = futures::stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![0; 64 << 10])));
-            answer.body(Body::from_stream(pieces))
-        }
-        "announced" => answer
-            .header(header::CONTENT_LENGTH, 5_000_000_000_u64)
-            .body(breaking(&[0; 10], true)),
+        "endless" => answer.body(endless()),
+        "announced" => answer.header(header::CONTENT_LENGTH, 5_000_000_000_u64).body(endless()),
         "status" => answer.status(last.parse::<u16>().unwrap()).body(Body::empty()),
         "secret" => {
             let known = headers.get(header::AUTHORIZATION).is_some_and(|value| value == "Bearer t0k");
@@ -92,29 +85,19 @@ async fn serve(State(requests): State<Arc<Requests>>, UrlPath(path): UrlPath<Str
     .unwrap()
 }
 
-/// A body that ends in a broken connection after `bytes`.
-fn breaking(bytes: &[u8], breaks: bool) -> Body {
-    let end = breaks.then(|| Err(std::io::Error::other("broken off")));
-    let pieces = bytes
-        .chunks(32 << 10)
-        .map(|piece| Ok(Bytes::copy_from_slice(piece)))
-        .chain(end)
-        .collect::<Vec<_>>();
-    Body::from_stream(futures::stream::unfold(pieces.into_iter(), async |mut pieces| {
-        let piece = pieces.next()?;
-        // Lets what came before go out.
-        tokio::time::sleep(std::time::Duration::from_millis(if piece.is_err() { 50 } else { 0 })).await;
-        Some((piece, pieces))
-    }))
+fn endless() -> Body {
+    let pieces = futures::stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![0; 64 << 10])));
+    Body::from_stream(pieces)
 }
 
+/// The server's `127.0.0.1:PORT`, and what it was asked.
 async fn start() -> (String, Arc<Requests>) {
     let requests = Arc::new(Requests::default());
     let router = Router::new().route("/{*path}", get(serve)).with_state(Arc::clone(&requests));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = format!("http://{}", listener.local_addr().unwrap());
+    let host = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-    (address, requests)
+    (host, requests)
 }
 
 fn limits() -> Limits {
@@ -141,13 +124,13 @@ async fn fetch(uri: &str, limits: &Limits, credentials: Credentials, destination
 
 #[tokio::test]
 async fn a_download_that_breaks_off_goes_on_where_it_was() {
-    let (address, requests) = start().await;
+    let (host, requests) = start().await;
+    let proxy = Proxy::start(&host, &[300_000; 3], true);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("model");
     // More breaks than retries: each attempt gets somewhere.
-    let fetched = fetch(&format!("{address}/breaks/300000"), &limits(), Credentials::Anonymous, &file)
-        .await
-        .unwrap();
+    let uri = format!("http://{}/file", proxy.host());
+    let fetched = fetch(&uri, &limits(), Credentials::Anonymous, &file).await.unwrap();
     assert_eq!(
         fetched,
         Content {
@@ -222,23 +205,24 @@ fn noise() -> Vec<u8> {
 
 #[tokio::test]
 async fn a_file_that_changed_meanwhile_is_fetched_from_its_beginning() {
-    let (address, _) = start().await;
+    let (host, requests) = start().await;
+    let proxy = Proxy::start(&host, &[LENGTH as u64 / 2], true);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("model");
-    let fetched = fetch(&format!("{address}/changes"), &limits(), Credentials::Anonymous, &file)
-        .await
-        .unwrap();
+    let uri = format!("http://{}/changes", proxy.host());
+    let fetched = fetch(&uri, &limits(), Credentials::Anonymous, &file).await.unwrap();
+    assert_eq!((requests.all.load(Ordering::SeqCst), proxy.ranged()), (2, 1));
     assert_eq!(fetched.digest, Digest::of(&content()));
     assert_eq!(std::fs::read(&file).unwrap(), content());
 }
 
 #[tokio::test]
 async fn what_is_too_large_is_refused_at_once_or_when_it_has_come_that_far() {
-    let (address, requests) = start().await;
+    let (host, requests) = start().await;
     let dir = tempfile::tempdir().unwrap();
     for path in ["announced", "endless"] {
         let failed = fetch(
-            &format!("{address}/{path}"),
+            &format!("http://{host}/{path}"),
             &limits(),
             Credentials::Anonymous,
             &dir.path().join("model"),
@@ -254,7 +238,7 @@ async fn what_is_too_large_is_refused_at_once_or_when_it_has_come_that_far() {
 
 #[tokio::test]
 async fn each_refusal_says_whether_it_may_pass_and_what_to_do() {
-    let (address, _) = start().await;
+    let (host, _) = start().await;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("model");
     for (status, reason, words) in [
@@ -263,7 +247,7 @@ async fn each_refusal_says_whether_it_may_pass_and_what_to_do() {
         (403, FailureReason::SourceRefused, "credentialsSecret"),
         (503, FailureReason::SourceUnreachable, "503"),
     ] {
-        let failed = fetch(&format!("{address}/status/{status}"), &limits(), Credentials::Anonymous, &file)
+        let failed = fetch(&format!("http://{host}/status/{status}"), &limits(), Credentials::Anonymous, &file)
             .await
             .unwrap_err();
         assert_eq!(failed.reason, reason, "{status}: {failed}");
@@ -276,21 +260,24 @@ async fn each_refusal_says_whether_it_may_pass_and_what_to_do() {
 
     let token = Credentials::Token("t0k".into());
     assert_eq!(
-        fetch(&format!("{address}/secret"), &limits(), token, &file).await.unwrap().digest,
+        fetch(&format!("http://{host}/secret"), &limits(), token, &file)
+            .await
+            .unwrap()
+            .digest,
         Digest::of(b"secret")
     );
 }
 
 #[tokio::test]
 async fn plain_http_goes_only_where_it_is_allowed() {
-    let (address, requests) = start().await;
+    let (host, requests) = start().await;
     let dir = tempfile::tempdir().unwrap();
     let limits = Limits {
         plain_http_hosts: vec!["other.example".into()],
         ..limits()
     };
     let failed = fetch(
-        &format!("{address}/breaks/1"),
+        &format!("http://{host}/file"),
         &limits,
         Credentials::Anonymous,
         &dir.path().join("model"),

@@ -1,5 +1,7 @@
 //! 8-bit weights, each operator in the way that measures best on the engine that serves.
 
+use std::time::Instant;
+
 use plimsoll_package::recipe::Granularity;
 use plimsoll_runtime::engine::{self, LoadOptions};
 use plimsoll_runtime::onnx::ModelProto;
@@ -118,7 +120,7 @@ fn fastest(candidates: &[Candidate], setting: &Setting) -> Result<usize, Failure
             let sample = timing::sample(setting, |sample| first.run(sample).map(drop).map_err(|error| chain(&error)))?;
             let mut times = Vec::with_capacity(candidates.len());
             for index in 1..candidates.len() {
-                let (pair, _) = latency::measure(&*first, &*load(index)?, &sample).map_err(|error| chain(&error))?;
+                let (pair, _) = latency::measure(&*first, &*load(index)?, &sample, Instant::now).map_err(|error| chain(&error))?;
                 if times.is_empty() {
                     times.push(pair.before_us);
                 }

@@ -75,32 +75,115 @@ pub fn quantize<T: Float>(values: &[T], shape: &[usize], axis: Option<usize>, la
     })
 }
 
-/// Quantises the weight of a product that is taken in integers, as [`quantize`] does with integers of at most [`WEIGHT_MAX`], but with scales under
-/// which neither does the sum of two neighbours exceed [`PAIR_MAX`]. Neighbours are the first and second of the weights that `operator`
+/// Quantises the weight of a product that is taken in integers, as [`quantize`] does with integers of at most [`WEIGHT_MAX`], but so that
+/// neither does the sum of two neighbours exceed [`PAIR_MAX`]. Neighbours are the first and second of the weights that `operator`
 /// sums over, the third and fourth and so on, of a convolution by the kernel first as well as by the channel first, as engines differ.
+///
+/// With a scale for each channel, the scale is as large as that takes. One scale for all would be too large for nearly all, so that it is
+/// the one of least squared error, and what lies beyond is cut off.
 ///
 /// To halve all integers would be as exact and lose a whole bit; neighbours that are both large and of one sign are rare.
 ///
 /// # Errors
 /// [`NotFinite`] where a value is NaN or infinite.
 pub fn quantize_product<T: Float>(values: &[T], shape: &[usize], axis: Option<usize>, operator: Operator) -> Result<Quantized, NotFinite> {
-    let channels = axis.map_or(1, |axis| shape[axis]);
-    let inner = axis.map_or(values.len(), |axis| shape[axis + 1..].iter().product());
     let rows = operator.rows(shape);
-    let mut scales = vec![0.0_f32; channels];
-    let block = rows.length * rows.inner;
-    for (index, magnitude) in row_magnitudes(values, rows, kernel(operator, shape))?.into_iter().enumerate() {
-        let first = index / rows.inner * block + index % rows.inner;
-        let scale = &mut scales[first / inner % channels];
-        *scale = scale.max(magnitude);
-    }
-    for scale in &mut scales {
-        *scale = scale_of(*scale, WEIGHT_MAX);
-    }
+    let kernel = kernel(operator, shape);
+    let magnitudes = row_magnitudes(values, rows, kernel)?;
+    let scales = match axis {
+        None => {
+            let largest = magnitudes.into_iter().fold(0.0, f32::max);
+            vec![scale_of(least_error(values, rows, kernel, largest), WEIGHT_MAX)]
+        }
+        Some(axis) => {
+            let mut scales = vec![0.0_f32; shape[axis]];
+            let inner: usize = shape[axis + 1..].iter().product();
+            let block = rows.length * rows.inner;
+            for (index, magnitude) in magnitudes.into_iter().enumerate() {
+                let first = index / rows.inner * block + index % rows.inner;
+                let scale = &mut scales[first / inner % shape[axis]];
+                *scale = scale.max(magnitude);
+            }
+            scales.into_iter().map(|largest| scale_of(largest, WEIGHT_MAX)).collect()
+        }
+    };
     Ok(Quantized {
-        values: with_scales(values, &scales, inner, WEIGHT_MAX),
+        values: product_with_scales(values, shape, axis, operator, &scales),
         scales,
     })
+}
+
+/// The integers of the weight of a product in integers under given `scales`, one for each index of `axis`.
+#[must_use]
+pub fn product_with_scales<T: Float>(values: &[T], shape: &[usize], axis: Option<usize>, operator: Operator, scales: &[f32]) -> Vec<i8> {
+    let inner = axis.map_or(values.len(), |axis| shape[axis + 1..].iter().product());
+    let mut integers = with_scales(values, scales, inner, WEIGHT_MAX);
+    if axis.is_none() {
+        limit_pairs(&mut integers, shape, operator);
+    }
+    integers
+}
+
+/// The magnitude that is best the largest integer under one scale: of a larger one all values are rounded more coarsely, of a smaller one more
+/// of them are cut off. `largest` is the largest of [`row_magnitudes`].
+fn least_error<T: Float>(values: &[T], rows: Rows, kernel: usize, largest: f32) -> f32 {
+    const BINS: usize = 1 << 12;
+    let per_unit = BINS as f32 / largest;
+    if !per_unit.is_normal() {
+        return largest;
+    }
+    let count = |counts: &mut [u32], one: f32, other: f32| {
+        let magnitude = one.abs().max(other.abs()).max((one + other).abs());
+        counts[((magnitude * per_unit) as usize).min(BINS - 1)] += 1;
+    };
+    let zeros = || vec![0_u32; BINS];
+    let of_piece = |mut counts: Vec<u32>, piece: &[T]| {
+        for two in piece.chunks(2 * rows.inner) {
+            let (one, other) = two.split_at(rows.inner.min(two.len()));
+            if other.is_empty() {
+                one.iter().for_each(|one| count(&mut counts, one.get(), 0.0));
+            }
+            for (one, other) in one.iter().zip(other) {
+                count(&mut counts, one.get(), other.get());
+            }
+        }
+        counts
+    };
+    let merge = |mut counts: Vec<u32>, others: Vec<u32>| {
+        counts.iter_mut().zip(others).for_each(|(count, other)| *count += other);
+        counts
+    };
+    // A row of a convolution, or pairs of rows of a matrix, as many as a core works on at a time.
+    let block = rows.length * rows.inner;
+    let piece = match kernel {
+        1 => (rows.inner * (PIECE / rows.inner).max(2).next_multiple_of(2)).min(block),
+        _ => block,
+    };
+    let pieces = values.par_chunks(block).flat_map(|block| block.par_chunks(piece));
+    let counts = pieces.fold(zeros, of_piece).reduce(zeros, merge);
+    // The error of rounding is that of values which lie anywhere between two integers; that of cutting off is what the larger of a pair loses.
+    let rounding = values.len() as f64 / (12.0 * f64::from(WEIGHT_MAX).powi(2));
+    let (mut beyond, mut sum, mut squares) = (0.0, 0.0, 0.0);
+    let mut best = (f64::INFINITY, BINS);
+    for (bin, count) in counts.into_iter().enumerate().rev() {
+        let limit = (bin + 1) as f64;
+        let error = (rounding + beyond) * limit.powi(2) - 2.0 * limit * sum + squares;
+        if error < best.0 {
+            best = (error, bin + 1);
+        }
+        let (count, middle) = (f64::from(count), bin as f64 + 0.5);
+        beyond += count;
+        sum += count * middle;
+        squares += count * middle.powi(2);
+    }
+    largest * (best.1 as f32 / BINS as f32)
+}
+
+/// The places of each two neighbours in a row of a convolution's weight, by the channel first.
+fn by_channel(length: usize, kernel: usize) -> impl Iterator<Item = (usize, usize)> {
+    let channels = length / kernel;
+    let at = move |place: usize| place % channels * kernel + place / channels;
+    (1..length).step_by(2).map(move |place| (at(place - 1), at(place)))
 }
 
 /// The positions of a kernel that moves over space; 1 for a matrix product.
@@ -132,10 +215,8 @@ fn row_magnitudes<T: Float>(values: &[T], rows: Rows, kernel: usize) -> Result<V
             let mut largest = pairs.iter().map(|[one, other]| pair(one, other)).fold(0, u32::max);
             largest = last.iter().map(alone).fold(largest, u32::max);
             if kernel > 1 {
-                let channels = row.len() / kernel;
-                let at = |place: usize| &row[place % channels * kernel + place / channels];
-                for place in (1..row.len()).step_by(2) {
-                    largest = largest.max(pair(at(place - 1), at(place)));
+                for (one, other) in by_channel(row.len(), kernel) {
+                    largest = largest.max(pair(&row[one], &row[other]));
                 }
             }
             largest
@@ -178,32 +259,44 @@ fn row_magnitudes<T: Float>(values: &[T], rows: Rows, kernel: usize) -> Result<V
     Ok(maxima.into_iter().map(f32::from_bits).collect())
 }
 
-/// Brings the larger of two neighbours nearer to zero where their sum exceeds [`PAIR_MAX`], as integers that were trained may.
+/// Brings the larger of two neighbours nearer to zero where their sum exceeds [`PAIR_MAX`].
 pub fn limit_pairs(values: &mut [i8], shape: &[usize], operator: Operator) {
     let rows = operator.rows(shape);
     let kernel = kernel(operator, shape);
-    let block = rows.length * rows.inner;
-    let mut limit = |one: usize, other: usize| {
-        let excess = (i16::from(values[one]) + i16::from(values[other])).abs() - PAIR_MAX;
-        if excess > 0 {
-            let larger = if values[one].unsigned_abs() >= values[other].unsigned_abs() {
-                one
-            } else {
-                other
-            };
-            values[larger] -= values[larger].signum() * excess as i8;
+    let limited = |one: i8, other: i8| {
+        let excess = (i16::from(one) + i16::from(other)).abs() - PAIR_MAX;
+        if excess <= 0 {
+            (one, other)
+        } else if one.unsigned_abs() >= other.unsigned_abs() {
+            (one - one.signum() * excess as i8, other)
+        } else {
+            (one, other - other.signum() * excess as i8)
         }
     };
-    for row in 0..rows.outer * rows.inner {
-        let first = row / rows.inner * block + row % rows.inner;
-        for place in (1..rows.length).step_by(2) {
-            limit(first + (place - 1) * rows.inner, first + place * rows.inner);
-            if kernel > 1 {
-                let channels = rows.length / kernel;
-                let at = |place: usize| first + place % channels * kernel + place / channels;
-                limit(at(place - 1), at(place));
+    let of_block = |block: &mut [i8]| {
+        for two in block.chunks_mut(2 * rows.inner) {
+            let (ones, others) = two.split_at_mut(rows.inner.min(two.len()));
+            for (one, other) in ones.iter_mut().zip(others) {
+                (*one, *other) = limited(*one, *other);
             }
         }
+        if kernel > 1 {
+            for (one, other) in by_channel(block.len(), kernel) {
+                (block[one], block[other]) = limited(block[one], block[other]);
+            }
+        }
+    };
+    // No piece parts two neighbours, nor are any of two blocks.
+    let block = rows.length * rows.inner;
+    let piece = if kernel > 1 {
+        block
+    } else {
+        (2 * rows.inner).max(1) * (PIECE / (2 * rows.inner).max(1)).max(1)
+    };
+    if !values.is_empty() {
+        values
+            .par_chunks_mut(block)
+            .for_each(|block| block.par_chunks_mut(piece).for_each(of_block));
     }
 }
 
@@ -356,7 +449,10 @@ mod tests {
             let inner = axis.map_or(90, |axis| shape[axis + 1..].iter().product());
             for (index, value) in values.iter().enumerate() {
                 let scale = quantized.scales[index / inner % quantized.scales.len()];
-                prop_assert!((f32::from(quantized.values[index]) * scale - value).abs() <= 0.5001 * scale);
+                let back = f32::from(quantized.values[index]) * scale;
+                // What one scale for all cuts off comes nearer to zero.
+                let is_cut = axis.is_none() && back * value >= 0.0 && back.abs() < value.abs();
+                prop_assert!((back - value).abs() <= 0.5001 * scale || is_cut, "{} for {}", back, value);
             }
             let mut limited = trained.clone();
             limit_pairs(&mut limited, &shape, operator);
@@ -383,6 +479,38 @@ mod tests {
         fn rounding_is_half_to_even(value in prop_oneof![-200.0_f32..200.0, (-255_i16..255).prop_map(|half| f32::from(half) / 2.0)]) {
             prop_assert_eq!(f32::from(round(value, 127.0)), value.clamp(-127.0, 127.0).round_ties_even());
         }
+    }
+
+    /// Of a tensor whose values are mostly small, as trained ones are.
+    #[test]
+    fn one_scale_for_all_is_that_of_least_error() {
+        let mut state = 1_u64;
+        let mut next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let shape = [400, 400];
+        let mut values: Vec<f32> = (0..400 * 400).map(|_| next() * next() * next()).collect();
+        values[70] = 3.0;
+        let error = |scale: f32| {
+            let integers = product_with_scales(&values, &shape, None, Operator::MatMul, &[scale]);
+            let errors = integers.iter().zip(&values);
+            errors
+                .map(|(integer, value)| f64::from(f32::from(*integer) * scale - value).powi(2))
+                .sum::<f64>()
+        };
+        let scale = quantize_product(&values, &shape, None, Operator::MatMul).unwrap().scales[0];
+        let plain = 3.0 / WEIGHT_MAX;
+        let least = (1..=60).map(|part| error(plain * part as f32 / 60.0)).fold(f64::INFINITY, f64::min);
+        assert!(error(scale) < 1.02 * least, "{} by {scale}, not {least}", error(scale));
+        assert!(
+            error(scale) < error(plain) / 1.5,
+            "{}, by the largest value {}",
+            error(scale),
+            error(plain)
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@ use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, 
 
 use super::bias::{self, Layout};
 use super::int8::{Int8, Products, scale_tensor};
-use super::integers::{self, WEIGHT_MAX};
+use super::integers;
 use super::{Exclusion, nothing_to_quantize, raise, skipped, smooth, unreadable};
 use crate::calibration::{Channels, Observed, Statistics};
 use crate::compress::{Change, Setting, Technique};
@@ -490,13 +490,14 @@ impl<'a> Rewriting<'a> {
             Some(known) if !corrects => known.clone(),
             _ => {
                 let values = read(original)?;
-                let mut quantized = integers::quantize_product(&values, &shape, layer.axis, layer.layout.operator())
+                let operator = layer.layout.operator();
+                let mut quantized = integers::quantize_product(&values, &shape, layer.axis, operator)
                     .map_err(|_| unreadable(&name, "it holds NaN or infinity"))?;
                 let inner = layer.axis.map_or(values.len(), |axis| shape[axis + 1..].iter().product());
                 if let (Some(bias), true) = (&bias_values, alone)
                     && widen(&mut quantized.scales, bias, step)
                 {
-                    quantized.values = integers::with_scales(&values, &quantized.scales, inner, WEIGHT_MAX);
+                    quantized.values = integers::product_with_scales(&values, &shape, layer.axis, operator, &quantized.scales);
                 }
                 if corrects {
                     let back: Vec<f32> = quantized

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 
 use crate::convert;
 use crate::evaluate::dataset::Dataset;
-use crate::failure::{Failure, FailureReason, chain, failure, internal};
-use crate::graph::value_info;
+use crate::failure::{Failure, FailureReason, chain, disk, failure, internal};
+use crate::graph::{serialize, value_info};
 use histogram::Histogram;
 
 pub mod histogram;
@@ -158,6 +158,7 @@ impl Calibration {
         }
         Ok(())
     }
+
     /// An engine that gives every one of `values`, and where.
     fn tapped(&self, model: &ModelProto, values: &[String]) -> Result<(Box<dyn Engine>, Vec<Place>), Failure> {
         let mut tapped = model.clone();
@@ -176,7 +177,8 @@ impl Calibration {
         }
         let folder = tempfile::tempdir().map_err(|error| internal("cannot make a folder for calibration", &error))?;
         let path = folder.path().join("tapped.onnx");
-        convert::write(&tapped, &path)?;
+        // Its weights stay in the file in which they are.
+        serialize::write_referring(&tapped, &path).map_err(disk("write", &path))?;
         Ok((self.load(&path)?, places))
     }
 

@@ -7,6 +7,7 @@ use super::dataset::Dataset;
 use super::engines::Pair;
 use super::fidelity::Comparison;
 use super::metric::{self, Meter};
+use super::reference::Recorder;
 use crate::failure::{Failure, FailureReason, chain, failure};
 use crate::progress::Activity;
 
@@ -25,12 +26,18 @@ pub struct Judgement {
     pub samples: u64,
 }
 
-/// Runs both models on every sample, batch by batch; memory holds one batch.
+/// Runs both models on every sample, batch by batch, and gives `recorder` what the compressed one takes and gives; memory holds one batch.
 ///
 /// # Errors
 /// [`FailureReason::InvalidDataset`] where the models do not run on the samples, or the metric is not defined on them;
 /// [`FailureReason::BudgetExceeded`] where the metric is defined on the original's outputs and not on the compressed model's.
-pub fn judge(pair: &Pair, data: &Dataset, metric: Metric, activity: &Activity) -> Result<Judgement, Failure> {
+pub fn judge(
+    pair: &Pair,
+    data: &Dataset,
+    metric: Metric,
+    mut recorder: Option<&mut Recorder>,
+    activity: &Activity,
+) -> Result<Judgement, Failure> {
     let invalid = |why: String| failure(FailureReason::InvalidDataset, format!("{metric} cannot be measured: {why}"));
     let broken = |why: String| {
         let message = format!("{metric} cannot be measured on the compressed model: {why}; compress less, or use a gentler scheme");
@@ -63,6 +70,9 @@ pub fn judge(pair: &Pair, data: &Dataset, metric: Metric, activity: &Activity) -
             let labels = (label_width > 0).then(|| &labels[range.start * label_width..range.end * label_width]);
             of_before.add(&inputs, &before, labels, range.start, range.len()).map_err(invalid)?;
             of_after.add(&inputs, &after, labels, range.start, range.len()).map_err(broken)?;
+        }
+        if let Some(recorder) = &mut recorder {
+            recorder.add(pair.after.inputs(), &inputs, &after, range.len());
         }
         samples = range.end;
         activity.report(samples as u64, Some(data.samples() as u64));

@@ -8,6 +8,10 @@ use plimsoll_runtime::engine::{Engine, EngineError, Tensor};
 
 /// Fewest pairs of inferences, so that their spread says something.
 const PAIRS_MIN: usize = 10;
+/// Fewest pairs where each of them says that one model is faster by [`FAR`].
+const PAIRS_CERTAIN: usize = 5;
+/// The ratio of two times that is far beyond the machine's unrest.
+const FAR: f64 = 1.25;
 /// Most pairs of inferences.
 const PAIRS_MAX: usize = 200;
 /// Time within which more than the fewest pairs are measured.
@@ -31,7 +35,8 @@ pub struct Standing {
 }
 
 /// Measures both models on the same input, by turns, so that whatever else the machine does falls on both; returns the medians, and the
-/// spread of after / before over the pairs of neighbouring inferences, of which there are ten at least unless they take over 20 seconds.
+/// spread of after / before over the pairs of neighbouring inferences. Of these there are ten at least, or five where each shows the same model to
+/// be faster by far, unless they take over 20 seconds.
 ///
 /// # Errors
 /// Whatever an engine fails with.
@@ -44,23 +49,22 @@ pub fn measure(before: &dyn Engine, after: &dyn Engine, input: &[Tensor], now: C
             break;
         }
     }
-    let (mut times_before, mut times_after) = (Vec::new(), Vec::new());
+    let (mut times_before, mut times_after, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     let begun = now();
-    while wants_more(times_before.len(), now() - begun) {
+    while wants_more(&ratios, now() - begun) {
         // Each goes first in every second pair.
-        if times_before.len().is_multiple_of(2) {
-            times_before.push(time(before, input, now)?);
-            times_after.push(time(after, input, now)?);
+        let (of_before, of_after);
+        if ratios.len().is_multiple_of(2) {
+            of_before = time(before, input, now)?;
+            of_after = time(after, input, now)?;
         } else {
-            times_after.push(time(after, input, now)?);
-            times_before.push(time(before, input, now)?);
+            of_after = time(after, input, now)?;
+            of_before = time(before, input, now)?;
         }
+        times_before.push(of_before);
+        times_after.push(of_after);
+        ratios.push(of_after / of_before);
     }
-    let ratios = times_before
-        .iter()
-        .zip(&times_after)
-        .map(|(before, after)| after / before)
-        .collect();
     let latency = LatencyChange {
         before_us: spread(times_before).median,
         after_us: spread(times_after).median,
@@ -68,8 +72,12 @@ pub fn measure(before: &dyn Engine, after: &dyn Engine, input: &[Tensor], now: C
     Ok((latency, spread(ratios)))
 }
 
-fn wants_more(pairs: usize, elapsed: Duration) -> bool {
-    let time = if pairs < PAIRS_MIN { LIMIT } else { BUDGET };
+/// Whether another pair is measured after those with these `ratios`.
+fn wants_more(ratios: &[f64], elapsed: Duration) -> bool {
+    let pairs = ratios.len();
+    let is_certain = pairs >= PAIRS_CERTAIN && (ratios.iter().all(|ratio| *ratio > FAR) || ratios.iter().all(|ratio| *ratio < 1.0 / FAR));
+    let is_enough = pairs >= PAIRS_MIN || is_certain;
+    let time = if is_enough { BUDGET } else { LIMIT };
     pairs == 0 || pairs < PAIRS_MAX && elapsed < time
 }
 
@@ -222,16 +230,24 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn ten_pairs_are_measured_by_turns_though_each_takes_long() {
-        let order = Arc::new(Mutex::new(String::new()));
-        let (mut before, mut after) = (Slow::new(EngineKind::Tract, 20), Slow::new(EngineKind::Tract, 10));
-        before.noted = ('b', order.clone());
-        after.noted = ('a', order.clone());
-        let (latency, ratio) = measure(&before, &after, &[], stepped).unwrap();
-        let order = order.lock().unwrap();
-        assert_eq!(&order[order.len() - 20..], "baabbaabbaabbaabbaab");
-        assert_eq!((latency.before_us.round(), latency.after_us.round()), (20e3, 10e3), "{latency:?}");
-        assert!(ratio.p10 <= ratio.median && ratio.median < 1.0, "{ratio:?}");
+    fn ten_pairs_are_measured_by_turns_though_each_takes_long_and_five_where_one_is_faster_by_far() {
+        for (after_ms, pairs) in [(36, "baabbaabbaabbaabbaab"), (20, "baabbaabba"), (60, "baabbaabba")] {
+            let order = Arc::new(Mutex::new(String::new()));
+            let (mut before, mut after) = (Slow::new(EngineKind::Tract, 40), Slow::new(EngineKind::Tract, after_ms));
+            before.noted = ('b', order.clone());
+            after.noted = ('a', order.clone());
+            let (latency, ratio) = measure(&before, &after, &[], stepped).unwrap();
+            let order = order.lock().unwrap();
+            let warm_up = order.len() - pairs.len();
+            assert_eq!((&order[..warm_up], &order[warm_up..]), (&"baba"[..warm_up], pairs));
+            let after_us = after_ms as f64 * 1e3;
+            assert_eq!(
+                (latency.before_us.round(), latency.after_us.round()),
+                (40e3, after_us),
+                "{latency:?}"
+            );
+            assert!((ratio.median - after_us / 40e3).abs() < 1e-9 && ratio.p10 <= ratio.p90, "{ratio:?}");
+        }
     }
 
     #[test]
@@ -248,9 +264,10 @@ pub(super) mod tests {
 
     #[test]
     fn what_takes_seconds_ends_in_bounded_time() {
-        assert!(wants_more(9, LIMIT - Duration::from_secs(1)));
-        assert!(!wants_more(9, LIMIT));
-        assert!(wants_more(0, LIMIT), "one there must be");
-        assert!(!wants_more(10, BUDGET) && !wants_more(PAIRS_MAX, Duration::ZERO));
+        assert!(wants_more(&[1.0; 9], LIMIT - Duration::from_secs(1)));
+        assert!(!wants_more(&[1.0; 9], LIMIT));
+        assert!(wants_more(&[], LIMIT), "one there must be");
+        assert!(!wants_more(&[1.0; 10], BUDGET) && !wants_more(&[1.0; PAIRS_MAX], Duration::ZERO));
+        assert!(!wants_more(&[0.5; 5], BUDGET) && wants_more(&[0.5; 4], BUDGET) && wants_more(&[0.5, 0.5, 0.5, 0.5, 1.1], BUDGET));
     }
 }

@@ -9,8 +9,8 @@ use super::dataset::Dataset;
 use crate::failure::{Failure, FailureReason, chain, failure};
 use crate::progress::Activity;
 
-/// Most samples that are run: more tell next to nothing about shares of a tenth.
-const SAMPLES_MAX: usize = 512;
+/// Most samples that are looked at: more tell next to nothing about shares of a tenth.
+pub const SAMPLES_MAX: usize = 512;
 /// The seed by which they are chosen.
 const SEED: u64 = 0xd21f7;
 /// Values of a tensor that are kept of each sample, about.
@@ -22,32 +22,63 @@ const VALUES_MAX: usize = 256;
 /// [`FailureReason::InvalidDataset`] where the model does not run on a sample.
 pub fn record(engine: &dyn Engine, data: Dataset, from: Source, activity: &Activity) -> Result<Reference, Failure> {
     let data = data.subset(SAMPLES_MAX, SEED);
-    let mut inputs: Vec<Seen> = engine.inputs().iter().take(TENSORS_MAX).map(Seen::input).collect();
-    let mut outputs: Vec<Seen> = engine.outputs().iter().take(TENSORS_MAX).map(Seen::output).collect();
-    let mut samples = 0;
-    for (turn, range) in data.batches().enumerate() {
+    let mut recorder = Recorder::of(engine);
+    for range in data.batches() {
         let given = data.batch(range.clone())?;
         let gave = engine.run(&given).map_err(|error| {
             let words = format!("the model does not run on the samples that drift is told by: {}", chain(&error));
             failure(FailureReason::InvalidDataset, words)
         })?;
-        let mask = Mask::of(engine.inputs(), &given);
-        for (seen, tensors) in [(&mut inputs, &given), (&mut outputs, &gave)] {
+        recorder.add(engine.inputs(), &given, &gave, range.len());
+        activity.report(range.end as u64, Some(data.samples() as u64));
+    }
+    Ok(recorder.finish(from))
+}
+
+/// What a model was given and gave.
+pub struct Recorder {
+    inputs: Vec<Seen>,
+    outputs: Vec<Seen>,
+    batches: usize,
+    samples: usize,
+}
+
+impl Recorder {
+    /// Of the model that is loaded into `engine`.
+    #[must_use]
+    pub fn of(engine: &dyn Engine) -> Self {
+        Self {
+            inputs: engine.inputs().iter().take(TENSORS_MAX).map(Seen::input).collect(),
+            outputs: engine.outputs().iter().take(TENSORS_MAX).map(Seen::output).collect(),
+            batches: 0,
+            samples: 0,
+        }
+    }
+
+    /// Adds a batch of that many `samples`: what was `given` to the inputs of those `specs`, and what the outputs `gave`.
+    pub fn add(&mut self, specs: &[TensorSpec], given: &[Tensor], gave: &[Tensor], samples: usize) {
+        let mask = Mask::of(specs, given);
+        for (seen, tensors) in [(&mut self.inputs, given), (&mut self.outputs, gave)] {
             for (seen, tensor) in seen.iter_mut().zip(tensors) {
-                seen.add(tensor, mask.as_ref(), range.len(), turn);
+                seen.add(tensor, mask.as_ref(), samples, self.batches);
             }
         }
-        samples = range.end;
-        activity.report(samples as u64, Some(data.samples() as u64));
+        self.batches += 1;
+        self.samples += samples;
     }
-    let finished = |seen: Vec<Seen>| seen.into_iter().map(Seen::finish).collect();
-    Ok(Reference {
-        schema_version: 1,
-        from,
-        samples: samples as u64,
-        inputs: finished(inputs),
-        outputs: finished(outputs),
-    })
+
+    /// The distributions.
+    #[must_use]
+    pub fn finish(self, from: Source) -> Reference {
+        let finished = |seen: Vec<Seen>| seen.into_iter().map(Seen::finish).collect();
+        Reference {
+            schema_version: 1,
+            from,
+            samples: self.samples as u64,
+            inputs: finished(self.inputs),
+            outputs: finished(self.outputs),
+        }
+    }
 }
 
 /// What was seen of a tensor.

@@ -146,7 +146,7 @@ impl<'a> Bench<'a> {
         let path = folder.join(MODEL_FILE);
         let model = convert::read(&self.context.inputs.source.uri, &path)?;
         let candidates = engines::load_beside(&self.original, &path, record.fold_dequantize, &self.data.samples[0], self.context)?;
-        evaluate::measure(self.context, &self.fetched, &path, &model, &candidates, &self.data)
+        evaluate::measure(self.context, &self.fetched, &path, &model, &candidates, &self.data, false)
     }
 
     /// Whether there is time for `recipe`, by what those before it took.

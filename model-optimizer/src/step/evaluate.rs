@@ -25,7 +25,8 @@ use super::{Context, Step, write_json};
 use crate::evaluate::dataset::{DRAWN_SEED, Dataset, Part, SPLIT_SEED};
 use crate::evaluate::engines::{self, Candidates};
 use crate::evaluate::judgement::{self, Judgement};
-use crate::evaluate::{budget, layers, reference};
+use crate::evaluate::reference::{self, Recorder};
+use crate::evaluate::{budget, layers};
 use crate::failure::{Failure, FailureReason, chain, disk, failure};
 use crate::graph::{self, serialize};
 use crate::search::{front, sensitivity};
@@ -46,14 +47,16 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     }
     let mut data = Data::of(context, &signature(context, &model)?.0)?;
     let candidates = engines::load(context, compressed.fold_dequantize, &mut data.samples)?;
-    let measured = measure(context, &fetched, &context.compressed(), &model, &candidates, &data)?;
+    let records = data.from != SampleSource::Signature && context.inputs.optimize.calibration.is_none();
+    let measured = measure(context, &fetched, &context.compressed(), &model, &candidates, &data, records)?;
     let Measurement {
         summary,
         judgement,
         gate,
         engines,
         probe,
-        ..
+        recorder,
+        ratio: _,
     } = measured;
     let exceeded = budget::exceeded(&gate, &summary).map(|failed| match &compressed.front {
         Some(front) => front::exhausted(front, failed, &gate),
@@ -89,21 +92,26 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     }
     write_json(&context.package().join(PROBE_FILE), &probe)?;
     let mut files = vec![REPORT_FILE, REPORT_PAGE_FILE, PROBE_FILE];
-    if write_reference(context, &model, &candidates, &report.engines, &data)? {
+    if write_reference(context, &model, &candidates, &report.engines, &data, recorder)? {
         files.push(DRIFT_FILE);
     }
     write_package(context, &report, signature(context, &model)?, compressed.fold_dequantize, &files)
 }
 
 /// Records what inputs and outputs look like on the calibration data, or else on the evaluation data, as the first engine that serves gives
-/// them, whichever measured faster. Whether there is such data, and the model runs on it: a package can be served without.
+/// them, whichever measured faster; `recorder` has seen that, where it is the one that was judged. Whether there is such data, and the model
+/// runs on it: a package can be served without.
 fn write_reference(
     context: &Context,
     model: &ModelProto,
     candidates: &Candidates,
     engines: &[EngineReport],
     data: &Data,
+    recorder: Option<Recorder>,
 ) -> Result<bool, Failure> {
+    if let Some(recorder) = recorder {
+        return write_json(&context.package().join(DRIFT_FILE), &recorder.finish(Source::Evaluation)).map(|()| true);
+    }
     let read = match data.from {
         SampleSource::Signature => return Ok(false),
         _ if context.inputs.optimize.calibration.is_some() => {
@@ -136,9 +144,11 @@ pub(crate) struct Measurement {
     pub(crate) engines: Vec<EngineReport>,
     judgement: Judgement,
     probe: Probe,
+    recorder: Option<Recorder>,
 }
 
 /// Runs the compressed `model`, which lies at `path`, beside the original on the engines that both are loaded into, and holds it against the budget.
+/// With `records`, what it takes and gives on the samples is recorded as well, where the first engine that runs it is the one that it is judged on.
 ///
 /// # Errors
 /// Where no engine runs it, or the metric is not defined on what it gives.
@@ -149,6 +159,7 @@ pub(crate) fn measure(
     model: &ModelProto,
     candidates: &Candidates,
     data: &Data,
+    records: bool,
 ) -> Result<Measurement, Failure> {
     let samples = &data.samples[0];
     let sample = samples.first()?;
@@ -174,7 +185,12 @@ pub(crate) fn measure(
         )
     })?;
     let activity = context.console.activity("evaluating", "samples");
-    let judgement = judgement::judge(chosen, samples, data.metric, &activity)?;
+    let is_first = measured
+        .iter()
+        .find_map(|measured| measured.pair)
+        .is_some_and(|first| std::ptr::eq(first, chosen));
+    let mut recorder = (records && is_first && samples.samples() <= reference::SAMPLES_MAX).then(|| Recorder::of(&*chosen.after));
+    let judgement = judgement::judge(chosen, samples, data.metric, recorder.as_mut(), &activity)?;
     drop(activity);
 
     let summary = Summary {
@@ -198,6 +214,7 @@ pub(crate) fn measure(
         judgement,
         engines,
         probe,
+        recorder,
     })
 }
 

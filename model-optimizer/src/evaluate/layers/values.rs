@@ -8,6 +8,8 @@ use rayon::prelude::*;
 
 /// Bins of a distribution.
 pub(super) const BINS: usize = 64;
+/// Values that are looked at together, so that the compiler takes several at once.
+const LANES: usize = 16;
 /// Values that a thread decodes at a time.
 const PIECE: usize = 1 << 15;
 
@@ -226,10 +228,22 @@ impl Numbers<'_> {
 
     /// The least and the largest value.
     pub(super) fn bounds(&self) -> (f32, f32) {
-        let merge = |(low, high): (f32, f32), (other_low, other_high): (f32, f32)| (low.min(other_low), high.max(other_high));
-        let none = (f32::INFINITY, f32::NEG_INFINITY);
-        let of_piece = |values: &[f32]| values.iter().fold(none, |bounds, value| merge(bounds, (*value, *value)));
-        self.scan(of_piece).into_iter().fold(none, merge)
+        let none = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        let of_piece = |values: &[f32]| {
+            values.chunks(LANES).fold(none, |(mut low, mut high), chunk| {
+                // NaN is neither smaller nor larger.
+                for ((low, high), value) in low.iter_mut().zip(&mut high).zip(chunk) {
+                    *low = if *value < *low { *value } else { *low };
+                    *high = if *value > *high { *value } else { *high };
+                }
+                (low, high)
+            })
+        };
+        let (lows, highs): (Vec<_>, Vec<_>) = self.scan(of_piece).into_iter().unzip();
+        (
+            lows.into_iter().flatten().fold(f32::INFINITY, f32::min),
+            highs.into_iter().flatten().fold(f32::NEG_INFINITY, f32::max),
+        )
     }
 
     /// Values that are no numbers are in no bin.
@@ -237,12 +251,20 @@ impl Numbers<'_> {
         // Values that are all the same lie in the middle of a bin, not on an edge.
         let (low, high) = if low < high { (low, high) } else { (low - 0.5, high + 0.5) };
         let per_value = BINS as f64 / (f64::from(high) - f64::from(low));
+        let bin = |value: f32| {
+            let bin = (((f64::from(value) - f64::from(low)) * per_value) as i32).min(BINS as i32 - 1);
+            if value.is_nan() { BINS } else { bin as usize }
+        };
+        // Neighbours are counted apart: one need not wait for the other where both are in the same bin.
         let of_piece = |values: &[f32]| {
-            let mut counts = [0_u64; BINS];
-            for value in values.iter().filter(|value| !value.is_nan()) {
-                counts[(((f64::from(*value) - f64::from(low)) * per_value) as usize).min(BINS - 1)] += 1;
+            let mut counts = [[0_u32; BINS + 1]; LANES];
+            for chunk in values.chunks(LANES) {
+                for (counts, value) in counts.iter_mut().zip(chunk) {
+                    counts[bin(*value)] += 1;
+                }
             }
-            counts
+            let total = |bin: usize| counts.iter().map(|counts| u64::from(counts[bin])).sum::<u64>();
+            std::array::from_fn::<u64, BINS, _>(total)
         };
         let mut counts = vec![0; BINS];
         for piece in self.scan(of_piece) {

@@ -20,6 +20,7 @@ pub mod float16;
 pub mod gptq;
 pub mod int8;
 pub mod integers;
+pub mod neighbours;
 pub(crate) mod product;
 pub mod qdq;
 pub mod smooth;

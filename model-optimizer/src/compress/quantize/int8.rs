@@ -13,7 +13,7 @@ use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, 
 use prost::Message as _;
 
 use super::integers::{self, Float, NotFinite, Quantized, WEIGHT_MAX};
-use super::{Exclusion, nothing_to_quantize, raise, skipped, unreadable};
+use super::{Exclusion, neighbours, nothing_to_quantize, raise, skipped, unreadable};
 use crate::compress::{Change, Setting, Technique};
 use crate::failure::Failure;
 use crate::graph::weight::{Captured, Operator, Use, Weight};
@@ -483,7 +483,7 @@ impl Product {
 
 fn quantize<T: Float>(values: &[T], shape: &[usize], axis: Option<usize>, product: Option<Operator>) -> Result<Quantized, NotFinite> {
     match product {
-        Some(operator) => integers::quantize_product(values, shape, axis, operator),
+        Some(operator) => neighbours::quantize(values, shape, axis, operator),
         None => integers::quantize(values, shape, axis, WEIGHT_MAX),
     }
 }

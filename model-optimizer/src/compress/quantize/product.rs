@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use plimsoll_runtime::onnx::tensor_proto::DataType;
 use plimsoll_runtime::onnx::{AttributeProto, GraphProto, NodeProto, weights};
 
-use super::integers;
+use super::neighbours;
 use crate::graph::attribute;
 use crate::graph::weight::Operator;
 
-/// Brings weights of products in integers that were trained back to what every processor computes alike (see [`integers::limit_pairs`]).
+/// Brings weights of products in integers that were trained back to what every processor computes alike (see [`neighbours::limit`]).
 pub(crate) fn limit_pairs(graph: &mut GraphProto) {
     let products = weights_of_products(graph);
     for initializer in &mut graph.initializer {
@@ -22,7 +22,7 @@ pub(crate) fn limit_pairs(graph: &mut GraphProto) {
         }
         let mut values: Vec<i8> = initializer.raw_data().iter().map(|byte| byte.cast_signed()).collect();
         for operator in operators {
-            integers::limit_pairs(&mut values, &shape, operator);
+            neighbours::limit(&mut values, &shape, operator);
         }
         initializer.raw_data = Some(values.into_iter().map(i8::cast_unsigned).collect());
     }

@@ -13,8 +13,8 @@ use plimsoll_runtime::onnx::{AttributeProto, GraphProto, ModelProto, NodeProto, 
 
 use super::bias::{self, Layout};
 use super::int8::{Int8, Products, scale_tensor};
-use super::integers;
 use super::{Exclusion, nothing_to_quantize, raise, skipped, smooth, unreadable};
+use super::{integers, neighbours};
 use crate::calibration::{Channels, Observed, Statistics};
 use crate::compress::{Change, Setting, Technique};
 use crate::failure::Failure;
@@ -491,13 +491,13 @@ impl<'a> Rewriting<'a> {
             _ => {
                 let values = read(original)?;
                 let operator = layer.layout.operator();
-                let mut quantized = integers::quantize_product(&values, &shape, layer.axis, operator)
+                let mut quantized = neighbours::quantize(&values, &shape, layer.axis, operator)
                     .map_err(|_| unreadable(&name, "it holds NaN or infinity"))?;
                 let inner = layer.axis.map_or(values.len(), |axis| shape[axis + 1..].iter().product());
                 if let (Some(bias), true) = (&bias_values, alone)
                     && widen(&mut quantized.scales, bias, step)
                 {
-                    quantized.values = integers::product_with_scales(&values, &shape, layer.axis, operator, &quantized.scales);
+                    quantized.values = neighbours::with_scales(&values, &shape, layer.axis, operator, &quantized.scales);
                 }
                 if corrects {
                     let back: Vec<f32> = quantized

@@ -18,8 +18,6 @@ const PAIRS_MAX: usize = 200;
 const BUDGET: Duration = Duration::from_millis(80);
 /// Time after which no pair is begun but the first: of a model that takes seconds the spread is of those that there are.
 const LIMIT: Duration = Duration::from_secs(20);
-/// Inferences before the clock counts.
-const WARM_UP: usize = 2;
 
 /// What reads the time: [`Instant::now`], but in tests, in which it passes as they say.
 pub type Clock = fn() -> Instant;
@@ -41,14 +39,9 @@ pub struct Standing {
 /// # Errors
 /// Whatever an engine fails with.
 pub fn measure(before: &dyn Engine, after: &dyn Engine, input: &[Tensor], now: Clock) -> Result<(LatencyChange, Spread), EngineError> {
-    let begun = now();
-    for _ in 0..WARM_UP {
-        time(before, input, now)?;
-        time(after, input, now)?;
-        if now() - begun > BUDGET {
-            break;
-        }
-    }
+    // What an engine prepares in its first inferences is no part of the later ones.
+    before.run(input)?;
+    after.run(input)?;
     let (mut times_before, mut times_after, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     let begun = now();
     while wants_more(&ratios, now() - begun) {

@@ -150,6 +150,7 @@ mod tests {
     use super::*;
     use crate::compress::quantize::blocks;
     use crate::compress::quantize::integers::{self, WEIGHT_MAX};
+    use crate::compress::quantize::neighbours;
     use crate::compress::{self, Setting};
     use crate::graph::weight::Operator;
     use crate::graph::{float_tensor, integer, node, tensor};
@@ -253,7 +254,7 @@ mod tests {
     /// The values that 8-bit integers stand for, with a scale for each index of `axis`.
     fn in_bytes(values: &[f32], shape: &[usize], axis: usize, product: Option<Operator>) -> Vec<f32> {
         let quantized = match product {
-            Some(operator) => integers::quantize_product(values, shape, Some(axis), operator),
+            Some(operator) => neighbours::quantize(values, shape, Some(axis), operator),
             None => integers::quantize(values, shape, Some(axis), WEIGHT_MAX),
         };
         let quantized = quantized.unwrap();

@@ -157,8 +157,23 @@ impl<'a> Integers<'a> {
     /// Appends the values of `range`.
     fn decode(&self, range: Range<usize>, values: &mut Vec<f32>) {
         if self.run == 1 {
-            let grids = self.scales.iter().zip(&self.zeros).cycle().skip(range.start % self.scales.len());
-            values.extend(range.zip(grids).map(|(place, (scale, zero))| (self.integer(place) - zero) * scale));
+            let mut start = range.start;
+            while start < range.end {
+                let channel = start % self.scales.len();
+                let end = range.end.min(start + self.scales.len() - channel);
+                let grids = self.scales[channel..].iter().zip(&self.zeros[channel..]);
+                if self.signed {
+                    let integers = self.data[start..end].iter().map(|byte| f32::from(byte.cast_signed()));
+                    values.extend(integers.zip(grids).map(|(integer, (scale, zero))| (integer - zero) * scale));
+                } else {
+                    values.extend(
+                        (start..end)
+                            .zip(grids)
+                            .map(|(place, (scale, zero))| (self.integer(place) - zero) * scale),
+                    );
+                }
+                start = end;
+            }
             return;
         }
         let mut index = range.start;

@@ -13,8 +13,8 @@ use plimsoll_package::manifest::{REPORT_FILE, REPORT_PAGE_FILE};
 use crate::server::State;
 use crate::server::refusal::{Reason, Refusal};
 
-/// Nothing is loaded from elsewhere.
-const POLICY: &str = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
+/// Nothing is loaded from elsewhere; the icon is within the page.
+const POLICY: &str = "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
 
 /// The report is one file with its style inside, and no script.
 const REPORT_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'";

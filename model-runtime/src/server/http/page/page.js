@@ -32,6 +32,8 @@ const milliseconds = (ms) => (ms < 1 ? `${(ms * 1000).toFixed(0)} µs` : `${ms.t
 
 const shapeText = (shape) => `[${shape.map((size) => (size < 0 ? "any" : size)).join(", ")}]`;
 
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
 /** Zeros of a shape, or empty texts: what a person changes. */
 function sample(datatype, shape) {
   const count = shape.reduce((product, size) => product * size, 1);
@@ -62,21 +64,54 @@ function picker(area, shape) {
   return chosen;
 }
 
-function showForm(model) {
+// Where texts or pictures stand for tensors, they come first; what is left empty is not sent.
+const isText = ({ name, datatype, shape }) => datatype === "BYTES" && shape.length === 1 && (name === "text" || name === "text_pair");
+const isPicture = ({ name, datatype }) => datatype === "BYTES" && name === "image";
+
+/** Texts, one a line. */
+function textField({ name }) {
+  return [
+    element("label", `${name}: one a line`, { for: `${name}/data` }),
+    element("textarea", "", { id: `${name}/data`, name: `${name}/data`, class: "text" }),
+  ];
+}
+
+/** A tensor: its shape and its values, which are zeros until somebody writes others. */
+function tensorField({ name, datatype, shape: open }, empty) {
   const limit = 4096;
-  // Where texts or pictures stand for tensors, these are left empty, and what is empty is not sent.
-  const stands = ({ name, datatype }) => datatype === "BYTES" && (name === "text" || name === "image");
+  const zeros = (shape) => JSON.stringify(sample(datatype, shape.reduce((a, b) => a * b, 1) > limit ? [0] : shape));
+  const shape = open.map((size) => (size < 0 ? 1 : size));
+  const label = element("label", `${name} (${datatype}), shape `);
+  const shapeField = element("input", undefined, { name: `${name}/shape`, value: JSON.stringify(shape), "aria-label": `shape of ${name}` });
+  let untouched = empty ? "" : zeros(shape);
+  const area = element("textarea", untouched, { name: `${name}/data`, spellcheck: "false", "aria-label": `data of ${name}` });
+  shapeField.addEventListener("change", () => {
+    let wanted;
+    try {
+      wanted = JSON.parse(shapeField.value);
+    } catch {
+      return;
+    }
+    if (area.value !== untouched || !Array.isArray(wanted) || !wanted.every((size) => Number.isInteger(size) && size >= 0)) return;
+    untouched = zeros(wanted);
+    area.value = untouched;
+  });
+  label.append(shapeField);
+  return [label, area, ...(isPicture({ name, datatype }) && empty ? [picker(area, shapeField)] : [])];
+}
+
+function showForm(model) {
+  const stands = (input) => isText(input) || isPicture(input);
   const instead = model.inputs.length > 1 && model.inputs.some(stands);
-  for (const input of model.inputs) {
-    const shape = input.shape.map((size) => (size < 0 ? 1 : size));
-    const data = sample(input.datatype, shape.reduce((a, b) => a * b, 1) > limit ? [0] : shape);
-    const label = element("label", `${input.name} (${input.datatype}), shape `);
-    const shapeField = element("input", undefined, { name: `${input.name}/shape`, value: JSON.stringify(shape), "aria-label": `shape of ${input.name}` });
-    label.append(shapeField);
-    const area = element("textarea", instead && !stands(input) ? "" : JSON.stringify(data), { name: `${input.name}/data`, spellcheck: "false", "aria-label": `data of ${input.name}` });
-    at("inputs").append(label, area);
-    if (instead && stands(input) && input.name === "image") at("inputs").append(picker(area, shapeField));
+  const first = model.inputs.filter((input) => instead && stands(input));
+  const tensors = model.inputs.filter((input) => !first.includes(input));
+  for (const input of first) at("inputs").append(...(isText(input) ? textField(input) : tensorField(input, true)));
+  let rest = at("inputs");
+  if (instead && tensors.length) {
+    rest = rest.appendChild(element("details"));
+    rest.append(element("summary", "or the model's own tensors"));
   }
+  for (const input of tensors) rest.append(...tensorField(input, instead));
   at("form").addEventListener("submit", (event) => {
     event.preventDefault();
     infer(model);
@@ -101,9 +136,12 @@ async function infer(model) {
   button.disabled = true;
   try {
     const given = model.inputs.filter(({ name }) => form.elements[`${name}/data`].value.trim() !== "");
-    const inputs = given.map(({ name, datatype }) => ({
-      name, datatype, shape: read(form, `${name}/shape`), data: read(form, `${name}/data`),
-    }));
+    const inputs = given.map(({ name, datatype }) => {
+      if (form.elements[`${name}/shape`]) return { name, datatype, shape: read(form, `${name}/shape`), data: read(form, `${name}/data`) };
+      const data = form.elements[`${name}/data`].value.trim().split("\n");
+      return { name, datatype, shape: [data.length], data };
+    });
+    if (!inputs.length) throw new Error("write something first");
     const begun = performance.now();
     const answer = await fetch(`v2/models/${encodeURIComponent(model.name)}/infer`, { method: "POST", body: JSON.stringify({ inputs }) });
     const body = await answer.json();
@@ -117,21 +155,37 @@ async function infer(model) {
   }
 }
 
+/** Where the value at an index of flat data lies in its tensor; a first axis of one is left out. */
+function place(index, shape) {
+  const indices = [];
+  for (const size of shape.toReversed()) {
+    indices.unshift(index % size);
+    index = Math.floor(index / size);
+  }
+  return (shape.length > 1 && shape[0] === 1 ? indices.slice(1) : indices).join(", ");
+}
+
 function showOutput({ name, datatype, shape, data }) {
   const outputs = at("outputs");
   outputs.append(element("h3", `${name}: ${datatype} ${shapeText(shape)}`));
   const drawable = data.length <= 100 && data.every((value) => typeof value === "number");
   if (!drawable) {
-    outputs.append(element("pre", JSON.stringify(data.slice(0, 2000)) + (data.length > 2000 ? " …" : "")));
+    const shown = data.slice(0, 2000).map((value) => JSON.stringify(value)).join(", ");
+    outputs.append(element("pre", `[${shown}${data.length > 2000 ? ", …" : ""}]`));
     return;
   }
-  const largest = Math.max(...data.map(Math.abs)) || 1;
+  // One scale, on which zero has its place: to its left what is negative.
+  const [least, most] = [Math.min(0, ...data), Math.max(0, ...data)];
+  const share = (value) => (100 * value) / (most - least || 1);
+  const bars = outputs.appendChild(element("div", undefined, { class: "bars" }));
+  bars.style.setProperty("--zero", `${share(-least)}%`);
   data.forEach((value, index) => {
-    const bar = element("div", undefined, { class: "bar" });
-    const length = element("i");
-    length.style.width = `${(100 * Math.abs(value)) / largest}%`;
-    bar.append(element("span", index), length, element("span", Number(value.toPrecision(6))));
-    outputs.append(bar);
+    const bar = element("b", undefined, value < 0 ? { class: "negative" } : {});
+    bar.style.left = `${share(Math.min(value, 0) - least)}%`;
+    bar.style.width = `${share(Math.abs(value))}%`;
+    const track = element("i");
+    track.append(bar);
+    bars.append(element("span", place(index, shape)), track, element("span", Number(value.toPrecision(6)), { class: "value" }));
   });
 }
 
@@ -162,14 +216,14 @@ async function look(name) {
   last = now;
   const mean = now.count ? `, ${milliseconds(now.ns / now.count / 1e6)} each on average` : "";
   const batch = now.executions ? `, ${(now.rows / now.executions).toFixed(1)} rows a batch` : "";
-  at("totals").textContent = `Since the start: ${now.count} requests answered${mean}${batch}, ${now.failed} failed.`;
+  at("totals").textContent = `Since the start: ${counted(now.count, "request")} answered${mean}${batch}, ${now.failed} failed.`;
 }
 
 const verdicts = { TooFew: "too few to tell", Stable: "stable", Moderate: "moderate", Significant: "significant" };
 
 function showDrift({ tensors, rows, window_s, reference }) {
   at("drifted").textContent =
-    `${rows} samples of the last ${window_s / 60} minutes beside ${reference.samples} that the optimiser saw: PSI from 0.1 is moderate, from 0.25 significant.`;
+    `${counted(rows, "sample")} of the last ${window_s / 60} minutes beside ${reference.samples} that the optimiser saw: PSI from 0.1 is moderate, from 0.25 significant.`;
   const table = at("distances");
   table.replaceChildren();
   row(table, ["", "tensor", "seen", "PSI", "KS", "drift"], "th");
@@ -181,7 +235,9 @@ function showDrift({ tensors, rows, window_s, reference }) {
 
 function draw() {
   const chart = at("chart");
-  const [width, height, left] = [600, 140, 56];
+  // As wide as it is shown, so that its text keeps its size.
+  const [width, height, left] = [chart.clientWidth, 140, 62];
+  chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const known = seconds.filter((value) => value !== null);
   const top = Math.max(...known, 1e-6) * 1.15;
   const x = (index) => left + ((width - left) * index) / 119;
@@ -216,7 +272,7 @@ async function start() {
     const model = await get(`v2/models/${encodeURIComponent(name)}`);
     const config = await get(`v2/models/${encodeURIComponent(name)}/config`);
     const batching = config.max_batch_size ? `batches of up to ${config.max_batch_size} rows` : "requests run one by one";
-    at("about").textContent = `version ${model.versions.join(", ")}, ${config.backend} on ${config.instance_group[0].count} instance(s), ${batching}`;
+    at("about").textContent = `version ${model.versions.join(", ")}, ${config.backend} on ${counted(config.instance_group[0].count, "instance")}, ${batching}`;
     at("metadata").href = `v2/models/${encodeURIComponent(name)}`;
     showSignature(model);
     showForm(model);

@@ -1,7 +1,7 @@
 //! A small HTTP/1.1 client that shows what a library would hide: when a connection is kept and when it is closed.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -52,6 +52,18 @@ impl Connection {
         );
         self.write(format!("{head}{body}").as_bytes())?;
         self.answer()
+    }
+
+    /// As [`send`](Self::send), with a body that may be no text and a length that may be a lie.
+    pub(crate) fn send_bytes(&mut self, path: &str, headers: &str, length: usize, body: &[u8]) -> io::Result<Answer> {
+        let head = format!("POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n{headers}\r\n");
+        self.write(&[head.as_bytes(), body].concat())?;
+        self.answer()
+    }
+
+    /// Says that nothing more is sent; what comes can still be read.
+    pub(crate) fn end(&self) -> io::Result<()> {
+        self.0.get_ref().shutdown(Shutdown::Write)
     }
 
     pub(crate) fn answer(&mut self) -> io::Result<Answer> {

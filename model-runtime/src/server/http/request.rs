@@ -1,6 +1,7 @@
 //! Inference requests: JSON read straight into typed tensors, and tensors as bytes behind it (Triton, "Binary Tensor Data Extension").
 
 use std::fmt;
+use std::marker::PhantomData;
 
 use half::{bf16, f16};
 use plimsoll_package::manifest::Datatype;
@@ -26,9 +27,9 @@ pub(in crate::server) fn parse(body: &[u8], json_length: Option<usize>) -> Resul
         id: Option<String>,
         #[serde(default)]
         parameters: Parameters,
-        inputs: Vec<Input>,
+        inputs: List<Input>,
         #[serde(default)]
-        outputs: Option<Vec<Wanted>>,
+        outputs: Option<List<Wanted>>,
     }
     #[derive(Deserialize)]
     struct Wanted {
@@ -45,11 +46,8 @@ pub(in crate::server) fn parse(body: &[u8], json_length: Option<usize>) -> Resul
     })?;
     let raw: Raw = serde_json::from_slice(json).map_err(|error| format!("the body is not an inference request: {error}"))?;
     raw.parameters.check()?;
-    if raw.inputs.len() > LENGTH_MAX {
-        return Err(format!("{} inputs are more than the {LENGTH_MAX} of any model", raw.inputs.len()));
-    }
-    let inputs = raw
-        .inputs
+    let List(inputs) = raw.inputs;
+    let inputs = inputs
         .into_iter()
         .map(|input| input.fill(&mut bytes))
         .collect::<Result<Vec<_>, _>>()?;
@@ -57,7 +55,8 @@ pub(in crate::server) fn parse(body: &[u8], json_length: Option<usize>) -> Resul
         return Err(format!("{} bytes are left behind the last binary tensor", bytes.len()));
     }
     // An empty list is what some clients send for "all".
-    let outputs = raw.outputs.unwrap_or_default().into_iter().map(|wanted| {
+    let List(outputs) = raw.outputs.unwrap_or_default();
+    let outputs = outputs.into_iter().map(|wanted| {
         wanted
             .parameters
             .check()
@@ -181,7 +180,7 @@ impl<'de> Visitor<'de> for InputVisitor {
             match &*key {
                 "name" => name = Some(map.next_value()?),
                 "datatype" => datatype = Some(map.next_value()?),
-                "shape" => shape = Some(map.next_value_seed(Shape)?),
+                "shape" => shape = Some(map.next_value::<List<usize>>()?.0),
                 "data" => match (datatype, &shape) {
                     (Some(datatype), Some(shape)) => {
                         data = Some(map.next_value_seed(Values {
@@ -231,33 +230,41 @@ impl<'de> Visitor<'de> for InputVisitor {
     }
 }
 
-/// The dimensions of a tensor, no more of them than any model has.
-struct Shape;
+/// A list of what a request may name: no more of them than any model has, so that a few bytes of a body each do not become many of memory.
+struct List<T>(Vec<T>);
 
-impl<'de> DeserializeSeed<'de> for Shape {
-    type Value = Vec<usize>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<usize>, D::Error> {
-        deserializer.deserialize_seq(self)
+impl<T> Default for List<T> {
+    fn default() -> Self {
+        Self(vec![])
     }
 }
 
-impl<'de> Visitor<'de> for Shape {
-    type Value = Vec<usize>;
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for List<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(ListVisitor(PhantomData))
+    }
+}
+
+struct ListVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ListVisitor<T> {
+    type Value = List<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a list of dimensions")
+        f.write_str("a list")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<usize>, A::Error> {
-        let mut shape = vec![];
-        while let Some(size) = list.next_element()? {
-            if shape.len() == LENGTH_MAX {
-                return Err(A::Error::custom(format!("a shape has more than {LENGTH_MAX} dimensions")));
+    fn visit_seq<A: SeqAccess<'de>>(self, mut given: A) -> Result<List<T>, A::Error> {
+        let mut list = vec![];
+        while let Some(item) = given.next_element()? {
+            if list.len() == LENGTH_MAX {
+                return Err(A::Error::custom(format!(
+                    "a list is longer than the {LENGTH_MAX} that any model has"
+                )));
             }
-            shape.push(size);
+            list.push(item);
         }
-        Ok(shape)
+        Ok(List(list))
     }
 }
 

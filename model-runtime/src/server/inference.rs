@@ -82,6 +82,9 @@ pub(super) struct Admission {
 /// Bodies and answers of more bytes than this are parsed and written off the threads that serve connections.
 const INLINE_BYTES_MAX: usize = 64 << 10;
 
+/// Bytes of an answer that are copied as they are: so many of them take no longer than one that is written as digits.
+pub(super) const COPIED_AS_ONE: usize = 16;
+
 /// Memory is counted in units of so many bytes.
 const MEMORY_UNIT: usize = 1 << 10;
 

@@ -26,6 +26,9 @@ use tokio::sync::{Semaphore, watch};
 use super::scheduler::Client;
 use super::tls::Acceptor;
 use super::{Limits, ServeError};
+use relay::Relayed;
+
+mod relay;
 
 /// Longest pause after a failure to accept, for example for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -231,7 +234,7 @@ where
     S::Future: Send,
 {
     let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
-    watcher.watch(connection).await
+    Relayed::new(watcher.watch(connection)).await
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use super::message;
 use super::{Grpc, reply, stopping};
 use crate::server::State;
 use crate::server::encoding::Encoding;
-use crate::server::inference::{Admission, off_thread};
+use crate::server::inference::{Admission, COPIED_AS_ONE, off_thread};
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::scheduler::Client;
 use crate::server::trace::{Method, Span, Stage};
@@ -169,10 +169,10 @@ async fn answer(state: &Arc<State>, call: Call, client: Client, span: &Span) -> 
     let ((mut request, form), admission) = span.within(Stage::Parse, parse).await??;
     let id = request.id.take().unwrap_or_default();
     let outputs = admission.infer(request, client, span).await?;
-    let bytes = outputs.iter().map(|output| output.tensor.data().byte_count()).sum();
+    let bytes: usize = outputs.iter().map(|output| output.tensor.data().byte_count()).sum();
     let writer = Arc::clone(state);
     let write = move || message::write(&writer.config.name, &writer.config.version, id, outputs, form);
-    span.within(Stage::Serialize, off_thread(bytes, write)).await
+    span.within(Stage::Serialize, off_thread(bytes / COPIED_AS_ONE, write)).await
 }
 
 async fn compressed(frame: Vec<u8>, encoding: Option<Encoding>) -> Result<Bytes, Refusal> {

@@ -16,7 +16,7 @@ use super::{Target, request, response};
 use crate::engine::Tensor;
 use crate::server::State;
 use crate::server::encoding::Encoding;
-use crate::server::inference::{Admission, InferRequest, Output, off_thread};
+use crate::server::inference::{Admission, COPIED_AS_ONE, InferRequest, Output, off_thread};
 use crate::server::refusal::{Reason, Refusal};
 use crate::server::scheduler::Client;
 use crate::server::trace::{Method, Span, Stage};
@@ -73,7 +73,11 @@ async fn write(
     outputs: Vec<Output>,
     binary: bool,
 ) -> Result<Response, Refusal> {
-    let bytes: usize = outputs.iter().map(|output| output.tensor.data().byte_count()).sum();
+    let cost = |output: &Output| match (output.tensor.data().byte_count(), output.binary.unwrap_or(binary)) {
+        (bytes, true) => bytes / COPIED_AS_ONE,
+        (bytes, false) => bytes,
+    };
+    let bytes = outputs.iter().map(cost).sum();
     let writer = Arc::clone(state);
     let written = off_thread(bytes, move || {
         let config = &writer.config;

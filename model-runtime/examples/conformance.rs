@@ -1,4 +1,4 @@
-//! Runs cases of ONNX's backend suite on an engine: `conformance tract|onnxruntime FOLDER`, where `tests/conformance/cases.py` made the
+//! Runs cases of ONNX's backend suite on an engine: `conformance tract|onnxruntime DEVICE FOLDER`, where `tests/conformance/cases.py` made the
 //! folder. Each line on standard input is a case; each is answered by a line with what came of it. A case may take the process with it:
 //! `cargo xtask conformance`, which asks, goes on with a new one.
 
@@ -48,8 +48,12 @@ enum Outcome {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [kind, folder] = &arguments[..] else {
-        return Err("usage: conformance tract|onnxruntime FOLDER".into());
+    let [kind, device, folder] = &arguments[..] else {
+        return Err("usage: conformance tract|onnxruntime DEVICE FOLDER".into());
+    };
+    let options = LoadOptions {
+        device: device.parse()?,
+        ..LoadOptions::default()
     };
     let kind = match kind.as_str() {
         "tract" => EngineKind::Tract,
@@ -58,7 +62,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     for line in io::stdin().lock().lines() {
         let case: Case = serde_json::from_str(&line?)?;
-        let (outcome, words) = match run(kind, &Path::new(folder).join(&case.name), &case) {
+        let (outcome, words) = match run(kind, &options, &Path::new(folder).join(&case.name), &case) {
             Ok(()) => (Outcome::Passed, String::new()),
             Err(Failure::Engine(EngineError::Library(reason))) => return Err(reason.into()),
             Err(failure) => failure.told(),
@@ -106,8 +110,8 @@ const OPERATOR: [&str; 7] = [
     "tract does not",
 ];
 
-fn run(kind: EngineKind, folder: &Path, case: &Case) -> Result<(), Failure> {
-    let model = engine::load(kind, &folder.join("model.onnx"), &LoadOptions::default())?;
+fn run(kind: EngineKind, options: &LoadOptions, folder: &Path, case: &Case) -> Result<(), Failure> {
+    let model = engine::load(kind, &folder.join("model.onnx"), options)?;
     let inputs = (0..model.inputs().len()).map(|index| read(&folder.join(format!("input_{index}.pb"))));
     let outputs = model.run(&inputs.collect::<Vec<_>>())?;
     for (index, (spec, output)) in model.outputs().iter().zip(&outputs).enumerate() {

@@ -86,6 +86,8 @@ pub struct LoadOptions {
     pub library: Option<PathBuf>,
     /// What the model is computed on; tract knows the processor alone.
     pub device: Device,
+    /// Most bytes of a GPU's memory that ONNX Runtime keeps for the model's weights and tensors; what its libraries take comes on top.
+    pub device_bytes_max: Option<usize>,
 }
 
 impl Default for LoadOptions {
@@ -95,6 +97,7 @@ impl Default for LoadOptions {
             fold_dequantize: true,
             library: None,
             device: Device::Cpu,
+            device_bytes_max: None,
         }
     }
 }
@@ -105,6 +108,13 @@ impl Default for LoadOptions {
 /// [`EngineError::Library`] where ONNX Runtime's library is missing, [`EngineError::Model`] where the file is no model that can be
 /// served, [`EngineError::Load`] where the engine refuses it.
 pub fn load(kind: EngineKind, path: &Path, options: &LoadOptions) -> Result<Box<dyn Engine>, EngineError> {
+    if options.device_bytes_max.is_some() && !options.device.is_gpu() {
+        return Err(EngineError::Load {
+            engine: kind,
+            path: path.to_owned(),
+            reason: format!("the memory of a GPU is bounded, and the device is {}", options.device),
+        });
+    }
     contained(|| {
         let engine: Box<dyn Engine> = match kind {
             EngineKind::Tract => Box::new(tract::Tract::load(path, options)?),

@@ -59,7 +59,7 @@ pub(crate) struct Serve {
 
     /// What the model is computed on: cpu, cuda:NUMBER, tensorrt:NUMBER or openvino. All but cpu need ONNX Runtime's library with that
     /// provider, and are never replaced by another.
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", env = "PLIMSOLL_DEVICE")]
     device: Device,
 
     /// Address of the protocol over HTTP/1.1 and HTTP/2: IP:PORT, or unix:PATH for a socket in the file system.
@@ -106,6 +106,11 @@ pub(crate) struct Serve {
     /// Most bytes of request bodies that are here at one time; what comes beyond is answered with 429.
     #[arg(long, value_name = "SIZE", default_value = "256Mi", value_parser = size)]
     max_memory: u64,
+
+    /// Most of a GPU's memory that each instance keeps for the model's weights and tensors, where other pods share the GPU; what its
+    /// libraries take comes on top. A request that needs more fails.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_device_memory: Option<u64>,
 
     /// Most open connections; more wait to be accepted.
     #[arg(long, value_name = "CONNECTIONS", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(1..))]
@@ -329,6 +334,7 @@ impl Serve {
                 body_bytes_max: bytes(self.max_body),
                 concurrency_max: usize::from(self.max_concurrency),
                 connections_max: usize::from(self.max_connections),
+                device_bytes_max: self.max_device_memory.map(bytes),
                 request_timeout: self.request_timeout,
                 header_timeout: self.header_timeout,
             },

@@ -129,6 +129,8 @@ pub struct Limits {
     pub concurrency_max: usize,
     /// Most bytes of bodies that are here at one time.
     pub memory_bytes_max: usize,
+    /// Most bytes of a GPU's memory that each instance keeps for the model's weights and tensors.
+    pub device_bytes_max: Option<usize>,
     /// Most open connections.
     pub connections_max: usize,
     /// Longest time of a request, from its headers to its answer.
@@ -196,7 +198,7 @@ impl State {
     /// Needs the async runtime.
     fn new(config: Config, tokens: Option<Tokens>) -> Result<Self, ServeError> {
         let memory = inference::memory_units(config.limits.memory_bytes_max.max(config.limits.body_bytes_max));
-        let metrics = Metrics::default();
+        let metrics = Metrics::of(config.device);
         let tracing = config.traces.as_ref().map(|traces| Tracing::start(traces, &metrics)).transpose();
         let shadowing = config.shadow.as_ref().map(|shadow| Shadowing::start(shadow, &metrics)).transpose();
         let start = |sampling| Sampler::start(sampling, &config.name, &config.version, &metrics.samples);

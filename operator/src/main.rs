@@ -52,6 +52,10 @@ struct Flags {
     /// The runtime's image.
     #[arg(long)]
     runtime_image: String,
+    /// The runtime's image with CUDA, for models whose accelerator is a resource of nvidia.com; without it, theirs is the runtime's
+    /// image, too.
+    #[arg(long)]
+    cuda_runtime_image: Option<String>,
     /// Name of a dockerconfigjson secret, in each model's namespace, that kubelets pull both with. May be repeated.
     #[arg(long = "image-pull-secret")]
     image_pull_secrets: Vec<String>,
@@ -222,6 +226,7 @@ async fn context(flags: &Flags, client: &Client, metrics: Arc<metrics::Metrics>)
         extra_ca_config_map: flags.extra_ca_configmap.clone(),
         optimizer_image: flags.optimizer_image.clone(),
         runtime_image: flags.runtime_image.clone(),
+        cuda_runtime_image: flags.cuda_runtime_image.clone(),
         image_pull_secrets: flags.image_pull_secrets.clone(),
         image_pull_policy: flags.image_pull_policy.clone(),
         image_volumes,

@@ -21,6 +21,8 @@ pub struct Settings {
     pub optimizer_image: String,
     /// The runtime's image.
     pub runtime_image: String,
+    /// The runtime's image that computes on NVIDIA's GPUs.
+    pub cuda_runtime_image: Option<String>,
     /// Names of the secrets, in the model's namespace, that kubelets pull both with.
     pub image_pull_secrets: Vec<String>,
     /// Pull policy of both: `Always`, `IfNotPresent` or `Never`.
@@ -45,6 +47,7 @@ impl Settings {
             extra_ca_config_map: None,
             optimizer_image: "ghcr.io/plimsoll-dev/optimizer:0.1.0".into(),
             runtime_image: "ghcr.io/plimsoll-dev/runtime:0.1.0".into(),
+            cuda_runtime_image: None,
             image_pull_secrets: vec![],
             image_pull_policy: "IfNotPresent".into(),
             image_volumes: true,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -12,7 +13,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::{images, onnxruntime, progress, python, workspace};
+use crate::onnxruntime::Library;
+use crate::{images, progress, python, workspace};
 use outcome::Outcome;
 
 mod outcome;
@@ -22,15 +24,58 @@ mod page;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Options of `cargo xtask conformance`.
-#[derive(clap::Args)]
+#[derive(Default, clap::Args)]
 pub(crate) struct Arguments {
     /// Writes nothing; fails where a case does not pass that passes by the recorded results.
     #[arg(long)]
     check: bool,
+
+    /// On ONNX Runtime on the first CUDA device alone; without it, on the engines on the processor.
+    #[arg(long)]
+    cuda: bool,
+
+    /// A program to run the cases by, compiled elsewhere as the example `conformance` of the runtime.
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
 }
 
-/// The engines, as the runtime's flag names them.
-const ENGINES: [&str; 2] = ["tract", "onnxruntime"];
+/// An engine on a device: a column of the results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Column {
+    name: &'static str,
+    /// As the runtime's flags name them.
+    engine: &'static str,
+    device: &'static str,
+    library: Library,
+}
+
+const COLUMNS: [Column; 3] = [
+    Column {
+        name: "tract",
+        engine: "tract",
+        device: "cpu",
+        library: Library::Cpu,
+    },
+    Column {
+        name: "onnxruntime",
+        engine: "onnxruntime",
+        device: "cpu",
+        library: Library::Cpu,
+    },
+    Column {
+        name: "cuda",
+        engine: "onnxruntime",
+        device: "cuda:0",
+        library: Library::Gpu,
+    },
+];
+
+impl Arguments {
+    /// The columns that are measured, by their place.
+    fn columns(&self) -> Range<usize> {
+        if self.cuda { 2..3 } else { 0..2 }
+    }
+}
 
 /// A case of the suite, as `cases.py` lists it.
 #[derive(Serialize, Deserialize)]
@@ -41,22 +86,21 @@ struct Case {
     atol: f64,
 }
 
-/// What came of a case on each engine: a line of `results.csv`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// What came of a case in each column: a line of `results.csv`.
+#[derive(Debug, Clone, PartialEq)]
 struct Row {
     case: String,
     operator: String,
-    tract: Outcome,
-    onnxruntime: Outcome,
+    outcomes: [Outcome; COLUMNS.len()],
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.check {
-        let passed = check()?;
+        let passed = check(arguments)?;
         println!("all {passed} that passed by the recorded results pass");
         return Ok(());
     }
-    let rows = measure()?;
+    let rows = measure(arguments)?;
     fs::write(results(), write(&rows))?;
     let page = page_path();
     fs::write(&page, page::render(&rows)?)?;
@@ -64,24 +108,24 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Runs all cases; gives how many of them passed by the recorded results, on all engines together.
+/// Runs all cases; gives how many of them passed by the recorded results, in all columns together.
 ///
 /// # Errors
 /// Where one of those does not pass, naming them; where a program or a package cannot be had.
-pub(crate) fn check() -> Result<usize> {
+pub(crate) fn check(arguments: &Arguments) -> Result<usize> {
     let recorded = read()?;
-    let now: BTreeMap<String, Row> = measure()?.into_iter().map(|row| (row.case.clone(), row)).collect();
+    let now: BTreeMap<String, Row> = measure(arguments)?.into_iter().map(|row| (row.case.clone(), row)).collect();
     let mut worse = vec![];
     let mut passed = 0;
     for row in &recorded {
-        for engine in ENGINES {
-            if row.of(engine) != Outcome::Passed {
+        for (column, outcome) in arguments.columns().map(|column| (column, row.outcomes[column])) {
+            if outcome != Outcome::Passed {
                 continue;
             }
             passed += 1;
-            match now.get(&row.case).map(|row| row.of(engine)) {
+            match now.get(&row.case).map(|row| row.outcomes[column]) {
                 Some(Outcome::Passed) => {}
-                Some(other) => worse.push(format!("{} on {engine}: {other}", row.case)),
+                Some(other) => worse.push(format!("{} on {}: {other}", row.case, COLUMNS[column].name)),
                 None => worse.push(format!("{} is no case any more", row.case)),
             }
         }
@@ -95,12 +139,6 @@ pub(crate) fn check() -> Result<usize> {
         worse.join("\n")
     );
     Ok(passed)
-}
-
-impl Row {
-    fn of(&self, engine: &str) -> Outcome {
-        if engine == "tract" { self.tract } else { self.onnxruntime }
-    }
 }
 
 fn folder() -> PathBuf {
@@ -120,25 +158,29 @@ fn page_path() -> PathBuf {
 }
 
 fn write(rows: &[Row]) -> String {
-    let lines = rows
-        .iter()
-        .map(|row| format!("{},{},{},{}\n", row.case, row.operator, row.tract, row.onnxruntime));
-    format!("case,operator,{}\n{}", ENGINES.join(","), lines.collect::<String>())
+    let lines = rows.iter().map(|row| {
+        format!(
+            "{},{},{}\n",
+            row.case,
+            row.operator,
+            row.outcomes.map(|outcome| outcome.to_string()).join(",")
+        )
+    });
+    let names = COLUMNS.map(|column| column.name);
+    format!("case,operator,{}\n{}", names.join(","), lines.collect::<String>())
 }
 
 fn read() -> Result<Vec<Row>> {
     let path = results();
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let row = |line: &str| {
-        let fields: Vec<&str> = line.split(',').collect();
-        let [case, operator, tract, onnxruntime] = fields[..] else {
-            return None;
-        };
+        let mut fields = line.split(',');
+        let (case, operator) = (fields.next()?.to_owned(), fields.next()?.to_owned());
+        let outcomes: Vec<Outcome> = fields.map(|field| field.parse().ok()).collect::<Option<_>>()?;
         Some(Row {
-            case: case.to_owned(),
-            operator: operator.to_owned(),
-            tract: tract.parse().ok()?,
-            onnxruntime: onnxruntime.parse().ok()?,
+            case,
+            operator,
+            outcomes: outcomes.try_into().ok()?,
         })
     };
     let rows = text
@@ -148,44 +190,55 @@ fn read() -> Result<Vec<Row>> {
     rows.collect()
 }
 
-/// Runs every case on each engine, the engines side by side.
-fn measure() -> Result<Vec<Row>> {
+/// Runs every case in each column that is asked for, side by side; the others keep what is recorded.
+fn measure(arguments: &Arguments) -> Result<Vec<Row>> {
     let folder = folder();
     fs::create_dir_all(&folder)?;
     let cases = cases(&folder)?;
-    let library = onnxruntime::library()?;
-    let program = images::program::example("plimsoll-runtime", "conformance")?;
+    let program = match &arguments.program {
+        Some(program) => program.clone(),
+        None => images::program::example("plimsoll-runtime", "conformance")?,
+    };
     let all: Vec<Case> = serde_json::from_slice(&fs::read(cases.join("cases.json"))?)?;
-    let of_engine = |engine: &'static str| {
+    let columns = &COLUMNS[arguments.columns()];
+    let in_column = |column: &Column| {
         let mut suite = Suite {
-            engine,
+            column: *column,
             program: &program,
-            library: &library,
+            library: &column.library.path()?,
             cases: &cases,
-            words: File::create(folder.join(format!("{engine}.txt")))?,
-            log: File::create(folder.join(format!("{engine}.log")))?,
+            words: File::create(folder.join(format!("{}.txt", column.name)))?,
+            log: File::create(folder.join(format!("{}.log", column.name)))?,
             worker: None,
         };
         all.iter().map(|case| suite.run(case)).collect::<Result<Vec<Outcome>>>()
     };
-    let of_engine = &of_engine;
-    let (tract, onnxruntime) = progress::phase(&format!("{} cases on {}", all.len(), ENGINES.join(" and ")), |_| {
+    let in_column = &in_column;
+    let names: Vec<&str> = columns.iter().map(|column| column.name).collect();
+    let measured = progress::phase(&format!("{} cases on {}", all.len(), names.join(" and ")), |_| {
         thread::scope(|scope| {
-            let other = scope.spawn(move || of_engine(ENGINES[1]));
-            let one = of_engine(ENGINES[0])?;
-            let other = other.join().map_err(|_| anyhow::anyhow!("the run of {} panicked", ENGINES[1]))??;
-            Ok((one, other))
+            let running: Vec<_> = columns.iter().map(|column| scope.spawn(move || in_column(column))).collect();
+            let ended = running.into_iter().zip(&names);
+            ended
+                .map(|(running, name)| running.join().map_err(|_| anyhow::anyhow!("the run of {name} panicked"))?)
+                .collect::<Result<Vec<_>>>()
         })
     })?;
-    let rows = all.into_iter().zip(tract.into_iter().zip(onnxruntime));
-    Ok(rows
-        .map(|(case, (tract, onnxruntime))| Row {
+    let mut recorded: BTreeMap<String, Row> = read()?.into_iter().map(|row| (row.case.clone(), row)).collect();
+    let rows = all.into_iter().enumerate().map(|(index, case)| {
+        let recorded = recorded.remove(&case.name).map(|row| row.outcomes);
+        // A new case is in the columns that are measured next.
+        let mut outcomes = recorded.unwrap_or([Outcome::Unmeasured; COLUMNS.len()]);
+        for (column, measured) in arguments.columns().zip(&measured) {
+            outcomes[column] = measured[index];
+        }
+        Row {
             case: case.name,
             operator: case.operator,
-            tract,
-            onnxruntime,
-        })
-        .collect())
+            outcomes,
+        }
+    });
+    Ok(rows.collect())
 }
 
 /// The folder of the cases, written anew where the package or the script changed.
@@ -211,7 +264,7 @@ fn cases(folder: &Path) -> Result<PathBuf> {
 
 /// The cases on one engine, in a process that is replaced where a case takes it along.
 struct Suite<'a> {
-    engine: &'static str,
+    column: Column,
     program: &'a Path,
     library: &'a Path,
     cases: &'a Path,
@@ -237,7 +290,7 @@ impl Drop for Worker {
 impl Suite<'_> {
     fn start(&self) -> Result<Worker> {
         let mut child = Command::new(self.program)
-            .arg(self.engine)
+            .args([self.column.engine, self.column.device])
             .arg(self.cases)
             .env("ORT_DYLIB_PATH", self.library)
             .stdin(Stdio::piped())
@@ -285,7 +338,7 @@ impl Suite<'_> {
                     "{} ended with {status} at {}; see {}",
                     self.program.display(),
                     case.name,
-                    folder().join(format!("{}.log", self.engine)).display()
+                    folder().join(format!("{}.log", self.column.name)).display()
                 );
                 Answer {
                     outcome: Outcome::Crashed,
@@ -321,7 +374,7 @@ mod tests {
         fs::write(&program, script).unwrap();
         fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let mut suite = Suite {
-            engine: "tract",
+            column: COLUMNS[0],
             program: &program,
             library: Path::new(""),
             cases: folder.path(),

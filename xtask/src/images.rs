@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use sha2::{Digest as _, Sha256};
 
-use crate::{cluster, onnxruntime, progress, workspace};
+use crate::onnxruntime::{self, Library};
+use crate::{cluster, progress, workspace};
 use archive::{Image, Process};
 use layer::{Layer, USER_ID};
 pub(crate) use program::Profile;
@@ -35,14 +36,15 @@ pub(crate) struct Arguments {
     /// Also builds the image that only the end-to-end tests use.
     #[arg(long)]
     tests: bool,
-    /// The images to build. Default: operator, optimizer, runtime and registry.
+    /// The images to build. Default: operator, optimizer, runtime and registry. runtime-cuda, of 1.2 GB, is the runtime for models on
+    /// NVIDIA's GPUs.
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(SPECIFICATIONS.iter().map(|specification| specification.name)))]
     names: Vec<String>,
 }
 
 enum Program {
-    /// A package of the workspace; linked against ONNX Runtime at run time where so said.
-    Package { name: &'static str, onnxruntime: bool },
+    /// A package of the workspace, and the library of ONNX Runtime that it loads.
+    Package { name: &'static str, onnxruntime: Option<Library> },
     /// A static program that the embedded cluster's tools bring.
     Tool { name: &'static str },
 }
@@ -53,62 +55,82 @@ struct Specification {
     program: Program,
     /// Most that the image may hold when unpacked, in bytes.
     limit_bytes: Option<u64>,
-    /// Images for tests alone are tagged `test` and built on demand.
-    test: bool,
+    purpose: Purpose,
 }
 
-const SPECIFICATIONS: [Specification; 5] = [
+/// What an image is for, which decides when it is built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// An installation's.
+    Installation,
+    /// Of an installation with GPUs: built where it is named.
+    Gpu,
+    /// Of tests alone: tagged `test`, and built on demand.
+    Test,
+}
+
+const SPECIFICATIONS: [Specification; 6] = [
     Specification {
         name: "operator",
         title: "Plimsoll's control plane",
         program: Program::Package {
             name: "plimsoll-operator",
-            onnxruntime: false,
+            onnxruntime: None,
         },
         limit_bytes: Some(40_000_000),
-        test: false,
+        purpose: Purpose::Installation,
     },
     Specification {
         name: "optimizer",
         title: "Plimsoll's optimiser of models",
         program: Program::Package {
             name: "plimsoll-optimizer",
-            onnxruntime: true,
+            onnxruntime: Some(Library::Cpu),
         },
         limit_bytes: None,
-        test: false,
+        purpose: Purpose::Installation,
     },
     Specification {
         name: "runtime",
         title: "Plimsoll's inference server",
         program: Program::Package {
             name: "plimsoll-runtime",
-            onnxruntime: true,
+            onnxruntime: Some(Library::Cpu),
         },
         limit_bytes: Some(80_000_000),
-        test: false,
+        purpose: Purpose::Installation,
+    },
+    Specification {
+        name: "runtime-cuda",
+        title: "Plimsoll's inference server on NVIDIA's GPUs",
+        program: Program::Package {
+            name: "plimsoll-runtime",
+            onnxruntime: Some(Library::Gpu),
+        },
+        limit_bytes: None,
+        purpose: Purpose::Gpu,
     },
     Specification {
         name: "registry",
         title: "CNCF Distribution, as Plimsoll's chart runs it",
         program: Program::Tool { name: "registry" },
         limit_bytes: None,
-        test: false,
+        purpose: Purpose::Installation,
     },
     Specification {
         name: "fixture-server",
         title: "A server of files and faults for Plimsoll's tests",
         program: Program::Tool { name: "fixture-server" },
         limit_bytes: None,
-        test: true,
+        purpose: Purpose::Test,
     },
 ];
 
 /// The task `cargo xtask images`.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let chosen = |specification: &&Specification| match &arguments.names[..] {
-        [] => !specification.test || arguments.tests,
-        names => names.iter().any(|name| name == specification.name) || (specification.test && arguments.tests),
+        [] if specification.purpose == Purpose::Installation => true,
+        names => names.iter().any(|name| name == specification.name) || (specification.purpose == Purpose::Test && arguments.tests),
     };
     let chosen: Vec<&Specification> = SPECIFICATIONS.iter().filter(chosen).collect();
     let output = arguments.output.clone().unwrap_or_else(|| folder(arguments.profile));
@@ -190,7 +212,11 @@ fn specification(name: &str) -> Result<&'static Specification> {
 }
 
 fn reference(specification: &Specification) -> String {
-    let tag = if specification.test { "test" } else { env!("CARGO_PKG_VERSION") };
+    let tag = if specification.purpose == Purpose::Test {
+        "test"
+    } else {
+        env!("CARGO_PKG_VERSION")
+    };
     format!("{REPOSITORY}/{}:{tag}", specification.name)
 }
 
@@ -308,11 +334,21 @@ fn contents(specification: &Specification, program: &Path, revision: &revision::
     let mut last = Layer::default();
     last.copy(program, &format!("usr/bin/{name}"), 0o755)?;
     match specification.program {
-        Program::Package { onnxruntime: true, .. } => {
-            layers.push(filesystem::onnxruntime(&onnxruntime::library()?, &libraries)?);
+        Program::Package {
+            onnxruntime: Some(library),
+            ..
+        } => {
+            if library == Library::Gpu {
+                layers.push(filesystem::cuda(&onnxruntime::cuda()?)?);
+                process.env.push(format!("LD_LIBRARY_PATH={}", filesystem::CUDA));
+                process.env.push("PLIMSOLL_DEVICE=cuda:0".to_owned());
+                // What NVIDIA's container toolkit mounts into the container: the driver, and its management library for metrics.
+                process.env.push("NVIDIA_DRIVER_CAPABILITIES=compute,utility".to_owned());
+            }
+            layers.push(filesystem::onnxruntime(&library.path()?, &libraries)?);
             process.env.push(format!("ORT_DYLIB_PATH={}", filesystem::ONNXRUNTIME));
         }
-        Program::Package { onnxruntime: false, .. } => {}
+        Program::Package { onnxruntime: None, .. } => {}
         Program::Tool { name } => {
             if !libraries.is_empty() {
                 bail!("the program {name} must be static, and links {libraries:?}");

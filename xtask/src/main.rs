@@ -1,6 +1,7 @@
 //! The project's tasks: demo, tests, embedded cluster, images, generated files.
 
 use clap::{Parser, Subcommand};
+use onnxruntime::Library;
 
 mod bench;
 mod chart;
@@ -46,7 +47,11 @@ enum Task {
     /// Measures a part of Plimsoll beside what people use today.
     Bench(bench::Arguments),
     /// Installs ONNX Runtime's shared library from its pinned wheel and prints its path.
-    Onnxruntime,
+    Onnxruntime {
+        /// The one with the providers for CUDA and TensorRT, which need NVIDIA's libraries.
+        #[arg(long)]
+        gpu: bool,
+    },
     /// Fetches the real models that tests run on and prints their folder.
     Models,
 }
@@ -60,7 +65,10 @@ fn main() -> std::process::ExitCode {
         Task::Crds(arguments) => crds::run(&arguments),
         Task::Conformance(arguments) => conformance::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
-        Task::Onnxruntime => onnxruntime::library().map(|path| println!("{}", path.display())),
+        Task::Onnxruntime { gpu } => {
+            let library = if gpu { Library::Gpu } else { Library::Cpu };
+            library.path().map(|path| println!("{}", path.display()))
+        }
         Task::Models => models::fetch(&models::TESTED).map(|path| println!("{}", path.display())),
     };
     match result {

@@ -90,7 +90,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
             Part::Clippy => clippy(&mut tally),
             Part::Dependencies => dependencies(&mut tally),
             Part::Unit => unit(arguments, &mut tally),
-            Part::Conformance => conformance::check().map(|cases| tally.passed += cases),
+            Part::Conformance => conformance::check(&conformance::Arguments::default()).map(|cases| tally.passed += cases),
             Part::Clients => clients(arguments, &mut tally),
             Part::Go => go(&mut tally),
             Part::ControlPlane => end_to_end::run_beside_control_plane(arguments.filter.as_deref(), arguments.keep, &mut tally),
@@ -215,7 +215,7 @@ fn dependencies(tally: &mut Tally) -> Result<()> {
 }
 
 fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
-    let library = onnxruntime::library()?;
+    let library = onnxruntime::Library::Cpu.path()?;
     let registry = cluster::tool("registry")?;
     let models = models::fetch(&models::TESTED)?;
     for group in images::program::TEST_GROUPS {
@@ -240,7 +240,7 @@ fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
 }
 
 fn clients(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
-    let library = onnxruntime::library()?;
+    let library = onnxruntime::Library::Cpu.path()?;
     let runtime = images::program::build(&["plimsoll-runtime"], images::Profile::Release)?;
     let folder = workspace::root().join("model-runtime/tests/clients");
     for client in CLIENTS {

@@ -53,10 +53,19 @@ impl fmt::Display for Device {
 }
 
 impl Device {
-    /// Whether it is a GPU for certain; OpenVINO may choose one.
+    /// The number of NVIDIA's GPU that it is; OpenVINO may choose one of Intel's.
+    #[must_use]
+    pub fn gpu(self) -> Option<u16> {
+        match self {
+            Self::Cuda(number) | Self::TensorRt(number) => Some(number),
+            Self::Cpu | Self::OpenVino => None,
+        }
+    }
+
+    /// Whether it is a GPU for certain.
     #[must_use]
     pub fn is_gpu(self) -> bool {
-        matches!(self, Self::Cuda(_) | Self::TensorRt(_))
+        self.gpu().is_some()
     }
 
     /// The libraries of ONNX Runtime's providers that it needs, which lie beside ONNX Runtime's own.

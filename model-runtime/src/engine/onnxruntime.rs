@@ -122,16 +122,30 @@ fn session(environment: &Environment, path: &Path, options: &LoadOptions) -> ort
         // Spinning threads burn the CPU quota of a container that waits for requests.
         .with_intra_op_spinning(false)?
         .with_config_entry("session.disable_quant_qdq", if options.fold_dequantize { "1" } else { "0" })?
-        .with_execution_providers(providers(options.device))?
+        .with_execution_providers(providers(options))?
         .commit_from_file(path)
 }
 
 /// ONNX Runtime's providers for the device, the preferred one first. One that cannot be used is an error: nobody asks for a GPU to be
 /// served by the processor.
-fn providers(device: Device) -> Vec<ep::ExecutionProviderDispatch> {
-    let cuda = |number: u16| ep::CUDA::default().with_device_id(number.into()).build().error_on_failure();
+fn providers(options: &LoadOptions) -> Vec<ep::ExecutionProviderDispatch> {
+    let cuda = |number: u16| {
+        let cuda = ep::CUDA::default()
+            .with_device_id(number.into())
+            // Products in TF32 have 10 bits of mantissa: not the model whose accuracy was measured.
+            .with_tf32(false)
+            // The exhaustive search is done again for every new shape, while its request waits.
+            .with_conv_algorithm_search(ep::cuda::ConvAlgorithmSearch::Heuristic)
+            // By powers of two the arena takes up to twice what it needs.
+            .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested);
+        let cuda = match options.device_bytes_max {
+            Some(limit) => cuda.with_memory_limit(limit),
+            None => cuda,
+        };
+        cuda.build().error_on_failure()
+    };
     let cpu = ep::CPU::default().with_arena_allocator(true).build();
-    match device {
+    match options.device {
         Device::Cpu => vec![cpu],
         Device::Cuda(number) => vec![cuda(number), cpu],
         Device::TensorRt(number) => {

@@ -34,15 +34,18 @@ fn library() -> PathBuf {
     path
 }
 
-fn options() -> LoadOptions {
+/// ONNX Runtime computes on the device that `PLIMSOLL_DEVICE` names, the processor by default; tract knows no other.
+fn options(kind: EngineKind) -> LoadOptions {
+    let device = std::env::var("PLIMSOLL_DEVICE").ok().filter(|_| kind == EngineKind::OnnxRuntime);
     LoadOptions {
         library: Some(library()),
+        device: device.map_or(Device::Cpu, |device| device.parse().unwrap()),
         ..LoadOptions::default()
     }
 }
 
 fn engine(kind: EngineKind, name: &str) -> Box<dyn Engine> {
-    load(kind, &model(name), &options()).unwrap_or_else(|error| panic!("{kind}: {error}"))
+    load(kind, &model(name), &options(kind)).unwrap_or_else(|error| panic!("{kind}: {error}"))
 }
 
 fn matrix(rows: usize, columns: usize) -> Tensor {
@@ -77,7 +80,7 @@ fn unfolded_weights_give_the_same_outputs() {
     for kind in ENGINES {
         let options = LoadOptions {
             fold_dequantize: false,
-            ..options()
+            ..options(kind)
         };
         let engine = load(kind, &model("weight-only"), &options).unwrap();
         probe::check(&*engine, &recorded("weight-only")).unwrap_or_else(|error| panic!("{kind}: {error}"));
@@ -87,8 +90,32 @@ fn unfolded_weights_give_the_same_outputs() {
 #[test]
 fn several_threads_give_the_same_outputs() {
     for kind in ENGINES {
-        let engine = load(kind, &model("mlp"), &LoadOptions { threads: 3, ..options() }).unwrap();
+        let engine = load(
+            kind,
+            &model("mlp"),
+            &LoadOptions {
+                threads: 3,
+                ..options(kind)
+            },
+        )
+        .unwrap();
         probe::check(&*engine, &recorded("mlp")).unwrap_or_else(|error| panic!("{kind}: {error}"));
+    }
+}
+
+#[test]
+fn a_bound_of_a_gpus_memory_is_no_bound_of_the_processors() {
+    for kind in ENGINES {
+        let options = LoadOptions {
+            device: Device::Cpu,
+            device_bytes_max: Some(1 << 30),
+            ..options(kind)
+        };
+        let refused = load(kind, &model("mlp"), &options).err().unwrap().to_string();
+        assert!(
+            refused.contains("the memory of a GPU is bounded, and the device is cpu"),
+            "{refused}"
+        );
     }
 }
 
@@ -191,7 +218,12 @@ fn a_panic_costs_one_call() {
 
 #[test]
 fn strings_and_bfloat16_run_where_the_engine_has_them_and_are_refused_by_name_where_not() {
-    let refusal = |name| load(EngineKind::Tract, &model(name), &options()).err().unwrap().to_string();
+    let refusal = |name| {
+        load(EngineKind::Tract, &model(name), &options(EngineKind::Tract))
+            .err()
+            .unwrap()
+            .to_string()
+    };
     assert!(refusal("strings").ends_with("`text` is of type BYTES, which tract does not run"));
     assert!(refusal("bfloat16").ends_with("`x` is of type BF16, which tract does not run"));
 
@@ -217,11 +249,11 @@ fn strings_and_bfloat16_run_where_the_engine_has_them_and_are_refused_by_name_wh
 #[test]
 fn what_is_no_model_is_refused_by_both() {
     for kind in ENGINES {
-        let missing = load(kind, Path::new("/nowhere/model.onnx"), &options()).err().unwrap();
+        let missing = load(kind, Path::new("/nowhere/model.onnx"), &options(kind)).err().unwrap();
         assert_eq!(missing.to_string(), "cannot read /nowhere/model.onnx");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models/make.py");
         assert!(
-            load(kind, &script, &options())
+            load(kind, &script, &options(kind))
                 .err()
                 .unwrap()
                 .to_string()

@@ -87,6 +87,7 @@ fn server(tensors: &[Tensor]) -> Arc<State> {
             concurrency_max: 1,
             memory_bytes_max: 1 << 20,
             connections_max: 1,
+            device_bytes_max: None,
             request_timeout: patience,
             header_timeout: patience,
         },

@@ -10,6 +10,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry, Unit};
 
+use crate::engine::Device;
+
 use super::Config;
 use super::drift::{Summary, Verdict};
 use super::model::Model;
@@ -17,6 +19,8 @@ use super::refusal::Reason;
 use super::sampling::Sampled;
 use super::scheduler::Answer;
 use super::shadow::Comparison;
+
+mod gpu;
 
 /// Content type of the text form.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -242,6 +246,15 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// With those of the device, where it is one that can be asked.
+    pub(super) fn of(device: Device) -> Self {
+        let mut metrics = Self::default();
+        if let Some(gpu) = gpu::Gpu::of(device) {
+            metrics.registry.register_collector(Box::new(gpu));
+        }
+        metrics
+    }
+
     /// Counts a request that is answered.
     pub(super) fn answered(&self, took: Duration, failure: Option<Reason>) {
         self.requests.inc();

@@ -168,6 +168,7 @@ fn load_any(config: &Config, manifest: Option<&Manifest>, probe: Option<&Probe>,
         fold_dequantize,
         library: None,
         device: config.device,
+        device_bytes_max: config.limits.device_bytes_max,
     };
     let mut reasons: Vec<String> = vec![];
     for (index, kind) in candidates.into_iter().enumerate() {

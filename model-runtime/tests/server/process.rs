@@ -41,6 +41,14 @@ pub(crate) fn library() -> PathBuf {
     path
 }
 
+/// The variable of `--device`.
+const DEVICE_VARIABLE: &str = "PLIMSOLL_DEVICE";
+
+/// What ONNX Runtime computes on in these tests, where it is not the processor.
+pub(crate) fn device() -> Option<String> {
+    std::env::var(DEVICE_VARIABLE).ok()
+}
+
 /// A package of one of the models, with the probe that lies beside it.
 pub(crate) fn package(name: &str, engine: Engine) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -89,9 +97,17 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts `serve PATH ARGUMENTS` with ONNX Runtime at hand and waits until it is ready.
+    /// Starts `serve PATH ARGUMENTS` with ONNX Runtime at hand and waits until it is ready. ONNX Runtime computes on the device that
+    /// `PLIMSOLL_DEVICE` names, where it does.
     pub(crate) fn ready(path: &Path, arguments: &[&str]) -> Self {
-        let mut server = Self::listening(command(path, arguments).env(engine::LIBRARY_VARIABLE, library()));
+        let mut command = command(path, arguments);
+        let is_tracts = || Manifest::read(path).is_ok_and(|manifest| manifest.engine == Engine::Tract);
+        // The slow model is slow on the processor alone.
+        let is_settled = arguments.contains(&"tract") || path == model("slow");
+        if let Some(device) = device().filter(|_| !is_settled && !is_tracts()) {
+            command.args(["--device", &device]);
+        }
+        let mut server = Self::listening(command.env(engine::LIBRARY_VARIABLE, library()));
         server.line("ready");
         server
     }
@@ -175,7 +191,7 @@ pub(crate) fn command(path: &Path, arguments: &[&str]) -> Command {
     if !arguments.contains(&"--grpc") {
         command.args(["--grpc", "127.0.0.1:0"]);
     }
-    command.env_remove(engine::LIBRARY_VARIABLE);
+    command.env_remove(engine::LIBRARY_VARIABLE).env_remove(DEVICE_VARIABLE);
     command
 }
 

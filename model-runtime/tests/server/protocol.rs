@@ -2,7 +2,7 @@ use plimsoll_package::manifest::{Engine, Probe};
 use serde_json::{Value, json};
 
 use crate::client::{Connection, get, post};
-use crate::process::{Server, model, package};
+use crate::process::{Server, device, model, package};
 
 fn mlp_body() -> Value {
     json!({"id": "a-1", "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]})
@@ -303,6 +303,16 @@ fn a_person_finds_a_page_and_the_report_of_the_package() {
     let bare = Server::ready(&model("mlp"), &["--engine", "tract"]);
     let answer = get(bare.http, "/report.json");
     assert!(answer.status == 404 && answer.error().contains("bare file"), "{}", answer.text);
+}
+
+#[test]
+fn the_metrics_tell_of_the_gpu_where_one_computes() {
+    let server = Server::ready(&model("mlp"), &[]);
+    let metrics = get(server.http, "/metrics").text;
+    for name in ["gpu_memory_bytes", "gpu_memory_used_bytes", "gpu_utilization_ratio"] {
+        let is_told = metrics.contains(&format!("\nplimsoll_runtime_{name}{{gpu="));
+        assert_eq!(is_told, device().is_some(), "{name}: {metrics}");
+    }
 }
 
 #[test]

@@ -65,6 +65,35 @@ fn a_revision() {
 }
 
 #[test]
+fn a_model_on_a_gpu_is_served_by_the_image_with_cuda_where_there_is_one() {
+    let settings = Settings {
+        cuda_runtime_image: Some("ghcr.io/plimsoll-dev/runtime-cuda:0.1.0".into()),
+        ..Settings::fixture()
+    };
+    let image = |changed: fn(&mut ModelDeployment)| {
+        let mut model = model();
+        changed(&mut model);
+        revision::desired(&model, &Observed::default(), &settings)
+            .0
+            .unwrap()
+            .spec
+            .runtime_image
+    };
+    assert_eq!(image(|_| ()), "ghcr.io/plimsoll-dev/runtime-cuda:0.1.0");
+    assert_eq!(image(|model| model.spec.accelerator = None), settings.runtime_image);
+    let of_another_vendor = |model: &mut ModelDeployment| {
+        model.spec.accelerator.as_mut().unwrap().resource = Some("amd.com/gpu".into());
+    };
+    assert_eq!(image(of_another_vendor), settings.runtime_image);
+    let named = |model: &mut ModelDeployment| model.spec.runtime.as_mut().unwrap().image = Some("example.org/own:1".into());
+    assert_eq!(image(named), "example.org/own:1");
+    assert_eq!(
+        model_revision(&Settings::fixture()).spec.runtime_image,
+        Settings::fixture().runtime_image
+    );
+}
+
+#[test]
 fn the_optimisation_job() {
     let settings = Settings {
         registry_push_secret: Some("push".into()),

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::Deployment;
 use kube::{Resource as _, ResourceExt as _};
-use plimsoll_crds::{MODEL_LABEL, ModelDeployment, ModelDeploymentSpec, ModelRevision, ModelRevisionSpec, REVISION_LABEL};
+use plimsoll_crds::{
+    MODEL_LABEL, ModelDeployment, ModelDeploymentSpec, ModelRevision, ModelRevisionSpec, REVISION_LABEL, RevisionTemplate,
+};
 
 use super::optimization::Optimization;
 use crate::observe::Observed;
@@ -53,11 +55,10 @@ pub fn desired(model: &ModelDeployment, observed: &Observed, settings: &Settings
             (Some(renumbered.clone()), Some(renumbered))
         }
         None => {
-            let runtime_image = template.runtime.as_ref().and_then(|runtime| runtime.image.clone());
             let spec = ModelRevisionSpec {
+                runtime_image: runtime_image(&template, settings).clone(),
                 template,
                 optimizer_image: settings.optimizer_image.clone(),
-                runtime_image: runtime_image.unwrap_or_else(|| settings.runtime_image.clone()),
                 toolchain: settings.toolchain.clone(),
             };
             let mut revision = ModelRevision::new(&name, spec);
@@ -73,6 +74,16 @@ pub fn desired(model: &ModelDeployment, observed: &Observed, settings: &Settings
             (Some(revision.clone()), Some(revision))
         }
     }
+}
+
+/// The runtime's image: the one that the model names, or the one for its device.
+fn runtime_image<'a>(template: &'a RevisionTemplate, settings: &'a Settings) -> &'a String {
+    let named = template.runtime.as_ref().and_then(|runtime| runtime.image.as_ref());
+    let cuda = || {
+        let resource = template.accelerator.as_ref()?.resource.as_deref()?;
+        settings.cuda_runtime_image.as_ref().filter(|_| resource.starts_with("nvidia.com/"))
+    };
+    named.or_else(cuda).unwrap_or(&settings.runtime_image)
 }
 
 /// The revision of the highest number: the one that was asked for last.

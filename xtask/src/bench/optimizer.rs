@@ -88,7 +88,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         peers: Peers::install("bench", &folder.join("peers.log"))?,
         neural_compressor: Peers::install("bench/neural-compressor", &folder.join("neural-compressor.log"))?,
         optimizer: programs.into_iter().next().context("one program was asked for")?,
-        library: onnxruntime::library()?,
+        library: onnxruntime::Library::Cpu.path()?,
         models: models::fetch(&models::TESTED)?,
         work: tempfile::tempdir_in(&folder)?,
         rounds: arguments.rounds,

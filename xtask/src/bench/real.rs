@@ -134,7 +134,7 @@ pub(super) fn run(which: Which, arguments: &Arguments) -> Result<()> {
         .into_iter()
         .next()
         .context("one program was asked for")?;
-    let library = onnxruntime::library()?;
+    let library = onnxruntime::Library::Cpu.path()?;
     let mut rows = Vec::new();
     for (folder, models) in &sets {
         for model in *models {

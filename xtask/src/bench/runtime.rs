@@ -16,7 +16,8 @@ use self::results::{Minute, Results, Row, Start};
 use self::server::{Candidate, Kind, Servers};
 use super::load::{Served, load};
 use super::process::{Peers, median};
-use crate::{images, models, onnxruntime, progress, python, workspace};
+use crate::onnxruntime::Library;
+use crate::{images, models, progress, python, workspace};
 
 mod model;
 mod results;
@@ -60,6 +61,8 @@ enum Work {
     Start,
     /// A small net at 80 % of the load that it takes, with 1,000 idle connections.
     Soak,
+    /// A text model of 90 MB on the first CUDA device beside the processor, with 1 to 64 connections; done only where it is asked for.
+    Cuda,
 }
 
 /// Runs it.
@@ -77,11 +80,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     };
     let kserve = workspace::root().join("tests/bench/runtime/kserve/requirements.txt");
     let log = folder.join("peers.log");
+    let cuda = arguments.only[..] == [Work::Cuda];
     let servers = Servers {
         runtime,
-        library: onnxruntime::library()?,
-        peers: Peers::install("bench/runtime", &log)?,
-        kserve: match arguments.alone {
+        library: if cuda { Library::Gpu } else { Library::Cpu }.path()?,
+        // What is measured beside itself needs none.
+        peers: match cuda {
+            true => None,
+            false => Some(Peers::install("bench/runtime", &log)?),
+        },
+        kserve: match arguments.alone || cuda {
             true => None,
             false => Some(python::environment("bench-runtime-kserve", &kserve, &log)?),
         },
@@ -121,8 +129,8 @@ fn ours(name: &'static str, flags: &str, wire: Wire) -> Candidate {
 impl Bench {
     fn all(&mut self, arguments: &Arguments) -> Result<()> {
         let wants = |work| arguments.only.is_empty() || arguments.only.contains(&work);
-        let mlp = self.mlp()?;
         if wants(Work::Mlp) {
+            let mlp = self.mlp()?;
             for connections in [16, 1] {
                 self.compare(&mlp, connections, &self.candidates())?;
             }
@@ -141,13 +149,24 @@ impl Bench {
             }
         }
         if wants(Work::Watching) {
-            self.watching(&mlp)?;
+            self.watching(&self.mlp()?)?;
         }
         if wants(Work::Start) {
-            self.starts(&mlp)?;
+            self.starts(&self.mlp()?)?;
         }
         if wants(Work::Soak) {
-            self.soak(&mlp, arguments.minutes)?;
+            self.soak(&self.mlp()?, arguments.minutes)?;
+        }
+        if arguments.only.contains(&Work::Cuda) {
+            let minilm = minilm()?;
+            for connections in [1, 4, 16, 64] {
+                let threads = format!("--threads {}", thread::available_parallelism()?);
+                let candidates = [
+                    ours("Plimsoll on the processor", &threads, Wire::Binary),
+                    ours("Plimsoll on CUDA", "--device cuda:0", Wire::Binary),
+                ];
+                self.compare(&minilm, connections, &candidates)?;
+            }
         }
         Ok(())
     }
@@ -177,8 +196,8 @@ impl Bench {
 
     fn mlp(&self) -> Result<Model> {
         let path = self.servers.folder.join("mlp.onnx");
-        let mut script = self.servers.peers.script("bench/runtime/peer.py");
-        self.servers.peers.ask(script.arg("mlp").arg(&path).arg(self.samples()))?;
+        let mut script = self.servers.peers()?.script("bench/runtime/peer.py");
+        self.servers.peers()?.ask(script.arg("mlp").arg(&path).arg(self.samples()))?;
         Ok(Model {
             name: "mlp",
             path,
@@ -203,7 +222,7 @@ impl Bench {
                     bar.set_message(format!("round {round} of {}: {}", self.rounds, candidate.name));
                     rounds.push(load(server.address, request, connections, self.time, None)?);
                 }
-                if connections == 1 {
+                if connections == 1 && self.servers.peers.is_some() {
                     bar.set_message(format!("round {round} of {}: ONNX Runtime in process", self.rounds));
                     alone.push(self.in_process(model)?);
                 }
@@ -225,13 +244,13 @@ impl Bench {
     }
 
     fn in_process(&self, model: &Model) -> Result<Served> {
-        let mut script = self.servers.peers.script("bench/runtime/peer.py");
+        let mut script = self.servers.peers()?.script("bench/runtime/peer.py");
         script
             .arg("alone")
             .arg(model.file())
             .arg(serde_json::to_string(&model.inputs)?)
             .arg(self.time.as_secs_f64().to_string());
-        let told: Value = serde_json::from_str(&self.servers.peers.ask(&mut script)?)?;
+        let told: Value = serde_json::from_str(&self.servers.peers()?.ask(&mut script)?)?;
         let number = |name: &str| told[name].as_f64().unwrap_or(f64::NAN);
         Ok(Served {
             rps: number("rps"),
@@ -262,7 +281,7 @@ impl Bench {
             .arg("--evaluation")
             .arg(self.samples())
             .args(["--engine", "onnxruntime", "--json"]);
-        self.servers.peers.ask(&mut optimize)?;
+        self.servers.peers()?.ask(&mut optimize)?;
         let collector = collector()?;
         let model = Model {
             path: package,

@@ -18,10 +18,11 @@ pub(super) enum Outcome {
     Crashed,
     Hung,
     Differs,
+    Unmeasured,
 }
 
 /// Every outcome, the best first, with its name in results and its meaning on the page.
-pub(super) const OUTCOMES: [(Outcome, &str, &str); 10] = [
+pub(super) const OUTCOMES: [(Outcome, &str, &str); 11] = [
     (Outcome::Passed, "passed", "the outputs are the recorded ones"),
     (
         Outcome::Type,
@@ -40,6 +41,7 @@ pub(super) const OUTCOMES: [(Outcome, &str, &str); 10] = [
     (Outcome::Crashed, "crashed", "the process ended"),
     (Outcome::Hung, "hung", "no answer within 30 s"),
     (Outcome::Differs, "differs", "the outputs are not the recorded ones"),
+    (Outcome::Unmeasured, "unmeasured", "newer than what is recorded of this engine"),
 ];
 
 impl fmt::Display for Outcome {

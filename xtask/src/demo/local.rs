@@ -80,7 +80,8 @@ fn data() -> PathBuf {
 
 /// ONNX Runtime's library. Models run without it, too: on tract alone.
 fn library() -> Option<PathBuf> {
-    onnxruntime::library()
+    onnxruntime::Library::Cpu
+        .path()
         .map_err(|error| eprintln!("  without ONNX Runtime: {error:#}"))
         .ok()
 }

@@ -13,8 +13,24 @@ use crate::{debian, workspace};
 /// Where ONNX Runtime's library lies in an image; the value of `ORT_DYLIB_PATH`.
 pub(crate) const ONNXRUNTIME: &str = "/usr/lib/onnxruntime/libonnxruntime.so";
 
+/// Where NVIDIA's libraries lie in an image.
+pub(crate) const CUDA: &str = "/usr/lib/cuda";
+
 /// Where the trusted roots lie in an image.
 pub(crate) const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+/// What lies beside ONNX Runtime's library for GPUs; TensorRT's provider needs more than the image has.
+pub(super) const PROVIDERS: [&str; 2] = ["libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"];
+
+/// What the provider for CUDA loads beside the driver's own `libcuda.so.1`.
+pub(super) const CUDA_LIBRARIES: [&str; 6] = [
+    "libcublas.so.13",
+    "libcublasLt.so.13",
+    "libcudart.so.13",
+    "libcurand.so.10",
+    "libnvrtc-builtins.so.13.0",
+    "libnvrtc.so.13",
+];
 
 /// Debian's certificates, which are Mozilla's, one file each.
 const MOZILLA: &str = "/usr/share/ca-certificates/mozilla";
@@ -116,6 +132,12 @@ pub(crate) fn base(libraries: &BTreeSet<PathBuf>) -> Result<Layer> {
 pub(crate) fn onnxruntime(library: &Path, base: &BTreeSet<PathBuf>) -> Result<Layer> {
     let mut layer = Layer::default();
     layer.copy(library, ONNXRUNTIME.trim_start_matches('/'), 0o755)?;
+    for provider in PROVIDERS {
+        let (source, place) = (library.with_file_name(provider), Path::new(ONNXRUNTIME).with_file_name(provider));
+        if source.is_file() {
+            layer.copy(&source, place.to_string_lossy().trim_start_matches('/'), 0o755)?;
+        }
+    }
     add_libraries(&mut layer, libraries(library)?.difference(base))?;
     add_copyrights(&mut layer, &["libstdc++6"])?;
     let folder = library.parent().unwrap_or(Path::new("/"));
@@ -126,6 +148,27 @@ pub(crate) fn onnxruntime(library: &Path, base: &BTreeSet<PathBuf>) -> Result<La
                 layer.copy(&source, &format!("usr/share/doc/onnxruntime/{name}"), 0o644)?;
                 break;
             }
+        }
+    }
+    Ok(layer)
+}
+
+/// NVIDIA's libraries, from where [`crate::onnxruntime::cuda`] has them.
+///
+/// # Errors
+/// Where a library cannot be read.
+pub(crate) fn cuda(folder: &Path) -> Result<Layer> {
+    let mut layer = Layer::default();
+    let place = CUDA.trim_start_matches('/');
+    for name in CUDA_LIBRARIES {
+        layer.copy(&folder.join("cu13/lib").join(name), &format!("{place}/{name}"), 0o755)?;
+    }
+    let packages = folder.parent().unwrap_or(Path::new("/"));
+    for entry in fs::read_dir(packages).with_context(|| format!("cannot list {}", packages.display()))? {
+        let entry = entry?;
+        let (name, licence) = (entry.file_name(), entry.path().join("licenses/License.txt"));
+        if name.to_string_lossy().starts_with("nvidia_") && licence.is_file() {
+            layer.copy(&licence, &format!("usr/share/doc/{}/License.txt", name.to_string_lossy()), 0o644)?;
         }
     }
     Ok(layer)

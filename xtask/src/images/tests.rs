@@ -158,7 +158,12 @@ fn the_dockerfiles_say_what_the_archives_do() {
                 specification.name
             );
         }
-        assert_eq!(file.contains("ORT_DYLIB_PATH="), onnxruntime, "{}", specification.name);
+        assert_eq!(file.contains("ORT_DYLIB_PATH="), onnxruntime.is_some(), "{}", specification.name);
+        let on_gpu = onnxruntime == Some(Library::Gpu);
+        assert_eq!(file.contains("PLIMSOLL_DEVICE=cuda:0"), on_gpu, "{}", specification.name);
+        for library in filesystem::CUDA_LIBRARIES.iter().chain(&filesystem::PROVIDERS) {
+            assert_eq!(file.contains(library), on_gpu, "{}: {library}", specification.name);
+        }
     }
 }
 

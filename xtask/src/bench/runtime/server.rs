@@ -28,9 +28,10 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// Ours, with flags that are written as on a command line.
+    /// Ours, with flags that are written as on a command line; with one thread where they say nothing of it.
     pub(super) fn ours(flags: &str) -> Self {
-        Self::Ours(flags.split_whitespace().map(str::to_owned).collect())
+        let threads = if flags.contains("--threads") { "" } else { "--threads 1" };
+        Self::Ours(format!("{threads} {flags}").split_whitespace().map(str::to_owned).collect())
     }
 }
 
@@ -47,13 +48,20 @@ pub(super) struct Servers {
     pub runtime: PathBuf,
     /// ONNX Runtime's.
     pub library: PathBuf,
-    pub peers: Peers,
+    /// `None` where nothing is asked of them.
+    pub peers: Option<Peers>,
     /// The Python with KServe's packages, which do not fit into one environment with the others'.
     pub kserve: Option<PathBuf>,
     pub folder: PathBuf,
 }
 
 impl Servers {
+    /// # Errors
+    /// Where they were not installed.
+    pub(super) fn peers(&self) -> Result<&Peers> {
+        self.peers.as_ref().context("the peers are not installed")
+    }
+
     /// Starts a server of the model, and waits until it answers.
     ///
     /// # Errors
@@ -67,7 +75,7 @@ impl Servers {
     }
 
     fn command(&self, candidate: &Candidate, model: &Model, port: u16, folder: &Path) -> Result<Command> {
-        let mut script = self.peers.script("bench/runtime/peer.py");
+        let script = || Ok::<_, anyhow::Error>(self.peers()?.script("bench/runtime/peer.py"));
         Ok(match &candidate.kind {
             Kind::Ours(flags) => {
                 let (here, none) = (format!("127.0.0.1:{port}"), "127.0.0.1:0".to_owned());
@@ -80,23 +88,13 @@ impl Servers {
                 command
                     .arg("serve")
                     .arg(&model.path)
-                    .args([
-                        "--name",
-                        model.name,
-                        "--threads",
-                        "1",
-                        "--engine",
-                        "onnxruntime",
-                        "--http",
-                        &http,
-                        "--grpc",
-                        &grpc,
-                    ])
+                    .args(["--name", model.name, "--engine", "onnxruntime", "--http", &http, "--grpc", &grpc])
                     .args(flags)
                     .env("ORT_DYLIB_PATH", &self.library);
                 command
             }
             Kind::Triton => {
+                let mut script = script()?;
                 let specs = json!({"inputs": model.inputs, "outputs": model.outputs}).to_string();
                 script
                     .arg("triton")
@@ -104,28 +102,29 @@ impl Servers {
                     .arg(model.name)
                     .arg(&model.path)
                     .args([specs, port.to_string()]);
-                let words: Vec<String> = serde_json::from_str(&self.peers.ask(&mut script)?)?;
+                let words: Vec<String> = serde_json::from_str(&self.peers()?.ask(&mut script)?)?;
                 let (program, arguments) = words.split_first().context("a command has a program")?;
                 let mut command = Command::new(program);
                 command.args(arguments);
                 command
             }
             Kind::MlServer => {
+                let mut script = script()?;
                 script
                     .arg("mlserver")
                     .arg(folder)
                     .arg(model.name)
                     .arg(&model.path)
                     .arg(port.to_string());
-                self.peers.ask(&mut script)?;
-                let mut command = Command::new(self.peers.python().with_file_name("mlserver"));
+                self.peers()?.ask(&mut script)?;
+                let mut command = Command::new(self.peers()?.python().with_file_name("mlserver"));
                 command.arg("start").arg(".").current_dir(folder);
                 command
             }
             Kind::KServe => {
                 let mut command = Command::new(self.kserve.as_ref().context("KServe's packages are not installed")?);
                 command
-                    .args(script.get_args())
+                    .args(script()?.get_args())
                     .arg("kserve")
                     .arg(model.name)
                     .arg(&model.path)

@@ -16,8 +16,8 @@ use crate::{models, onnxruntime, progress, workspace};
 /// The Python that Debian's package python3-torch belongs to.
 const TORCH_PYTHON: &str = "/usr/bin/python3";
 
-/// Memory that a peer may have for the synthetic transformer, in bytes: it would take all that there is.
-const PEER_MEMORY_BYTES: u64 = 16 << 30;
+/// Memory that a peer may have for the synthetic transformer, to the model's size: it would take all that there is.
+const PEER_MEMORY_TO_FILE: f64 = 1.7;
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -365,6 +365,18 @@ impl Bench {
             theirs: &package,
             samples: None,
         };
+        let memory_bytes = (f64::from(gigabytes) * 1e9 * PEER_MEMORY_TO_FILE) as u64;
+        let peer = format!("onnxruntime quantize_dynamic within {}", display_size(memory_bytes));
+        let output = self.work.path().join("peer.onnx");
+        let task = self.peers.task("dynamic");
+        let mut limited = Command::new("prlimit");
+        limited
+            .arg(format!("--data={memory_bytes}"))
+            .arg(task.get_program())
+            .args(task.get_args())
+            .arg(&model)
+            .arg(&output)
+            .arg("external");
         let rounds = std::mem::replace(&mut self.rounds, 1);
         for (name, technique) in [
             ("int8", "quantize: {scheme: Int8}"),
@@ -374,48 +386,11 @@ impl Bench {
             ("pruned 2:4", "prune: {structure: SemiStructured, pattern: \"2:4\"}"),
         ] {
             let ours = self.apply(&files, name, technique, &["--no-gate"])?;
-            self.compare(
-                &format!("synthetic transformer of {gigabytes} GB, {name}, no gate"),
-                &ours,
-                None,
-                &files,
-            )?;
+            let peer = (name == "int8").then_some((peer.as_str(), &limited));
+            let work = format!("synthetic transformer of {gigabytes} GB, {name}, no gate");
+            self.compare(&work, &ours, peer, &files)?;
         }
         self.rounds = rounds;
-        self.synthetic_by_peers(&files, gigabytes)
-    }
-
-    /// What becomes of the same in the peer: of a model that it cannot hold it does not come to an end.
-    fn synthetic_by_peers(&mut self, files: &Files, gigabytes: u32) -> Result<()> {
-        let output = self.work.path().join("peer.onnx");
-        let mut peer = Command::new("prlimit");
-        let task = self.peers.task("dynamic");
-        peer.arg(format!("--data={PEER_MEMORY_BYTES}"))
-            .arg(task.get_program())
-            .args(task.get_args());
-        peer.arg(files.model).arg(&output).arg("external");
-        let work = format!("synthetic transformer of {gigabytes} GB, int8 by the peer alone");
-        let ended = progress::phase(&work, |_| Ok(self.peers.measure(&peer)))?;
-        let (took, failure) = match ended {
-            Ok(run) => (Some(Took::of(&[run])), None),
-            Err(error) => (None, error.to_string().lines().last().map(str::to_owned)),
-        };
-        let ours = self
-            .rows
-            .iter()
-            .rfind(|row| row.work.ends_with("int8, no gate"))
-            .map(|row| row.ours);
-        self.rows.push(Row {
-            work,
-            peer: Some("onnxruntime quantize_dynamic within 16 GiB".to_owned()),
-            ours: ours.context("the optimiser ran before")?,
-            theirs: took,
-            speedup: None,
-            failure,
-            memory_to_file: None,
-            sqnr_db: None,
-            agreeing: None,
-        });
         Ok(())
     }
 
@@ -448,24 +423,27 @@ impl Bench {
         Ok(command)
     }
 
-    /// Runs ours and the peer's in turns, and compares what they lose.
+    /// Runs ours and the peer's in turns, and compares what they lose. A peer that comes to no end is not run again.
     fn compare(&mut self, work: &str, ours: &Command, peer: Option<(&str, &Command)>, files: &Files) -> Result<()> {
-        let (mut own, mut others) = (vec![], vec![]);
+        let (mut own, mut others, mut failure) = (vec![], vec![], None);
         progress::phase(work, |_| {
             for _ in 0..self.rounds {
                 own.push(self.peers.measure(ours)?);
-                if let Some((_, peer)) = peer {
-                    others.push(self.peers.measure(peer)?);
+                let ended = peer.filter(|_| failure.is_none()).map(|(_, peer)| self.peers.measure(peer));
+                match ended.transpose() {
+                    Ok(run) => others.extend(run),
+                    Err(error) => failure = error.to_string().lines().last().map(str::to_owned),
                 }
             }
             Ok(())
         })?;
+        let ended = peer.filter(|_| failure.is_none());
         let signal = |model: &Path, samples: &Path| -> Result<f64> {
             let mut sqnr = self.peers.task("sqnr");
             Ok(self.peers.ask(sqnr.arg(files.model).arg(model).arg(samples))?.parse()?)
         };
         let sqnr_db = files.samples.map(|samples| -> Result<_> {
-            let theirs = peer.map(|_| signal(files.theirs, samples)).transpose()?;
+            let theirs = ended.map(|_| signal(files.theirs, samples)).transpose()?;
             Ok((signal(&files.ours.join("model.onnx"), samples)?, theirs))
         });
         let size = |path: &Path| fs::metadata(path).map(|metadata| metadata.len()).unwrap_or_default();
@@ -475,9 +453,9 @@ impl Bench {
             work: work.to_owned(),
             peer: peer.map(|(name, _)| name.to_owned()),
             ours: took,
-            theirs: peer.map(|_| Took::of(&others)),
-            failure: None,
-            speedup: peer.map(|_| median(others.iter().zip(&own).map(|(other, own)| other.seconds / own.seconds).collect())),
+            theirs: ended.map(|_| Took::of(&others)),
+            failure,
+            speedup: ended.map(|_| median(others.iter().zip(&own).map(|(other, own)| other.seconds / own.seconds).collect())),
             memory_to_file: Some(took.peak_bytes as f64 / file as f64),
             sqnr_db: sqnr_db.transpose()?,
             agreeing: None,

@@ -36,7 +36,15 @@ impl OnnxRuntime {
         let session = session.map_err(|error| EngineError::Load {
             engine: EngineKind::OnnxRuntime,
             path: path.to_owned(),
-            reason: one_line(&error),
+            reason: match options.device.is_gpu() {
+                // It may be a library of NVIDIA's that ONNX Runtime misses.
+                true => format!(
+                    "{}; {} needs NVIDIA's driver and the libraries that docs/gpus.md names",
+                    one_line(&error),
+                    options.device
+                ),
+                false => one_line(&error),
+            },
         })?;
         Ok(Self {
             inputs,

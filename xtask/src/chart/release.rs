@@ -15,7 +15,7 @@ pub(super) struct Release {
 pub(super) type Check = (&'static str, fn(&Release) -> Result<()>);
 
 /// All checks.
-pub(super) const CHECKS: [Check; 7] = [
+pub(super) const CHECKS: [Check; 8] = [
     ("the CRDs are upgraded with the release and outlive it", Release::crds),
     ("the registry keeps what it was given", Release::persistence),
     ("pushes and pulls go to the registry of the values", Release::registry),
@@ -23,6 +23,9 @@ pub(super) const CHECKS: [Check; 7] = [
     ("every selector selects pods of the release", Release::selectors),
     ("the PodMonitor finds the metrics", Release::pod_monitor),
     ("pull secrets are given to every pod of the release", Release::pull_secrets),
+    ("the image of models on GPUs is that of the values", |release| {
+        release.flag("cuda-runtime-image", &release.values["images"]["runtimeCuda"])
+    }),
 ];
 
 /// `over` laid over `defaults`, as Helm does it.

@@ -166,7 +166,8 @@ pub(crate) struct Serve {
     access_log: f64,
 
     /// Where a share of the requests is written, with what was answered, as JSON lines that the optimiser reads as evaluation data:
-    /// file:///DIR, a folder that is there. What cannot be written in time is dropped and counted; no request waits for it.
+    /// s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, or file:///DIR. Stores are reached as the variables AWS_..., GOOGLE_...
+    /// and AZURE_... say. What cannot be written in time is dropped and counted; no request waits for it.
     #[arg(long, value_name = "URL", value_parser = place)]
     sample_to: Option<String>,
 
@@ -243,11 +244,14 @@ fn url(written: &str) -> Result<String, String> {
 }
 
 fn place(written: &str) -> Result<String, String> {
-    let is_known = written.strip_prefix("file:///").is_some_and(|rest| !rest.is_empty());
+    let is_known = ["s3://", "gs://", "az://", "file:///"].iter().any(|scheme| {
+        let rest = written.strip_prefix(scheme);
+        rest.is_some_and(|rest| !rest.is_empty())
+    });
     if is_known {
         Ok(written.to_owned())
     } else {
-        Err("write file:///DIR, for a folder; object stores are not written to, but as a volume that is mounted there".to_owned())
+        Err("write s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or file:///DIR".to_owned())
     }
 }
 

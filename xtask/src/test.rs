@@ -72,7 +72,7 @@ const PARTS: [Part; 12] = [
 ];
 
 /// Folders of `model-runtime/tests/clients`, each with packages of its own: they do not fit into one environment.
-const CLIENTS: [&str; 6] = ["triton", "kserve", "mlserver", "openai", "schemathesis", "opentelemetry"];
+const CLIENTS: [&str; 7] = ["triton", "kserve", "mlserver", "openai", "schemathesis", "opentelemetry", "s3"];
 
 /// Version of cargo-deny, installed into the user's cache.
 const CARGO_DENY: &str = "0.20.2";

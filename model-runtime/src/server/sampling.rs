@@ -1,4 +1,4 @@
-//! Request sampling: a share of the requests and of what was answered is written to a folder, as JSON lines that the optimiser reads
+//! Request sampling: a share of the requests and of what was answered is written to an object store, as JSON lines that the optimiser reads
 //! as evaluation data. The caller waits for none of it: what the buffer does not hold is dropped and counted.
 
 use std::sync::Arc;
@@ -34,7 +34,7 @@ const ID: &str = "id";
 /// Where samples go.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
-    /// `file:///DIR`.
+    /// `s3://BUCKET/PREFIX`, `gs://BUCKET/PREFIX`, `az://CONTAINER/PREFIX`, or `file:///DIR`.
     pub to: String,
     /// Share of the requests, 0 to 1.
     pub share: f64,
@@ -50,7 +50,7 @@ pub(super) enum Sampled {
     Dropped,
     /// JSON cannot hold it: a string that is not UTF-8, an input that is NaN or infinite, or an empty one.
     Unwritable,
-    /// The folder did not take it.
+    /// The object store did not take it.
     Failed,
 }
 

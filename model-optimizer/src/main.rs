@@ -240,6 +240,11 @@ fn share(text: &str) -> Result<Percentage, String> {
 static PANIC: Mutex<String> = Mutex::new(String::new());
 
 fn main() -> ExitCode {
+    // Sound: no other thread runs yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        plimsoll_runtime::engine::disable_telemetry();
+    }
     let arguments = Cli::parse();
     // Faults of engines and of readers of broken files are caught where they happen; whoever reads the output wants one line at most.
     std::panic::set_hook(Box::new(|panic| {

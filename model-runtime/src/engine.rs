@@ -15,11 +15,13 @@ mod device;
 pub mod independence;
 mod onnxruntime;
 pub mod probe;
+mod telemetry;
 pub mod tensor;
 mod tract;
 
 pub use device::{Device, DeviceError};
 pub use onnxruntime::{LIBRARY_VARIABLE, default_library};
+pub use telemetry::disable_telemetry;
 pub use tensor::{Data, Tensor};
 
 /// A loaded model. Calls from several threads are safe; an engine may run them one after another.

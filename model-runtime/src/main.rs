@@ -19,6 +19,11 @@ const TERMINATION_LOG: &str = "/dev/termination-log";
 const ASYNC_THREADS: usize = 2;
 
 fn main() -> ExitCode {
+    // Sound: no other thread runs yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        plimsoll_runtime::engine::disable_telemetry();
+    }
     let flags = Flags::parse();
     let termination_log = flags.termination_log;
     let result = log::start(flags.log_format, &flags.log_level).and_then(|()| run(flags.command));

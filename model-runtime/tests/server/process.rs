@@ -165,6 +165,21 @@ impl Server {
         wait(&mut self.child)
     }
 
+    /// Resident pages of code, in bytes.
+    pub(crate) fn resident_code(&self) -> u64 {
+        let mappings = std::fs::read_to_string(format!("/proc/{}/smaps", self.child.id())).unwrap();
+        let (mut total, mut code) = (0, false);
+        for line in mappings.lines() {
+            let mut words = line.split_whitespace();
+            match (words.next(), words.next()) {
+                (Some("Rss:"), Some(kilobytes)) if code => total += kilobytes.parse::<u64>().unwrap() * 1024,
+                (Some(range), Some(access)) if range.contains('-') => code = access == "r-xp",
+                _ => {}
+            }
+        }
+        total
+    }
+
     /// Resident memory in bytes.
     pub(crate) fn resident(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();

@@ -123,3 +123,26 @@ fn a_registry_that_is_not_there_fails_the_pull_with_the_reason() {
     assert_eq!(code, Some(1));
     assert!(reason.contains(&format!("{free}/models/digits:v1")), "{reason}");
 }
+
+#[test]
+fn code_that_only_the_start_needs_is_not_resident() {
+    let server = Server::ready(&model("mlp"), &["--engine", "onnxruntime"]);
+    // Reading the flags and loading ONNX Runtime alone touch more than twice as much.
+    let resident = server.resident_code();
+    assert!((1..10 << 20).contains(&resident), "{resident} bytes");
+    assert_eq!(get(server.http, "/v2/health/ready").status, 200);
+}
+
+#[test]
+fn nothing_is_left_in_the_users_home() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = command(&model("mlp"), &["--engine", "onnxruntime"]);
+    command
+        .env("ORT_DYLIB_PATH", library())
+        .env("HOME", home.path())
+        .env_remove("XDG_CACHE_HOME");
+    Server::listening(&mut command).line("ready");
+    // ONNX Runtime's telemetry would keep a database there.
+    let left: Vec<_> = std::fs::read_dir(home.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}

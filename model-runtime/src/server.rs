@@ -13,6 +13,7 @@ use crate::engine::{Device, EngineKind};
 mod agreement;
 mod authentication;
 mod classification;
+mod code;
 mod companions;
 mod drift;
 mod encoding;
@@ -259,6 +260,9 @@ impl State {
 /// timeout of two seconds.
 const READINESS_WAIT: Duration = Duration::from_millis(1500);
 
+/// Shorter than the timeouts of requests, as a rule.
+const TICK: Duration = Duration::from_millis(500);
+
 /// Longest wait for the last traces to arrive, when all else has ended.
 const TRACES_WAIT: Duration = Duration::from_secs(3);
 
@@ -280,6 +284,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let (grpc_address, metrics_address) = (grpc.as_ref().map(Listener::address), scrape.as_ref().map(Listener::address));
     tracing::info!(http = http.address(), grpc = grpc_address, metrics = metrics_address, "listening");
 
+    tokio::spawn(tick());
     let (stop, stopped) = watch::channel(false);
     let state = Arc::new(State::new(config, tokens)?);
     let separate = scrape.is_some();
@@ -355,6 +360,14 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     Ok(())
 }
 
+/// Keeps a timer that is due before those of requests. Where a request's own is the first that is due, setting it wakes the thread that waits
+/// for events, by system calls that take as long as a small inference.
+async fn tick() {
+    loop {
+        tokio::time::sleep(TICK).await;
+    }
+}
+
 async fn bind(address: Option<&Address>) -> Result<Option<Listener>, ServeError> {
     match address {
         Some(address) => Listener::bind(address).await.map(Some),
@@ -366,8 +379,10 @@ fn load(config: &Config) -> oneshot::Receiver<Result<Model, model::ModelError>> 
     let (sender, receiver) = oneshot::channel();
     let config = config.clone();
     std::thread::spawn(move || {
+        let loaded = Model::load(&config);
+        code::release();
         // Where the server was stopped meanwhile, nobody takes the model.
-        let _ = sender.send(Model::load(&config));
+        let _ = sender.send(loaded);
     });
     receiver
 }

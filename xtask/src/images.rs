@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
     /// Also builds the image that only the end-to-end tests use.
     #[arg(long)]
     tests: bool,
-    /// The images to build. Default: operator, optimizer, runtime and registry. runtime-cuda, of 1.2 GB, is the runtime for models on
+    /// The images to build. Default: operator, optimizer, runtime and registry. runtime-cuda, of 1.4 GB, is the runtime for models on
     /// NVIDIA's GPUs.
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(SPECIFICATIONS.iter().map(|specification| specification.name)))]
     names: Vec<String>,

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use self::model::{Model, Wire};
@@ -70,6 +70,11 @@ enum Work {
 /// # Errors
 /// Where a program or a peer cannot be had, or fails.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
+    let cuda = arguments.only.contains(&Work::Cuda);
+    ensure!(
+        !cuda || arguments.only.len() == 1,
+        "the GPU is measured with ONNX Runtime's package for GPUs: give `--only cuda` by itself"
+    );
     let folder = workspace::target().join("bench").join("runtime");
     fs::create_dir_all(&folder)?;
     let [runtime, optimizer] = match &arguments.programs {
@@ -80,7 +85,6 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     };
     let kserve = workspace::root().join("tests/bench/runtime/kserve/requirements.txt");
     let log = folder.join("peers.log");
-    let cuda = arguments.only[..] == [Work::Cuda];
     let servers = Servers {
         runtime,
         library: if cuda { Library::Gpu } else { Library::Cpu }.path()?,

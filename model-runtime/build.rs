@@ -8,7 +8,9 @@ fn main() {
     if of_target("CARGO_CFG_TARGET_OS") == "linux" && of_target("CARGO_CFG_TARGET_ARCH") == "x86_64" && of_target("PROFILE") == "release" {
         println!("cargo::rustc-link-arg-bins=-Wl,--icf=all");
         println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
-        // Cargo strips no package whose profile is its own.
-        println!("cargo::rustc-link-arg-bins=-Wl,--strip-all");
+        // Cargo strips no package whose profile is its own. Whoever asks for debug information is about to profile.
+        if of_target("DEBUG") != "true" {
+            println!("cargo::rustc-link-arg-bins=-Wl,--strip-all");
+        }
     }
 }

@@ -124,6 +124,11 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "DURATION", default_value = "75s", value_parser = duration)]
     header_timeout: Duration,
 
+    /// How many microseconds the thread that answered looks for the next request before it sleeps, 0 to 1000; by default 100, and 0 where there
+    /// is only one processor. Where a client asks again that soon, it waits less; where none does, looks become rare.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(..=1000))]
+    busy_poll_us: Option<u32>,
+
     /// Longest time of one batch in the engine, after which liveness fails so that Kubernetes restarts the container.
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = duration)]
     stuck_after: Duration,
@@ -273,6 +278,11 @@ fn duration(written: &str) -> Result<Duration, units::UnitError> {
     }
 }
 
+/// Whoever has one processor alone would keep the client from it.
+fn busy_poll() -> Duration {
+    Duration::from_micros(if quota::processors() > 1 { 100 } else { 0 })
+}
+
 /// None, or as long as there is something to see and it is still news.
 fn drift_window(written: &str) -> Result<Duration, String> {
     let window = duration(written).map_err(|error| error.to_string())?;
@@ -341,6 +351,9 @@ impl Serve {
                 device_bytes_max: self.max_device_memory.map(bytes),
                 request_timeout: self.request_timeout,
                 header_timeout: self.header_timeout,
+                busy_poll: self
+                    .busy_poll_us
+                    .map_or_else(busy_poll, |micros| Duration::from_micros(micros.into())),
             },
             drain_delay: self.drain_delay,
             grace: self.grace,

@@ -15,8 +15,9 @@ use flags::{Command, Flags};
 /// Where Kubernetes looks for the reason of a failure (`terminationMessagePath`).
 const TERMINATION_LOG: &str = "/dev/termination-log";
 
-/// Threads for connections, parsing and metrics; inference has its own.
-const ASYNC_THREADS: usize = 2;
+/// Of ONNX Runtime, too, whose library takes its memory by the program's `malloc`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     // Sound: no other thread runs yet.
@@ -38,9 +39,10 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<(), String> {
+    // What is not a connection's is little: it shares a thread.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime
-        .worker_threads(ASYNC_THREADS)
+        .worker_threads(1)
         .enable_all()
         .build()
         .map_err(|error| format!("cannot start: {error}"))?;

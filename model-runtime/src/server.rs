@@ -43,8 +43,8 @@ pub mod untrusted;
 mod watched;
 
 use authentication::Tokens;
-use listener::Listener;
 pub use listener::{Address, AddressError};
+use listener::{Listener, Threads};
 use metrics::Metrics;
 use model::Model;
 use sampling::Sampler;
@@ -138,6 +138,8 @@ pub struct Limits {
     pub request_timeout: Duration,
     /// Longest time for a request's headers, and for a kept-alive connection to idle.
     pub header_timeout: Duration,
+    /// How long a thread looks for the next request after an answer, before it sleeps.
+    pub busy_poll: Duration,
 }
 
 /// Why the server stops without having been told to.
@@ -163,6 +165,9 @@ pub enum ServeError {
     /// Samples cannot be written.
     #[error("cannot sample requests: {0}")]
     Sampling(String),
+    /// The threads that serve connections cannot be started.
+    #[error("cannot start threads: {0}")]
+    Threads(std::io::Error),
     /// The signal handler cannot be installed.
     #[error("cannot wait for signals: {0}")]
     Signals(std::io::Error),
@@ -260,8 +265,8 @@ impl State {
 /// timeout of two seconds.
 const READINESS_WAIT: Duration = Duration::from_millis(1500);
 
-/// Shorter than the timeouts of requests, as a rule.
-const TICK: Duration = Duration::from_millis(500);
+/// Threads that serve connections; inference has its own.
+const CONNECTION_THREADS: usize = 2;
 
 /// Longest wait for the last traces to arrive, when all else has ended.
 const TRACES_WAIT: Duration = Duration::from_secs(3);
@@ -284,7 +289,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let (grpc_address, metrics_address) = (grpc.as_ref().map(Listener::address), scrape.as_ref().map(Listener::address));
     tracing::info!(http = http.address(), grpc = grpc_address, metrics = metrics_address, "listening");
 
-    tokio::spawn(tick());
+    let threads = Arc::new(Threads::start(CONNECTION_THREADS).map_err(ServeError::Threads)?);
     let (stop, stopped) = watch::channel(false);
     let state = Arc::new(State::new(config, tokens)?);
     let separate = scrape.is_some();
@@ -292,6 +297,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         let router = http::metrics_router(Arc::clone(&state));
         tokio::spawn(listener::serve(
             scrape,
+            Arc::clone(&threads),
             None,
             router,
             state.config.limits.clone(),
@@ -301,22 +307,15 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     });
     let (ready, readiness) = watch::channel(false);
     let over_grpc = grpc::router(Arc::clone(&state), readiness, stopped.clone());
-    let over_http = http::router(Arc::clone(&state), !separate);
+    let over_http = http::protocol(&state, !separate);
     let mut serving = tokio::task::JoinSet::new();
     let tls = tls.map(Arc::new);
-    for (listener, router) in [(Some(http), over_http), (grpc, over_grpc)] {
-        if let Some(listener) = listener {
-            let limits = state.config.limits.clone();
-            serving.spawn(listener::serve(
-                listener,
-                tls.clone(),
-                router,
-                limits,
-                state.config.grace,
-                stopped.clone(),
-            ));
-        }
+    let (limits, grace) = (state.config.limits.clone(), state.config.grace);
+    if let Some(grpc) = grpc {
+        let (threads, tls, stopped) = (Arc::clone(&threads), tls.clone(), stopped.clone());
+        serving.spawn(listener::serve(grpc, threads, tls, over_grpc, limits.clone(), grace, stopped));
     }
+    serving.spawn(listener::serve(http, threads, tls, over_http, limits, grace, stopped));
 
     let loaded = load(&state.config);
     tokio::select! {
@@ -358,14 +357,6 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         let _ = scraping.await;
     }
     Ok(())
-}
-
-/// Keeps a timer that is due before those of requests. Where a request's own is the first that is due, setting it wakes the thread that waits
-/// for events, by system calls that take as long as a small inference.
-async fn tick() {
-    loop {
-        tokio::time::sleep(TICK).await;
-    }
 }
 
 async fn bind(address: Option<&Address>) -> Result<Option<Listener>, ServeError> {

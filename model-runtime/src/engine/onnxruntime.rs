@@ -55,12 +55,13 @@ impl OnnxRuntime {
 
     fn try_infer(&self, inputs: &[Tensor]) -> ort::Result<Vec<Tensor>> {
         let values = inputs.iter().map(to_value).collect::<ort::Result<Vec<_>>>()?;
-        let mut options = RunOptions::new()?;
-        if inputs.iter().map(byte_count).sum::<usize>() > KEPT_INPUT_BYTES_MAX {
-            options.set("memory.enable_memory_arena_shrinkage", "cpu:0")?;
-        }
+        let large = inputs.iter().map(byte_count).sum::<usize>() > KEPT_INPUT_BYTES_MAX;
+        let shrink = large.then(shrinkage).transpose()?;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        let outputs = session.run_with_options(&values[..], &options)?;
+        let outputs = match &shrink {
+            Some(options) => session.run_with_options(&values[..], options)?,
+            None => session.run(&values[..])?,
+        };
         self.outputs
             .iter()
             .map(|spec| from_value(spec, &outputs[spec.name.as_str()]))
@@ -162,6 +163,13 @@ fn providers(options: &LoadOptions) -> Vec<ep::ExecutionProviderDispatch> {
         }
         Device::OpenVino => vec![ep::OpenVINO::default().build().error_on_failure(), cpu],
     }
+}
+
+/// Gives memory back after the run.
+fn shrinkage() -> ort::Result<RunOptions> {
+    let mut options = RunOptions::new()?;
+    options.set("memory.enable_memory_arena_shrinkage", "cpu:0")?;
+    Ok(options)
 }
 
 fn one_line(error: &dyn std::error::Error) -> String {

@@ -90,6 +90,7 @@ fn server(tensors: &[Tensor]) -> Arc<State> {
             device_bytes_max: None,
             request_timeout: patience,
             header_timeout: patience,
+            busy_poll: Duration::ZERO,
         },
         stuck_after: patience,
         drain_delay: Duration::ZERO,

@@ -5,25 +5,63 @@
 
 use std::sync::Arc;
 
-use axum::Router;
+use axum::body::Body;
 use axum::extract::{Path, Request, State as Shared};
 use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Router};
+use futures::future::Either;
+use hyper::body::Incoming;
 use serde_json::{Value, json};
 
+use super::listener::Serve;
 use super::refusal::{Reason, Refusal};
+use super::scheduler::Client;
 use super::{State, metrics, signature};
 
 mod error;
 mod infer;
+mod json;
 mod openai;
 mod openapi;
 mod page;
 pub(super) mod request;
 pub(super) mod response;
+
+/// The protocol, and `/metrics` where `with_metrics`.
+pub(super) fn protocol(state: &Arc<State>, with_metrics: bool) -> Protocol {
+    Protocol {
+        state: Arc::clone(state),
+        router: router(Arc::clone(state), with_metrics),
+    }
+}
+
+/// Answers what the protocol has. Inferences of the model go past the router, which would take as long as a small one's tensors to be read.
+#[derive(Clone)]
+pub(super) struct Protocol {
+    state: Arc<State>,
+    router: Router,
+}
+
+impl Serve for Protocol {
+    fn serve(&self, client: Client, request: axum::http::Request<Incoming>) -> impl Future<Output = Response> + Send + use<> {
+        if request.method() != Method::POST || !self.state.config.is_inference(request.uri().path()) {
+            return Either::Right(self.router.serve(client, request));
+        }
+        let state = Arc::clone(&self.state);
+        Either::Left(async move {
+            let mut response = match forbid(&state, request.uri().path(), request.headers()) {
+                Some(refused) => refused,
+                None => infer::infer(&state, Ok(()), client, request.map(Body::new)).await,
+            };
+            close_if_draining(&state, &mut response);
+            response
+        })
+    }
+}
 
 /// Routes of the protocol, and `/metrics` where `with_metrics`.
 pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
@@ -42,13 +80,13 @@ pub(super) fn router(state: Arc<State>, with_metrics: bool) -> Router {
         .route("/v2/models/{name}/stats", get(statistics))
         .route("/v2/models/{name}/drift", get(drift))
         .route("/v2/models/{name}/ready", get(model_ready))
-        .route("/v2/models/{name}/infer", post(infer::infer))
+        .route("/v2/models/{name}/infer", post(infer))
         .route("/v2/models/{name}/versions/{version}/config", get(configuration))
         .route("/v2/models/{name}/versions/{version}/stats", get(statistics))
         .route("/v2/models/{name}/versions/{version}/drift", get(drift))
         .route("/v2/models/{name}/versions/{version}", get(model))
         .route("/v2/models/{name}/versions/{version}/ready", get(model_ready))
-        .route("/v2/models/{name}/versions/{version}/infer", post(infer::infer));
+        .route("/v2/models/{name}/versions/{version}/infer", post(infer));
     router = router
         .route("/v1/embeddings", post(openai::embeddings))
         .route("/v1/models", get(openai::models))
@@ -76,31 +114,48 @@ fn finish(router: Router<Arc<State>>, state: Arc<State>, guarded: bool) -> Route
         .with_state(state)
 }
 
-/// Asks for a token, but of probes: the kubelet has none.
+/// Asks for a token.
 async fn authenticate(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    let is_probe = path.starts_with("/v2/health/") || (path.starts_with("/v2/models/") && path.ends_with("/ready"));
-    if let Some(tokens) = state.tokens.as_ref().filter(|_| !is_probe) {
-        let given = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes);
-        if let Err(refusal) = tokens.check(given) {
-            let is_openais = path.starts_with("/v1/");
-            return if is_openais {
-                openai::Fault::from(refusal).into_response()
-            } else {
-                refusal.into_response()
-            };
-        }
+    match forbid(&state, request.uri().path(), request.headers()) {
+        Some(refused) => refused,
+        None => next.run(request).await,
     }
-    next.run(request).await
+}
+
+/// What a request is told that has no token where one is asked for. Probes need none: the kubelet has none.
+fn forbid(state: &State, path: &str, headers: &HeaderMap) -> Option<Response> {
+    let tokens = state.tokens.as_ref()?;
+    let is_probe = path.starts_with("/v2/health/") || (path.starts_with("/v2/models/") && path.ends_with("/ready"));
+    let given = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes);
+    let refusal = if is_probe { return None } else { tokens.check(given).err()? };
+    let is_openais = path.starts_with("/v1/");
+    Some(if is_openais {
+        openai::Fault::from(refusal).into_response()
+    } else {
+        refusal.into_response()
+    })
+}
+
+async fn close_while_draining(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    close_if_draining(&state, &mut response);
+    response
 }
 
 /// Clients that keep connections open move on with their next request instead of meeting a closed one.
-async fn close_while_draining(Shared(state): Shared<Arc<State>>, request: Request, next: Next) -> Response {
-    let mut response = next.run(request).await;
+fn close_if_draining(state: &State, response: &mut Response) {
     if state.is_draining() {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
-    response
+}
+
+async fn infer(
+    Shared(state): Shared<Arc<State>>,
+    Path(target): Path<Target>,
+    Extension(client): Extension<Client>,
+    request: Request,
+) -> Response {
+    infer::infer(&state, target.check(&state), client, request).await
 }
 
 /// A body of JSON.

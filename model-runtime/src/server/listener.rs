@@ -3,15 +3,16 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::response::Response;
+use futures::FutureExt as _;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
@@ -26,9 +27,12 @@ use tokio::sync::{Semaphore, watch};
 use super::scheduler::Client;
 use super::tls::Acceptor;
 use super::{Limits, ServeError};
-use relay::Relayed;
+use busy::{BusyPoll, Lookout};
+pub(super) use threads::Threads;
+use threads::Watched;
 
-mod relay;
+mod busy;
+mod threads;
 
 /// Longest pause after a failure to accept, for example for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -92,13 +96,49 @@ impl Drop for SocketFile {
     }
 }
 
+/// What answers requests.
+pub(super) trait Serve: Clone + Send + 'static {
+    /// Answers a request of `client`.
+    fn serve(&self, client: Client, request: Request<Incoming>) -> impl Future<Output = Response> + Send + use<Self>;
+}
+
+impl Serve for Router {
+    fn serve(&self, client: Client, mut request: Request<Incoming>) -> impl Future<Output = Response> + Send + use<> {
+        request.extensions_mut().insert(client);
+        let answer = TowerToHyperService::new(self.clone()).call(request);
+        answer.map(|answer| answer.unwrap_or_else(|never: Infallible| match never {}))
+    }
+}
+
 /// A connection, whichever way it came.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
+/// A connection that no thread has yet.
 enum Accepted {
-    Tcp(TcpStream, SocketAddr),
-    Unix(UnixStream),
+    Tcp(std::net::TcpStream, IpAddr),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+impl Accepted {
+    fn client(&self) -> Client {
+        match self {
+            Self::Tcp(_, peer) => Client(Some(*peer)),
+            Self::Unix(_) => Client(None),
+        }
+    }
+
+    /// The connection, its events those of this thread.
+    fn open(self) -> io::Result<Box<dyn Stream>> {
+        Ok(match self {
+            Self::Tcp(stream, _) => {
+                // Answers are written whole, so waiting to fill a packet only delays them.
+                stream.set_nodelay(true)?;
+                Box::new(TcpStream::from_std(stream)?)
+            }
+            Self::Unix(stream) => Box::new(UnixStream::from_std(stream)?),
+        })
+    }
 }
 
 impl Listener {
@@ -123,8 +163,11 @@ impl Listener {
 
     async fn accept(&self) -> io::Result<Accepted> {
         match self {
-            Self::Tcp(listener) => listener.accept().await.map(|(stream, peer)| Accepted::Tcp(stream, peer)),
-            Self::Unix(listener, _) => listener.accept().await.map(|(stream, _)| Accepted::Unix(stream)),
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                Ok(Accepted::Tcp(stream.into_std()?, peer.ip()))
+            }
+            Self::Unix(listener, _) => Ok(Accepted::Unix(listener.accept().await?.0.into_std()?)),
         }
     }
 }
@@ -138,11 +181,12 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-/// Serves connections until `stopped`; returns how many were still open after `grace`.
+/// Serves connections until `stopped`, each on one of the threads; returns how many were still open after `grace`.
 pub(super) async fn serve(
     listener: Listener,
+    threads: Arc<Threads>,
     tls: Option<Arc<Acceptor>>,
-    router: Router,
+    serving: impl Serve,
     limits: Limits,
     grace: Duration,
     mut stopped: watch::Receiver<bool>,
@@ -150,6 +194,7 @@ pub(super) async fn serve(
     let connections = Arc::new(Semaphore::new(limits.connections_max));
     let graceful = GracefulShutdown::new();
     let header_timeout = limits.header_timeout;
+    let polling = BusyPoll::new(limits.busy_poll);
     let mut http = auto::Builder::new(TokioExecutor::new());
     http.http1()
         .timer(TokioTimer::new())
@@ -162,31 +207,29 @@ pub(super) async fn serve(
         // A peer that is gone without a word is noticed, and one that idles is not.
         .keep_alive_interval(limits.header_timeout);
     let start = |accepted: Accepted, permit| {
-        let (stream, client): (Box<dyn Stream>, Client) = match accepted {
-            Accepted::Tcp(stream, peer) => {
-                // Answers are written whole, so waiting to fill a packet only delays them.
-                let _ = stream.set_nodelay(true);
-                (Box::new(stream), Client(Some(peer.ip())))
-            }
-            Accepted::Unix(stream) => (Box::new(stream), Client(None)),
-        };
-        let router = TowerToHyperService::new(router.clone());
-        let service = service_fn(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(client);
-            router.call(request)
+        let client = accepted.client();
+        let (serving, lookout) = (serving.clone(), Arc::new(polling.lookout()));
+        let looking = Arc::clone(&lookout);
+        let service = service_fn(move |request| {
+            looking.asked();
+            let looking = Arc::clone(&looking);
+            serving.serve(client, request).map(move |answer| {
+                looking.answered(Instant::now());
+                Ok::<_, Infallible>(answer)
+            })
         });
         let (http, watcher) = (http.clone(), graceful.watcher());
         let acceptor = tls.as_ref().map(|tls| tls.current());
-        tokio::spawn(async move {
-            let served = match acceptor {
-                None => serve_connection(&http, watcher, stream, service).await,
-                Some(acceptor) => match tokio::time::timeout(header_timeout, acceptor.accept(stream)).await {
-                    Ok(Ok(stream)) => serve_connection(&http, watcher, Box::new(stream), service).await,
-                    Ok(Err(error)) => Err(error.into()),
-                    Err(late) => Err(late.into()),
-                },
+        threads.spawn(async move {
+            let serve = async {
+                let stream = accepted.open()?;
+                let stream: Box<dyn Stream> = match acceptor {
+                    None => stream,
+                    Some(acceptor) => Box::new(tokio::time::timeout(header_timeout, acceptor.accept(stream)).await??),
+                };
+                serve_connection(&http, watcher, stream, service, lookout).await
             };
-            if let Err(error) = served {
+            if let Err(error) = serve.await {
                 tracing::debug!(%error, "a connection failed");
             }
             drop(permit);
@@ -228,13 +271,14 @@ async fn serve_connection<S>(
     watcher: Watcher,
     stream: Box<dyn Stream>,
     service: S,
+    lookout: Arc<Lookout>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>
 where
     S: Service<Request<Incoming>, Response = Response, Error = Infallible> + Send + 'static,
     S::Future: Send,
 {
     let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
-    Relayed::new(watcher.watch(connection)).await
+    Watched::new(watcher.watch(connection), lookout).await
 }
 
 #[cfg(test)]

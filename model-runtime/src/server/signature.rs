@@ -25,6 +25,18 @@ impl Config {
             _ => Ok(()),
         }
     }
+
+    /// Whether a path is that of an inference of the model that is served, written without escapes.
+    pub(super) fn is_inference(&self, path: &str) -> bool {
+        let of_model = path.strip_prefix("/v2/models/").and_then(|path| path.strip_prefix(&*self.name));
+        let of_version = |path: &str| {
+            path.strip_prefix("/versions/")?
+                .strip_prefix(&*self.version)?
+                .strip_prefix("/infer")
+                .map(str::is_empty)
+        };
+        of_model.is_some_and(|path| path == "/infer" || of_version(path) == Some(true))
+    }
 }
 
 /// The protocol's platform, `<project>_<format>`.

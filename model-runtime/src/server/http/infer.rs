@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use axum::Extension;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, Request, State as Shared};
+use axum::extract::Request;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, VARY};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
@@ -12,7 +11,7 @@ use bytes::BytesMut;
 use http_body_util::BodyExt as _;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Target, request, response};
+use super::{request, response};
 use crate::engine::Tensor;
 use crate::server::State;
 use crate::server::encoding::Encoding;
@@ -26,30 +25,27 @@ const METHOD: Method = Method::Http("/v2/models/{name}/infer");
 /// Length of the JSON before the binary tensors (Triton, "Binary Tensor Data Extension").
 const JSON_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 
-pub(super) async fn infer(
-    Shared(state): Shared<Arc<State>>,
-    Path(target): Path<Target>,
-    Extension(client): Extension<Client>,
-    request: Request,
-) -> Response {
+/// Answers a request, which names the model that is served or is refused.
+pub(super) async fn infer(state: &Arc<State>, named: Result<(), Refusal>, client: Client, request: Request) -> Response {
     let started = Instant::now();
     let (parts, body) = request.into_parts();
     let span = state.begin(METHOD, &parts.headers, started);
-    let answer = answer(&state, &target, client, &parts.headers, body, started, &span).await;
+    let answer = match named {
+        Ok(()) => answer(state, client, &parts.headers, body, started, &span).await,
+        Err(refusal) => Err(refusal),
+    };
     state.answered(span, answer.as_ref().err());
     answer.unwrap_or_else(IntoResponse::into_response)
 }
 
 async fn answer(
     state: &Arc<State>,
-    target: &Target,
     client: Client,
     headers: &HeaderMap,
     body: Body,
     started: Instant,
     span: &Span,
 ) -> Result<Response, Refusal> {
-    target.check(state)?;
     let json_length = json_length(headers)?;
     let received = span.within(Stage::Receive, receive(state, headers, body, started));
     let (body, admission) = received.await?;

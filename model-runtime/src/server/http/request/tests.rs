@@ -160,6 +160,27 @@ fn a_million_dimensions_are_refused_before_they_are_read() {
 }
 
 #[test]
+fn what_is_wrong_has_a_place() {
+    let text = |body: &str| parse(body.as_bytes(), None).unwrap_err();
+    assert_eq!(
+        text("{\"inputs\": [\n {\"name\": 7}]}"),
+        "the body is not an inference request: invalid type: integer `7`, expected a string at line 2 column 11"
+    );
+    assert_eq!(
+        text("{\"inputs\": []}}"),
+        "the body is not an inference request: trailing characters at line 1 column 15"
+    );
+    assert_eq!(
+        text(r#"{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"data":[1.5 2]}]}"#),
+        "the body is not an inference request: input `x`: expected `,` or `]` at line 1 column 66"
+    );
+    assert_eq!(
+        text(r#"{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"data":[1,0x2]}]}"#),
+        "the body is not an inference request: input `x`: expected `,` or `]` at line 1 column 65"
+    );
+}
+
+#[test]
 fn whole_numbers_are_exact() {
     let read = |datatype: &str, data: Value| {
         tensor(&json!({"name": "x", "datatype": datatype, "shape": [1], "data": [data]}))
@@ -199,6 +220,44 @@ proptest! {
         let values = vec![0; given];
         let error = tensor(&json!({"name": "x", "datatype": "INT32", "shape": shape, "data": values})).unwrap_err();
         prop_assert!(error.contains("input `x`"), "{}", error);
+    }
+
+    #[test]
+    fn numbers_are_those_of_json(number in "-?[+.]?[0-9]{0,20}(\\.[0-9]{0,20})?([eE][+-]?[0-9]{0,3})?") {
+        let body = format!(r#"{{"inputs":[{{"name":"x","datatype":"FP64","shape":[1],"data":[{number}]}}]}}"#);
+        let read = parse(body.as_bytes(), None).ok().map(|(request, _)| request.inputs[0].1.data().clone());
+        let expected = serde_json::from_str::<f64>(&number).ok().map(|value| Data::Fp64(vec![value]));
+        prop_assert_eq!(read, expected, "{}", number);
+    }
+
+    #[test]
+    fn whole_numbers_fit_or_are_refused(number in any::<i128>(), bits in 1_u32..128) {
+        let number = number >> bits;
+        let read = |datatype: &str| {
+            let body = format!(r#"{{"inputs":[{{"name":"x","datatype":"{datatype}","shape":[1],"data":[{number}]}}]}}"#);
+            parse(body.as_bytes(), None).ok().map(|(request, _)| request.inputs[0].1.data().clone())
+        };
+        prop_assert_eq!(read("UINT64"), u64::try_from(number).ok().map(|value| Data::Uint64(vec![value])));
+        prop_assert_eq!(read("INT8"), i8::try_from(number).ok().map(|value| Data::Int8(vec![value])));
+        prop_assert_eq!(read("INT32"), i32::try_from(number).ok().map(|value| Data::Int32(vec![value])));
+        prop_assert_eq!(read("INT64"), i64::try_from(number).ok().map(|value| Data::Int64(vec![value])));
+    }
+
+    #[test]
+    fn floats_are_the_nearest(value in any::<f32>().prop_filter("JSON knows no others", |value| value.is_finite())) {
+        let read = tensor(&json!({"name": "x", "datatype": "FP32", "shape": [1], "data": [f64::from(value)]})).unwrap();
+        prop_assert_eq!(read.data(), &Data::Fp32(vec![value]));
+    }
+
+    #[test]
+    fn json_is_read_where_it_is_valid_and_nowhere_else(text in "[\\[\\]{},:\"a1 \n.-]{0,24}") {
+        let valid = serde_json::from_str::<serde::de::IgnoredAny>(&text).is_ok();
+        for body in [format!(r#"{{"inputs":[],"other":{text}}}"#), format!(r#"{{"inputs":[],"other":[{text},{text}]}}"#)] {
+            prop_assert_eq!(parse(body.as_bytes(), None).is_ok(), serde_json::from_str::<Value>(&body).is_ok(), "{}", body);
+        }
+        if !valid {
+            prop_assert!(parse(text.as_bytes(), None).is_err());
+        }
     }
 
     #[test]

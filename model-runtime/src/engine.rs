@@ -200,6 +200,14 @@ pub enum InputError {
         /// The shape that was given.
         given: Vec<usize>,
     },
+    /// A 64-bit integer that the device would cut off.
+    #[error("input `{name}` holds {value}, and OpenVINO computes integers in 32 bits")]
+    Integer {
+        /// The input.
+        name: String,
+        /// The integer.
+        value: i64,
+    },
 }
 
 fn check(specs: &[TensorSpec], inputs: &[Tensor]) -> Result<(), InputError> {

@@ -57,8 +57,8 @@ pub(crate) struct Serve {
     #[arg(long, value_enum, default_value = "auto")]
     engine: Engine,
 
-    /// What the model is computed on: cpu, cuda:NUMBER, tensorrt:NUMBER or openvino. All but cpu need ONNX Runtime's library with that
-    /// provider, and are never replaced by another.
+    /// What the model is computed on: cpu, cuda:NUMBER, tensorrt:NUMBER or openvino (the processor with OpenVINO's kernels). All but cpu need
+    /// ONNX Runtime's library with that provider, and are never replaced by another.
     #[arg(long, value_name = "DEVICE", default_value = "cpu", env = "PLIMSOLL_DEVICE")]
     device: Device,
 

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -30,9 +29,9 @@ pub(crate) struct Arguments {
     #[arg(long)]
     check: bool,
 
-    /// On ONNX Runtime on the first CUDA device alone; without it, on the engines on the processor.
-    #[arg(long)]
-    cuda: bool,
+    /// What the engines compute on; all but cpu are ONNX Runtime alone, cuda on the first device.
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: Library,
 
     /// A program to run the cases by, compiled elsewhere as the example `conformance` of the runtime.
     #[arg(long, value_name = "FILE")]
@@ -46,10 +45,11 @@ struct Column {
     /// As the runtime's flags name them.
     engine: &'static str,
     device: &'static str,
+    /// Also what `--device` chooses it by.
     library: Library,
 }
 
-const COLUMNS: [Column; 3] = [
+const COLUMNS: [Column; 4] = [
     Column {
         name: "tract",
         engine: "tract",
@@ -68,12 +68,18 @@ const COLUMNS: [Column; 3] = [
         device: "cuda:0",
         library: Library::Gpu,
     },
+    Column {
+        name: "openvino",
+        engine: "onnxruntime",
+        device: "openvino",
+        library: Library::OpenVino,
+    },
 ];
 
 impl Arguments {
     /// The columns that are measured, by their place.
-    fn columns(&self) -> Range<usize> {
-        if self.cuda { 2..3 } else { 0..2 }
+    fn columns(&self) -> impl Iterator<Item = usize> {
+        (0..COLUMNS.len()).filter(|&column| COLUMNS[column].library == self.device)
     }
 }
 
@@ -200,7 +206,7 @@ fn measure(arguments: &Arguments) -> Result<Vec<Row>> {
         None => images::program::example("plimsoll-runtime", "conformance")?,
     };
     let all: Vec<Case> = serde_json::from_slice(&fs::read(cases.join("cases.json"))?)?;
-    let columns = &COLUMNS[arguments.columns()];
+    let columns: Vec<Column> = arguments.columns().map(|column| COLUMNS[column]).collect();
     let in_column = |column: &Column| {
         let mut suite = Suite {
             column: *column,

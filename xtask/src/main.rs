@@ -48,9 +48,9 @@ enum Task {
     Bench(bench::Arguments),
     /// Installs ONNX Runtime's shared library from its pinned wheel and prints its path.
     Onnxruntime {
-        /// The one with the providers for CUDA and TensorRT, which need NVIDIA's libraries.
-        #[arg(long)]
-        gpu: bool,
+        /// The device that it is for.
+        #[arg(long, value_enum, default_value = "cpu")]
+        device: Library,
     },
     /// Fetches the real models that tests run on and prints their folder.
     Models,
@@ -65,10 +65,7 @@ fn main() -> std::process::ExitCode {
         Task::Crds(arguments) => crds::run(&arguments),
         Task::Conformance(arguments) => conformance::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
-        Task::Onnxruntime { gpu } => {
-            let library = if gpu { Library::Gpu } else { Library::Cpu };
-            library.path().map(|path| println!("{}", path.display()))
-        }
+        Task::Onnxruntime { device } => device.path().map(|path| println!("{}", path.display())),
         Task::Models => models::fetch(&models::TESTED).map(|path| println!("{}", path.display())),
     };
     match result {

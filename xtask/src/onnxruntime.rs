@@ -9,12 +9,18 @@ use anyhow::{Context as _, Result, bail};
 use crate::progress::{self, Gauge};
 use crate::{python, workspace};
 
-/// Which of ONNX Runtime's packages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Which of ONNX Runtime's packages, by the device that it is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub(crate) enum Library {
+    /// The processor.
+    #[default]
     Cpu,
-    /// With the providers for CUDA and TensorRT, which need NVIDIA's libraries.
+    /// NVIDIA's GPUs; with the provider for TensorRT, too. It needs NVIDIA's libraries.
+    #[value(name = "cuda")]
     Gpu,
+    /// The processor with OpenVINO.
+    #[value(name = "openvino")]
+    OpenVino,
 }
 
 impl Library {
@@ -22,6 +28,7 @@ impl Library {
         match self {
             Self::Cpu => "onnxruntime",
             Self::Gpu => "onnxruntime-gpu",
+            Self::OpenVino => "onnxruntime-openvino",
         }
     }
 
@@ -29,13 +36,39 @@ impl Library {
         match self {
             Self::Cpu => include_str!("../onnxruntime.txt"),
             Self::Gpu => include_str!("../onnxruntime-gpu.txt"),
+            Self::OpenVino => include_str!("../onnxruntime-openvino.txt"),
         }
     }
 
     fn architectures(self) -> &'static [&'static str] {
         match self {
             Self::Cpu => &["x86_64", "aarch64"],
-            Self::Gpu => &["x86_64"],
+            Self::Gpu | Self::OpenVino => &["x86_64"],
+        }
+    }
+
+    /// Whether the package is made for this system and processor.
+    pub(crate) fn is_for_this_machine(self) -> bool {
+        cfg!(target_os = "linux") && self.architectures().contains(&std::env::consts::ARCH)
+    }
+
+    /// The libraries that it loads from its own folder.
+    fn companions(self) -> &'static [&'static str] {
+        match self {
+            Self::Cpu => &[],
+            Self::Gpu => &[
+                "libonnxruntime_providers_shared.so",
+                "libonnxruntime_providers_cuda.so",
+                "libonnxruntime_providers_tensorrt.so",
+            ],
+            Self::OpenVino => &[
+                "libonnxruntime_providers_shared.so",
+                "libonnxruntime_providers_openvino.so",
+                "libopenvino.so.2541",
+                "libopenvino_onnx_frontend.so.2541",
+                "libopenvino_intel_cpu_plugin.so",
+                "libtbb.so.12",
+            ],
         }
     }
 
@@ -59,7 +92,7 @@ impl Library {
         if path.is_file() {
             return Ok(path);
         }
-        if !cfg!(target_os = "linux") || !self.architectures().contains(&std::env::consts::ARCH) {
+        if !self.is_for_this_machine() {
             bail!(
                 "{package} is pinned for Linux on {} alone; elsewhere install it and set ORT_DYLIB_PATH",
                 self.architectures().join(" and ")
@@ -109,11 +142,8 @@ impl Library {
             fs::create_dir(&ready)?;
             let libraries = unpacked.join("onnxruntime/capi");
             fs::rename(file_like(&libraries, "libonnxruntime.so.", "")?, ready.join("libonnxruntime.so"))?;
-            if self == Self::Gpu {
-                for provider in ["shared", "cuda", "tensorrt"] {
-                    let name = format!("libonnxruntime_providers_{provider}.so");
-                    fs::rename(libraries.join(&name), ready.join(&name))?;
-                }
+            for name in self.companions() {
+                fs::rename(libraries.join(name), ready.join(name)).with_context(|| format!("the wheel holds no {name}"))?;
             }
             for notice in ["LICENSE", "ThirdPartyNotices.txt"] {
                 fs::rename(unpacked.join("onnxruntime").join(notice), ready.join(notice))?;
@@ -161,11 +191,13 @@ fn file_like(folder: &Path, prefix: &str, suffix: &str) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use clap::ValueEnum as _;
+
     use super::*;
 
     #[test]
     fn the_pins_name_versions() {
-        for library in [Library::Cpu, Library::Gpu] {
+        for library in Library::value_variants() {
             assert_eq!(library.version().unwrap().split('.').count(), 3);
         }
         assert_eq!(version("onnxruntime", "# onnxruntime==1\nonnxruntime-gpu==2"), None);

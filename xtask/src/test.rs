@@ -4,7 +4,7 @@ mod demo;
 mod end_to_end;
 mod tally;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result};
@@ -231,12 +231,43 @@ fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
         command.args(arguments.filter.as_deref());
         tally.cargo_test(&format!("tests of {}", group.join(", ")), &mut command, &log(group[0]))?;
     }
+    on_openvino(arguments, &models, tally)?;
     // As the task that runs was compiled, so that hardly anything is compiled again.
     let mut command = workspace::cargo();
     command
         .args(["test", "--locked", "--no-fail-fast", "--package", "xtask"])
         .args(arguments.filter.as_deref());
     tally.cargo_test("tests of xtask", &mut command, &log("xtask"))
+}
+
+/// The tests of the runtime's engines and server once more, as they were compiled, with ONNX Runtime computing on OpenVINO.
+fn on_openvino(arguments: &Arguments, models: &Path, tally: &mut Tally) -> Result<()> {
+    let library = onnxruntime::Library::OpenVino;
+    if !library.is_for_this_machine() {
+        tally.skip("tests on OpenVINO: its package is for x86_64".to_owned());
+        return Ok(());
+    }
+    let library = library.path()?;
+    let package = "plimsoll-runtime";
+    let group = images::program::TEST_GROUPS.iter().find(|group| group.contains(&package));
+    for (what, tests) in [("engines", &["--lib", "engine::"][..]), ("server", &["--test", "server"])] {
+        let mut command = images::program::release("test")?;
+        command
+            .args(["--locked", "--no-fail-fast"])
+            .env("ORT_DYLIB_PATH", &library)
+            .env("PLIMSOLL_DEVICE", "openvino")
+            .env("PLIMSOLL_MODELS", models);
+        for package in *group.context("the runtime is in no set of packages")? {
+            command.args(["--package", package]);
+        }
+        command.args(tests).args(arguments.filter.as_deref());
+        tally.cargo_test(
+            &format!("tests of {what} on OpenVINO"),
+            &mut command,
+            &log(&format!("openvino-{what}")),
+        )?;
+    }
+    Ok(())
 }
 
 fn clients(arguments: &Arguments, tally: &mut Tally) -> Result<()> {

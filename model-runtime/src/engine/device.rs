@@ -14,7 +14,7 @@ pub enum Device {
     Cuda(u16),
     /// An NVIDIA GPU by its number, with TensorRT, and with CUDA for what TensorRT does not know.
     TensorRt(u16),
-    /// What OpenVINO chooses of Intel's processors and GPUs.
+    /// The processor, with OpenVINO.
     OpenVino,
 }
 
@@ -53,7 +53,7 @@ impl fmt::Display for Device {
 }
 
 impl Device {
-    /// The number of NVIDIA's GPU that it is; OpenVINO may choose one of Intel's.
+    /// The number of NVIDIA's GPU that it is.
     #[must_use]
     pub fn gpu(self) -> Option<u16> {
         match self {
@@ -62,7 +62,7 @@ impl Device {
         }
     }
 
-    /// Whether it is a GPU for certain.
+    /// Whether it is a GPU.
     #[must_use]
     pub fn is_gpu(self) -> bool {
         self.gpu().is_some()

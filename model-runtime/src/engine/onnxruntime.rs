@@ -6,13 +6,15 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use ort::environment::Environment;
 use ort::ep;
-use ort::session::builder::GraphOptimizationLevel;
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{RunOptions, Session, SessionInputValue};
 use ort::value::{DynValue, TensorRef, Value};
 use plimsoll_package::manifest::{Datatype, TensorSpec};
 
 use super::{Data, Device, Engine, EngineError, EngineKind, LoadOptions, Tensor};
 use crate::onnx;
+
+mod openvino;
 
 /// The environment variable that names ONNX Runtime's shared library.
 pub const LIBRARY_VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -22,9 +24,13 @@ const KEPT_INPUT_BYTES_MAX: usize = 4 << 20;
 
 /// A model in ONNX Runtime.
 pub(super) struct OnnxRuntime {
+    environment: &'static Environment,
+    path: PathBuf,
+    options: LoadOptions,
     inputs: Vec<TensorSpec>,
     outputs: Vec<TensorSpec>,
-    session: Mutex<Session>,
+    /// None where the next inference begins a new one.
+    session: Mutex<Option<Session>>,
 }
 
 impl OnnxRuntime {
@@ -47,9 +53,12 @@ impl OnnxRuntime {
             },
         })?;
         Ok(Self {
+            environment,
+            path: path.to_owned(),
+            options: options.clone(),
             inputs,
             outputs,
-            session: Mutex::new(session),
+            session: Mutex::new(Some(session)),
         })
     }
 
@@ -58,14 +67,23 @@ impl OnnxRuntime {
         let large = inputs.iter().map(byte_count).sum::<usize>() > KEPT_INPUT_BYTES_MAX;
         let shrink = large.then(shrinkage).transpose()?;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        let outputs = match &shrink {
-            Some(options) => session.run_with_options(&values[..], options)?,
-            None => session.run(&values[..])?,
+        let begun = match &mut *session {
+            Some(begun) => begun,
+            none => none.insert(self::session(self.environment, &self.path, &self.options)?),
         };
-        self.outputs
-            .iter()
-            .map(|spec| from_value(spec, &outputs[spec.name.as_str()]))
-            .collect()
+        let run = match &shrink {
+            Some(options) => begun.run_with_options(&values[..], options),
+            None => begun.run(&values[..]),
+        };
+        let outputs = run.and_then(|outputs| {
+            let outputs = self.outputs.iter().map(|spec| from_value(spec, &outputs[spec.name.as_str()]));
+            outputs.collect()
+        });
+        if outputs.is_err() && self.options.device == Device::OpenVino {
+            // From then on it would fail what has the same shapes as what succeeded last.
+            *session = None;
+        }
+        outputs
     }
 }
 
@@ -83,6 +101,9 @@ impl Engine for OnnxRuntime {
     }
 
     fn infer(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>, EngineError> {
+        if self.options.device == Device::OpenVino {
+            openvino::check_integers(&self.inputs, inputs)?;
+        }
         self.try_infer(inputs).map_err(|error| EngineError::Run {
             engine: EngineKind::OnnxRuntime,
             reason: one_line(&error),
@@ -122,17 +143,24 @@ fn environment(options: &LoadOptions) -> Result<&'static Environment, EngineErro
     Ok(ENVIRONMENT.get_or_init(|| environment))
 }
 
-/// A builder's error carries the builder, which only a further attempt would need: `?` drops it.
 fn session(environment: &Environment, path: &Path, options: &LoadOptions) -> ort::Result<Session> {
-    Session::builder(environment)?
+    if options.device == Device::OpenVino {
+        openvino::check_errors(builder(environment, options)?)?;
+    }
+    builder(environment, options)?.commit_from_file(path)
+}
+
+/// A builder's error carries the builder, which only a further attempt would need: `?` drops it.
+fn builder(environment: &Environment, options: &LoadOptions) -> ort::Result<SessionBuilder> {
+    let builder = Session::builder(environment)?
         .with_optimization_level(GraphOptimizationLevel::All)?
         .with_intra_threads(options.threads)?
         .with_inter_threads(1)?
         // Spinning threads burn the CPU quota of a container that waits for requests.
         .with_intra_op_spinning(false)?
         .with_config_entry("session.disable_quant_qdq", if options.fold_dequantize { "1" } else { "0" })?
-        .with_execution_providers(providers(options))?
-        .commit_from_file(path)
+        .with_execution_providers(providers(options))?;
+    Ok(builder)
 }
 
 /// ONNX Runtime's providers for the device, the preferred one first. One that cannot be used is an error: nobody asks for a GPU to be
@@ -161,7 +189,7 @@ fn providers(options: &LoadOptions) -> Vec<ep::ExecutionProviderDispatch> {
             let tensorrt = ep::TensorRT::default().with_device_id(number.into()).build().error_on_failure();
             vec![tensorrt, cuda(number), cpu]
         }
-        Device::OpenVino => vec![ep::OpenVINO::default().build().error_on_failure(), cpu],
+        Device::OpenVino => vec![openvino::provider(options.threads).build().error_on_failure(), cpu],
     }
 }
 

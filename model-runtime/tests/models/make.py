@@ -148,3 +148,16 @@ make(
     [info("y", TensorProto.FLOAT, [1, 1])],
     [numpy_helper.from_array(np.array([SIZE, SIZE], np.int64), "size")],
 )
+
+# A product with weights in int8, long enough for engines that would round what is multiplied with them to 8 bits as well.
+make(
+    "weight-only-product",
+    [helper.make_node("DequantizeLinear", ["q", "scale"], ["w"], axis=1), helper.make_node("MatMul", ["x", "w"], ["y"])],
+    [info("x", TensorProto.FLOAT, ["batch", 64])],
+    [info("y", TensorProto.FLOAT, ["batch", 16])],
+    [
+        numpy_helper.from_array(random.integers(-127, 128, size=(64, 16)).astype(np.int8), "q"),
+        numpy_helper.from_array(np.linspace(0.0001, 0.002, 16).astype(np.float32), "scale"),
+    ],
+    {"x": random.normal(size=(3, 64)).astype(np.float32)},
+)

@@ -60,7 +60,13 @@ fn the_id_comes_back_and_outputs_come_in_the_order_asked_for() {
 fn every_datatype_goes_in_and_comes_out() {
     for engine in ["tract", "onnxruntime"] {
         let server = Server::ready(&model("every-type"), &["--engine", engine]);
-        let probe: Probe = serde_json::from_slice(&std::fs::read(model("every-type").with_extension("probe.json")).unwrap()).unwrap();
+        let mut probe: Probe = serde_json::from_slice(&std::fs::read(model("every-type").with_extension("probe.json")).unwrap()).unwrap();
+        if engine == "onnxruntime" && device().as_deref() == Some("openvino") {
+            // Wider ones are refused.
+            let wide = probe.inputs.iter_mut().find(|input| input.datatype.to_string() == "INT64").unwrap();
+            let narrow = |value: &mut f64| *value = value.clamp(i32::MIN.into(), i32::MAX.into());
+            wide.data.iter_mut().for_each(narrow);
+        }
         // Integers as integers: a double in JSON would be rounded by others.
         let values = |datatype: &str, data: &[f64]| -> Value {
             let value = |value: &f64| match datatype {
@@ -311,7 +317,7 @@ fn the_metrics_tell_of_the_gpu_where_one_computes() {
     let metrics = get(server.http, "/metrics").text;
     for name in ["gpu_memory_bytes", "gpu_memory_used_bytes", "gpu_utilization_ratio"] {
         let is_told = metrics.contains(&format!("\nplimsoll_runtime_{name}{{gpu="));
-        assert_eq!(is_told, device().is_some(), "{name}: {metrics}");
+        assert_eq!(is_told, device().is_some_and(|device| device != "openvino"), "{name}: {metrics}");
     }
 }
 

@@ -1,7 +1,7 @@
 use plimsoll_package::manifest::{Engine, MODEL_FILE, PROBE_FILE, Probe};
 
 use crate::client::get;
-use crate::process::{Server, command, failure, library, model, package, seal};
+use crate::process::{Server, command, device, failure, library, model, package, seal};
 
 #[test]
 fn auto_falls_back_to_tract_in_words_where_the_library_is_missing() {
@@ -150,4 +150,27 @@ fn nothing_is_left_in_the_users_home() {
     // ONNX Runtime's telemetry would keep a database there.
     let left: Vec<_> = std::fs::read_dir(home.path()).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// On one processor OpenVINO has one thread, however many it is given.
+#[test]
+fn openvino_is_refused_where_it_would_not_tell_of_failed_inferences() {
+    if device().as_deref() != Some("openvino") {
+        return;
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+    let first = allowed.trim().split([',', '-']).next().unwrap();
+    let mut command = std::process::Command::new("taskset");
+    command
+        .args(["--cpu-list", first, env!("CARGO_BIN_EXE_plimsoll-runtime"), "serve"])
+        .arg(model("mlp"))
+        .args(["--device", "openvino", "--threads", "2", "--http", "127.0.0.1:0", "--grpc", "none"])
+        .env("ORT_DYLIB_PATH", library());
+    let (code, reason) = failure(&mut command);
+    assert_eq!(code, Some(1));
+    assert!(
+        reason.contains("does not tell of failed inferences") && reason.contains("give --threads 1"),
+        "{reason}"
+    );
 }

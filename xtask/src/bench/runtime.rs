@@ -63,6 +63,20 @@ enum Work {
     Soak,
     /// A text model of 90 MB on the first CUDA device beside the processor, with 1 to 64 connections; done only where it is asked for.
     Cuda,
+    /// The same on the processor with OpenVINO beside ONNX Runtime's own kernels; done only where it is asked for.
+    #[value(name = "openvino")]
+    OpenVino,
+}
+
+impl Work {
+    /// The package of ONNX Runtime that it is measured with.
+    fn library(self) -> Library {
+        match self {
+            Self::Cuda => Library::Gpu,
+            Self::OpenVino => Library::OpenVino,
+            _ => Library::Cpu,
+        }
+    }
 }
 
 /// Runs it.
@@ -70,11 +84,12 @@ enum Work {
 /// # Errors
 /// Where a program or a peer cannot be had, or fails.
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let cuda = arguments.only.contains(&Work::Cuda);
+    let library = arguments.only.first().map_or(Library::Cpu, |work| work.library());
     ensure!(
-        !cuda || arguments.only.len() == 1,
-        "the GPU is measured with ONNX Runtime's package for GPUs: give `--only cuda` by itself"
+        arguments.only.iter().all(|work| work.library() == library),
+        "a device is measured with ONNX Runtime's package for it: give `--only cuda` or `--only openvino` by itself"
     );
+    let device = library != Library::Cpu;
     let folder = workspace::target().join("bench").join("runtime");
     fs::create_dir_all(&folder)?;
     let [runtime, optimizer] = match &arguments.programs {
@@ -87,13 +102,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let log = folder.join("peers.log");
     let servers = Servers {
         runtime,
-        library: if cuda { Library::Gpu } else { Library::Cpu }.path()?,
+        library: library.path()?,
         // What is measured beside itself needs none.
-        peers: match cuda {
+        peers: match device {
             true => None,
             false => Some(Peers::install("bench/runtime", &log)?),
         },
-        kserve: match arguments.alone || cuda {
+        kserve: match arguments.alone || device {
             true => None,
             false => Some(python::environment("bench-runtime-kserve", &kserve, &log)?),
         },
@@ -161,16 +176,28 @@ impl Bench {
         if wants(Work::Soak) {
             self.soak(&self.mlp()?, arguments.minutes)?;
         }
-        if arguments.only.contains(&Work::Cuda) {
-            let minilm = minilm()?;
-            for connections in [1, 4, 16, 64] {
-                let threads = format!("--threads {}", thread::available_parallelism()?);
-                let candidates = [
-                    ours("Plimsoll on the processor", &threads, Wire::Binary),
-                    ours("Plimsoll on CUDA", "--device cuda:0", Wire::Binary),
-                ];
-                self.compare(&minilm, connections, &candidates)?;
+        // Each asked for by name alone.
+        for (work, name, device) in [
+            (Work::Cuda, "Plimsoll on CUDA", "cuda:0"),
+            (Work::OpenVino, "Plimsoll on OpenVINO", "openvino"),
+        ] {
+            if arguments.only.contains(&work) {
+                self.on_device(name, device)?;
             }
+        }
+        Ok(())
+    }
+
+    /// A text model on a device beside the processor, which has as many threads.
+    fn on_device(&mut self, name: &'static str, device: &str) -> Result<()> {
+        let minilm = minilm()?;
+        let threads = format!("--threads {}", thread::available_parallelism()?);
+        for connections in [1, 4, 16, 64] {
+            let candidates = [
+                ours("Plimsoll on the processor", &threads, Wire::Binary),
+                ours(name, &format!("{threads} --device {device}"), Wire::Binary),
+            ];
+            self.compare(&minilm, connections, &candidates)?;
         }
         Ok(())
     }

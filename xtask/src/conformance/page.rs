@@ -20,17 +20,24 @@ pub(super) fn render(rows: &[Row]) -> Result<String> {
         format!("tract {}", locked("tract-onnx")?),
         format!("ONNX Runtime {}", Library::Cpu.version()?),
         format!("ONNX Runtime {} on CUDA", Library::Gpu.version()?),
+        format!("ONNX Runtime {} on OpenVINO", Library::OpenVino.version()?),
     ];
     let mut page = format!(
         "# ONNX conformance\n\n\
          The {} node tests of ONNX's backend suite (`onnx` {} from PyPI), each a model of one operator with recorded outputs, run by the \
          runtime's own engines: loaded, checked and run as a request is. A case passes where every output has the recorded type and shape and \
          every value is within the suite's tolerance. `cargo xtask conformance` runs them and writes this page; `cargo xtask test` fails where \
-         a case stops passing on the processor. `cargo xtask conformance --cuda` measures the column of the GPU, on a machine that has one.\n\n",
+         a case stops passing on the processor. `cargo xtask conformance --device cuda` measures the column of the GPU, on a machine that has \
+         one, and `--device openvino` that of OpenVINO, on an x86_64 processor.\n\n",
         rows.len(),
         suite_version()?,
     );
-    let _ = writeln!(page, "| what came of a case | {} | |\n|---|--:|--:|--:|---|", versions.join(" | "));
+    let _ = writeln!(
+        page,
+        "| what came of a case | {} | |\n|---|{}---|",
+        versions.join(" | "),
+        "--:|".repeat(COLUMNS.len())
+    );
     for (outcome, name, meaning) in OUTCOMES {
         let counts = columns().map(|column| rows.iter().filter(|row| row.outcomes[column] == outcome).count());
         if counts != [0; COLUMNS.len()] {
@@ -41,8 +48,9 @@ pub(super) fn render(rows: &[Row]) -> Result<String> {
     page.push_str(NOTES);
     let _ = writeln!(
         page,
-        "\n## By operator\n\n| operator | cases | {} |\n|---|--:|---|---|---|",
-        versions.join(" | ")
+        "\n## By operator\n\n| operator | cases | {} |\n|---|--:|{}",
+        versions.join(" | "),
+        "---|".repeat(COLUMNS.len())
     );
     let mut operators: BTreeMap<&str, Vec<&Row>> = BTreeMap::new();
     for row in rows {
@@ -76,7 +84,8 @@ const NOTES: &str = "\n\
     refused as well. Cases of random operators (`Bernoulli`, `Dropout` in training) record one draw of another generator, which no engine \
     gives; those of `DFT` and `STFT` record zeros, to which sums in single precision do not come within the suite's 1e-7. \
     ONNX Runtime's package for GPUs is a version behind: most of what it refuses at load is of an opset that it does not know yet, or of a \
-    type for which its provider for CUDA has no kernel.\n";
+    type for which its provider for CUDA has no kernel. That for OpenVINO is eight behind; [openvino.md](openvino.md) says what comes out \
+    otherwise there.\n";
 
 /// What came of an operator's cases: `all`, or how many passed and why the others did not.
 fn cell(rows: &[&Row], column: usize) -> String {

@@ -299,7 +299,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             scrape,
             Arc::clone(&threads),
             None,
-            router,
+            Arc::new(router),
             state.config.limits.clone(),
             Duration::ZERO,
             stopped.clone(),
@@ -313,9 +313,17 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let (limits, grace) = (state.config.limits.clone(), state.config.grace);
     if let Some(grpc) = grpc {
         let (threads, tls, stopped) = (Arc::clone(&threads), tls.clone(), stopped.clone());
-        serving.spawn(listener::serve(grpc, threads, tls, over_grpc, limits.clone(), grace, stopped));
+        serving.spawn(listener::serve(
+            grpc,
+            threads,
+            tls,
+            Arc::new(over_grpc),
+            limits.clone(),
+            grace,
+            stopped,
+        ));
     }
-    serving.spawn(listener::serve(http, threads, tls, over_http, limits, grace, stopped));
+    serving.spawn(listener::serve(http, threads, tls, Arc::new(over_http), limits, grace, stopped));
 
     let loaded = load(&state.config);
     tokio::select! {

@@ -13,7 +13,8 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
-use futures::future::Either;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
@@ -40,26 +41,26 @@ pub(super) fn protocol(state: &Arc<State>, with_metrics: bool) -> Protocol {
 }
 
 /// Answers what the protocol has. Inferences of the model go past the router, which would take as long as a small one's tensors to be read.
-#[derive(Clone)]
 pub(super) struct Protocol {
     state: Arc<State>,
     router: Router,
 }
 
 impl Serve for Protocol {
-    fn serve(&self, client: Client, request: axum::http::Request<Incoming>) -> impl Future<Output = Response> + Send + use<> {
+    fn serve(&self, client: Client, request: axum::http::Request<Incoming>) -> BoxFuture<'static, Response> {
         if request.method() != Method::POST || !self.state.config.is_inference(request.uri().path()) {
-            return Either::Right(self.router.serve(client, request));
+            return self.router.serve(client, request);
         }
         let state = Arc::clone(&self.state);
-        Either::Left(async move {
+        async move {
             let mut response = match forbid(&state, request.uri().path(), request.headers()) {
                 Some(refused) => refused,
                 None => infer::infer(&state, Ok(()), client, request.map(Body::new)).await,
             };
             close_if_draining(&state, &mut response);
             response
-        })
+        }
+        .boxed()
     }
 }
 

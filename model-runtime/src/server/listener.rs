@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::response::Response;
 use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
@@ -97,16 +98,18 @@ impl Drop for SocketFile {
 }
 
 /// What answers requests.
-pub(super) trait Serve: Clone + Send + 'static {
+pub(super) trait Serve: Send + Sync {
     /// Answers a request of `client`.
-    fn serve(&self, client: Client, request: Request<Incoming>) -> impl Future<Output = Response> + Send + use<Self>;
+    fn serve(&self, client: Client, request: Request<Incoming>) -> BoxFuture<'static, Response>;
 }
 
 impl Serve for Router {
-    fn serve(&self, client: Client, mut request: Request<Incoming>) -> impl Future<Output = Response> + Send + use<> {
+    fn serve(&self, client: Client, mut request: Request<Incoming>) -> BoxFuture<'static, Response> {
         request.extensions_mut().insert(client);
         let answer = TowerToHyperService::new(self.clone()).call(request);
-        answer.map(|answer| answer.unwrap_or_else(|never: Infallible| match never {}))
+        answer
+            .map(|answer| answer.unwrap_or_else(|never: Infallible| match never {}))
+            .boxed()
     }
 }
 
@@ -186,7 +189,7 @@ pub(super) async fn serve(
     listener: Listener,
     threads: Arc<Threads>,
     tls: Option<Arc<Acceptor>>,
-    serving: impl Serve,
+    serving: Arc<dyn Serve>,
     limits: Limits,
     grace: Duration,
     mut stopped: watch::Receiver<bool>,
@@ -208,7 +211,7 @@ pub(super) async fn serve(
         .keep_alive_interval(limits.header_timeout);
     let start = |accepted: Accepted, permit| {
         let client = accepted.client();
-        let (serving, lookout) = (serving.clone(), Arc::new(polling.lookout()));
+        let (serving, lookout) = (Arc::clone(&serving), Arc::new(polling.lookout()));
         let looking = Arc::clone(&lookout);
         let service = service_fn(move |request| {
             looking.asked();

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::bench::load::Request;
@@ -17,6 +18,20 @@ pub(super) struct Model {
     pub path: PathBuf,
     pub inputs: Specs,
     pub outputs: Specs,
+}
+
+/// A request as clients write it, the keys in their order.
+#[derive(Serialize)]
+struct Body<'a> {
+    inputs: Vec<Input<'a>>,
+}
+
+#[derive(Serialize)]
+struct Input<'a> {
+    name: &'a str,
+    shape: &'a [usize],
+    datatype: &'a str,
+    data: Vec<Value>,
 }
 
 /// How a request is written.
@@ -47,19 +62,22 @@ impl Model {
     }
 
     fn json(&self) -> Request {
-        let inputs: Vec<Value> = self
+        let inputs: Vec<Input> = self
             .inputs
             .iter()
             .map(|(name, (datatype, shape))| {
                 let count: usize = shape.iter().product();
-                let data: Vec<Value> = (0..count)
-                    .map(|i| if *datatype == "FP32" { json!(float(i)) } else { json!(1) })
-                    .collect();
-                json!({"name": name, "datatype": datatype, "shape": shape, "data": data})
+                let data = (0..count).map(|i| if *datatype == "FP32" { json!(float(i)) } else { json!(1) });
+                Input {
+                    name,
+                    shape,
+                    datatype,
+                    data: data.collect(),
+                }
             })
             .collect();
-        let body = json!({"inputs": inputs}).to_string();
-        Request::post(&self.infer(), "content-type: application/json\r\n", body.as_bytes())
+        let body = serde_json::to_vec(&Body { inputs }).expect("numbers are JSON");
+        Request::post(&self.infer(), "content-type: application/json\r\n", &body)
     }
 
     fn binary(&self) -> Request {

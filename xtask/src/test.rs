@@ -219,16 +219,8 @@ fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     let registry = cluster::tool("registry")?;
     let models = models::fetch(&models::TESTED)?;
     for group in images::program::TEST_GROUPS {
-        let mut command = images::program::release("test")?;
-        command
-            .args(["--locked", "--no-fail-fast"])
-            .env("ORT_DYLIB_PATH", &library)
-            .env("PLIMSOLL_REGISTRY_BINARY", &registry)
-            .env("PLIMSOLL_MODELS", &models);
-        for package in group {
-            command.args(["--package", package]);
-        }
-        command.args(arguments.filter.as_deref());
+        let mut command = of_group(group, &library, &models)?;
+        command.env("PLIMSOLL_REGISTRY_BINARY", &registry).args(arguments.filter.as_deref());
         tally.cargo_test(&format!("tests of {}", group.join(", ")), &mut command, &log(group[0]))?;
     }
     on_openvino(arguments, &models, tally)?;
@@ -238,6 +230,19 @@ fn unit(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
         .args(["test", "--locked", "--no-fail-fast", "--package", "xtask"])
         .args(arguments.filter.as_deref());
     tally.cargo_test("tests of xtask", &mut command, &log("xtask"))
+}
+
+/// The tests of packages that are compiled together, with that library of ONNX Runtime.
+fn of_group(group: &[&str], library: &Path, models: &Path) -> Result<Command> {
+    let mut command = images::program::release("test")?;
+    command
+        .args(["--locked", "--no-fail-fast"])
+        .env("ORT_DYLIB_PATH", library)
+        .env("PLIMSOLL_MODELS", models);
+    for package in group {
+        command.args(["--package", package]);
+    }
+    Ok(command)
 }
 
 /// The tests of the runtime's engines and server once more, as they were compiled, with ONNX Runtime computing on OpenVINO.
@@ -250,17 +255,13 @@ fn on_openvino(arguments: &Arguments, models: &Path, tally: &mut Tally) -> Resul
     let library = library.path()?;
     let package = "plimsoll-runtime";
     let group = images::program::TEST_GROUPS.iter().find(|group| group.contains(&package));
+    let group = group.context("the runtime is in no set of packages")?;
     for (what, tests) in [("engines", &["--lib", "engine::"][..]), ("server", &["--test", "server"])] {
-        let mut command = images::program::release("test")?;
+        let mut command = of_group(group, &library, models)?;
         command
-            .args(["--locked", "--no-fail-fast"])
-            .env("ORT_DYLIB_PATH", &library)
             .env("PLIMSOLL_DEVICE", "openvino")
-            .env("PLIMSOLL_MODELS", models);
-        for package in *group.context("the runtime is in no set of packages")? {
-            command.args(["--package", package]);
-        }
-        command.args(tests).args(arguments.filter.as_deref());
+            .args(tests)
+            .args(arguments.filter.as_deref());
         tally.cargo_test(
             &format!("tests of {what} on OpenVINO"),
             &mut command,

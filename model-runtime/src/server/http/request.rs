@@ -62,7 +62,6 @@ pub(in crate::server) fn parse(body: &[u8], json_length: Option<usize>) -> Resul
 }
 
 /// A request as it is written.
-#[derive(Default)]
 struct Raw {
     id: Option<String>,
     parameters: Parameters,
@@ -80,24 +79,43 @@ struct Wanted {
 
 impl Raw {
     fn read(json: &mut Reader) -> Result<Self, String> {
-        let mut raw = Self::default();
-        let mut inputs = None;
+        let (mut id, mut parameters, mut inputs, mut outputs) = (None, None, None, None);
         json.object(|json, key| {
             match key {
-                "id" => raw.id = json.value()?,
-                "parameters" => raw.parameters = json.value()?,
-                "inputs" => inputs = Some(bounded(json, Input::read)?),
-                // Some clients send null for what they leave out.
-                "outputs" if json.peek() == Some(b'n') => json.value::<()>()?,
-                "outputs" => raw.outputs = bounded(json, Reader::value)?,
+                "id" => once(&mut id, key, json, Reader::value)?,
+                "parameters" => once(&mut parameters, key, json, Reader::value)?,
+                "inputs" => once(&mut inputs, key, json, |json| bounded(json, Input::read))?,
+                "outputs" => once(&mut outputs, key, json, |json| match json.peek() {
+                    // Some clients send null for what they leave out.
+                    Some(b'n') => json.value().map(|()| vec![]),
+                    _ => bounded(json, Reader::value),
+                })?,
                 _ => drop(json.value::<IgnoredAny>()?),
             }
             Ok(())
         })?;
         json.end()?;
-        raw.inputs = inputs.ok_or("missing field `inputs`")?;
-        Ok(raw)
+        Ok(Self {
+            id: id.flatten(),
+            parameters: parameters.unwrap_or_default(),
+            inputs: inputs.ok_or("missing field `inputs`")?,
+            outputs: outputs.unwrap_or_default(),
+        })
     }
+}
+
+/// Reads a field that a request may have once.
+fn once<'a, T>(
+    field: &mut Option<T>,
+    key: &str,
+    json: &mut Reader<'a>,
+    read: impl FnOnce(&mut Reader<'a>) -> Result<T, String>,
+) -> Result<(), String> {
+    if field.is_some() {
+        return Err(json.wrong(&format!("duplicate field `{key}`")));
+    }
+    *field = Some(read(json)?);
+    Ok(())
 }
 
 /// A list of what a request may name: no more of them than any model has, so that a few bytes of a body each do not become many of memory.
@@ -182,9 +200,7 @@ impl Input {
         let tensor = Tensor::new(shape, data).map_err(|error| format!("input `{name}`: {error}"))?;
         Ok((name, tensor))
     }
-}
 
-impl Input {
     fn read(json: &mut Reader) -> Result<Self, String> {
         let (mut name, mut datatype, mut shape): (Option<String>, Option<Datatype>, Option<Vec<usize>>) = (None, None, None);
         let (mut data, mut unread) = (None, None);

@@ -4,7 +4,6 @@
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,8 +21,8 @@ pub(in crate::server) struct Threads(Vec<Thread>);
 
 struct Thread {
     events: Handle,
-    /// Connections that are open there.
-    open: Arc<AtomicUsize>,
+    /// Held by each connection there.
+    token: Arc<()>,
     _alive: oneshot::Sender<()>,
 }
 
@@ -38,13 +37,13 @@ impl Threads {
 
     /// Serves a connection on the thread that has the fewest.
     pub(super) fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
-        let Some(thread) = self.0.iter().min_by_key(|thread| thread.open.load(Ordering::Relaxed)) else {
+        let Some(thread) = self.0.iter().min_by_key(|thread| thread.open()) else {
             return;
         };
-        let counted = Counted::new(&thread.open);
+        let token = Arc::clone(&thread.token);
         thread.events.spawn(async move {
             connection.await;
-            drop(counted);
+            drop(token);
         });
     }
 }
@@ -65,25 +64,14 @@ impl Thread {
         })?;
         Ok(Self {
             events,
-            open: Arc::default(),
+            token: Arc::default(),
             _alive: alive,
         })
     }
-}
 
-/// A connection while it is counted.
-struct Counted(Arc<AtomicUsize>);
-
-impl Counted {
-    fn new(open: &Arc<AtomicUsize>) -> Self {
-        open.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(open))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+    /// How many connections it has.
+    fn open(&self) -> usize {
+        Arc::strong_count(&self.token) - 1
     }
 }
 
@@ -115,6 +103,7 @@ impl<F: Future> Future for Watched<F> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::Wake;
 
     use super::super::busy::BusyPoll;
@@ -147,12 +136,12 @@ mod tests {
         drop(end.remove(0));
         assert_eq!(tells.recv().await, Some(first));
         // The count goes down just after it has told.
-        while threads.0.iter().map(|thread| thread.open.load(Ordering::Relaxed)).sum::<usize>() > 1 {
+        while threads.0.iter().map(Thread::open).sum::<usize>() > 1 {
             tokio::task::yield_now().await;
         }
         let connect = || threads.spawn(std::future::pending());
         connect();
-        assert!(threads.0.iter().all(|thread| thread.open.load(Ordering::Relaxed) == 1));
+        assert!(threads.0.iter().all(|thread| thread.open() == 1));
     }
 
     #[derive(Default)]

@@ -90,6 +90,13 @@ fn what_does_not_fit_is_refused_by_name() {
     );
     contains(parse(b"{", None).unwrap_err(), "the body is not an inference request");
     contains(parse(b"{}", None).unwrap_err(), "missing field `inputs`");
+    for twice in [
+        r#"{"inputs":[],"inputs":[]}"#,
+        r#"{"inputs":[],"id":"1","id":null}"#,
+        r#"{"outputs":null,"inputs":[],"outputs":[]}"#,
+    ] {
+        contains(parse(twice.as_bytes(), None).unwrap_err(), "duplicate field `");
+    }
     let deep = format!(
         "{{\"inputs\":[{{\"name\":\"x\",\"datatype\":\"FP32\",\"shape\":[1],\"data\":{}",
         "[".repeat(100_000)
